@@ -1,0 +1,1 @@
+"""The analyses of Figures 4 and 5."""

@@ -1,0 +1,1 @@
+"""One file per benchmark: its questions, its prompt, its score. Nothing here imports torch."""

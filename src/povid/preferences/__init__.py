@@ -1,0 +1,1 @@
+"""Preference data: the record, its readers, its tokens and the Lightning data module."""

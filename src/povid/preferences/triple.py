@@ -1,0 +1,67 @@
+"""The record that everything is trained on: <image, preferred, dispreferred> (paper, section 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from povid.fault import Fault
+
+Role = Literal["user", "assistant"]
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One turn of a conversation; ``text`` carries no image marker."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Triple:
+    """One preference record.
+
+    ``preferred`` (y_w) and ``dispreferred`` (y_l^t) are whole conversations: user and assistant alternate, the user
+    speaks first, an assistant turn ends them, their user turns are the same and at least one assistant turn differs.
+    The image belongs in front of the first user turn. ``image`` is a file or an encoded picture (JPEG, PNG ...).
+
+    Raises:
+        Fault: names ``id`` and the key at fault when one of these rules is broken.
+    """
+
+    id: str
+    image: Path | bytes
+    preferred: tuple[Turn, ...]
+    dispreferred: tuple[Turn, ...]
+    source: str = ""
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key in ("preferred", "dispreferred"):
+            turns = getattr(self, key)
+            roles = [turn.role for turn in turns]
+            if not turns or len(turns) % 2 or roles != ["user", "assistant"] * (len(turns) // 2):
+                raise Fault(f"record {self.id!r}: {key} must alternate user and assistant and end with the assistant, "
+                            f"found {roles or 'no turn'}; mend the record or remove it")
+            for number, turn in enumerate(turns):
+                if turn.role == "assistant" and not turn.text.strip():
+                    raise Fault(f"record {self.id!r}: {key} has an empty response in turn {number}; "
+                                "write one or remove the record")
+        if len(self.preferred) != len(self.dispreferred):
+            raise Fault(f"record {self.id!r}: preferred has {len(self.preferred)} turns and dispreferred "
+                        f"{len(self.dispreferred)}; both must answer the same user turns")
+        for number, (good, bad) in enumerate(zip(self.preferred, self.dispreferred)):
+            if good.role == "user" and good.text != bad.text:
+                raise Fault(f"record {self.id!r}: user turn {number} differs between preferred and dispreferred; "
+                            "both must answer the same question")
+        if self.preferred == self.dispreferred:
+            raise Fault(f"record {self.id!r}: preferred and dispreferred are equal, so there is nothing to prefer; "
+                        "remove the record")
+
+    @property
+    def question(self) -> str:
+        """Text of the first user turn."""
+        return self.preferred[0].text

@@ -1,0 +1,1 @@
+"""Tables, figures and dashboards, made from run folders and never typed."""
