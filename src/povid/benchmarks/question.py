@@ -1,0 +1,47 @@
+"""What every benchmark is made of: questions, how they are decoded, who answers them, and the score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One thing to ask about one image.
+
+    ``id`` is unique within the benchmark. ``image`` is a file, its encoded bytes, or None for a question without a
+    picture; equal values mean the same picture, so its features and prefix may be shared. ``text`` is what the model
+    is asked, suffix included, without an image marker. ``meta`` holds what scoring and the official answer format need.
+    """
+
+    id: str | int
+    image: Path | bytes | None
+    text: str
+    meta: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Decoding:
+    """How answers are generated: at most ``max_new_tokens`` of them; ``temperature`` 0 is greedy, without beams.
+
+    ``stop``: generation may end once this text has appeared in the answer; nothing after it is ever read.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    stop: str | None = None
+
+
+Answerer = Callable[[Sequence[Question], Decoding], Iterator[tuple[int, str]]]
+"""Takes the questions still open and yields (index into them, answer text), each once, in any order, as they come."""
+
+
+@dataclass(slots=True)
+class Score:
+    """``scores``: the figures, nested, named as in results.json. ``records``: what was decided for each answer."""
+
+    scores: dict[str, Any]
+    records: list[dict[str, Any]]
