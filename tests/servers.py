@@ -1,0 +1,191 @@
+"""Small servers on 127.0.0.1 for tests: a chat model that behaves as a script says, and a file server."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Say:
+    """A proper completion."""
+
+    text: str | None
+    prompt_tokens: int = 10
+    completion_tokens: int = 2
+    usage: bool = True
+
+
+@dataclass(frozen=True)
+class Status:
+    """An error with the given status."""
+
+    code: int
+    message: str = "try later"
+    headers: Mapping[str, str] = field(default_factory=dict)
+    error_code: str | None = None
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Status 200 and a body that is no completion."""
+
+    body: bytes
+    content_type: str = "application/json"
+
+
+@dataclass(frozen=True)
+class Silence:
+    """Nothing is ever said: the server holds the connection until it is closed."""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The connection is closed without an answer."""
+
+
+Behaviour = Say | Status | Raw | Silence | Cut
+
+
+class ChatServer:
+    """``script(request body, number of the request from 0)`` says how each request is treated."""
+
+    def __init__(self, script: Callable[[dict[str, Any], int], Behaviour]) -> None:
+        self.script, self.requests, self.headers = script, [], []
+        self._lock, self._ended = threading.Lock(), threading.Event()
+        self.in_flight = self.most_in_flight = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self._server.server_port}/v1"
+
+    def __enter__(self) -> ChatServer:
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_POST(self) -> None:  # noqa: N802
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                with outer._lock:
+                    number = len(outer.requests)
+                    outer.requests.append(body)
+                    outer.headers.append({name.lower(): value for name, value in self.headers.items()})
+                    outer.in_flight += 1
+                    outer.most_in_flight = max(outer.most_in_flight, outer.in_flight)
+                try:
+                    self._answer(outer.script(body, number), body)
+                finally:
+                    with outer._lock:
+                        outer.in_flight -= 1
+
+            def _answer(self, how: Behaviour, body: dict[str, Any]) -> None:
+                if isinstance(how, Silence):
+                    outer._ended.wait(30)
+                if isinstance(how, Silence | Cut):
+                    self.close_connection = True
+                    return
+                if isinstance(how, Say):
+                    self._send(200, json.dumps(completion(how, body["model"])).encode())
+                elif isinstance(how, Status):
+                    error = {"error": {"message": how.message, "type": "x", "code": how.error_code}}
+                    self._send(how.code, json.dumps(error).encode(), headers=how.headers)
+                else:
+                    self._send(200, how.body, how.content_type)
+
+            def _send(self, code: int, data: bytes, kind: str = "application/json",
+                      headers: Mapping[str, str] | None = None) -> None:
+                self.send_response(code)
+                for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(data)
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ended.set()
+        self._server.shutdown()
+        self._server.server_close()
+
+
+def completion(say: Say, model: str) -> dict[str, Any]:
+    """The JSON of a chat completion."""
+    whole = {"id": "c", "object": "chat.completion", "created": 0, "model": model,
+             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": say.text}}]}
+    if say.usage:
+        whole["usage"] = {"prompt_tokens": say.prompt_tokens, "completion_tokens": say.completion_tokens,
+                          "total_tokens": say.prompt_tokens + say.completion_tokens}
+    return whole
+
+
+def last_text(body: Mapping[str, Any]) -> str:
+    """Text of the last message of a request, pictures left out."""
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else " ".join(p["text"] for p in content if p["type"] == "text")
+
+
+@dataclass
+class Files:
+    """Files of a FileServer: path to bytes; what each request asked for; when to cut."""
+
+    content: dict[str, bytes]
+    ranges: bool = True
+    cut_after: list[int] = field(default_factory=list)  # bytes sent before request n breaks off; -1: whole
+    asked: list[tuple[str, str | None]] = field(default_factory=list)
+    etag: str | None = None
+
+
+@contextmanager
+def file_server(files: Files) -> Iterator[str]:
+    """Serves ``files`` and yields the address it listens at."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:  # noqa: N802
+            wanted = self.headers.get("Range")
+            files.asked.append((self.path, wanted))
+            data = files.content.get(self.path)
+            if data is None:
+                self.send_error(404)
+                return
+            start = 0
+            if wanted and files.ranges:
+                start = int(wanted.removeprefix("bytes=").split("-")[0])
+                if start >= len(data):
+                    self.send_response(416)
+                    self.send_header("Content-Range", f"bytes */{len(data)}")
+                    self.end_headers()
+                    return
+                self.send_response(206)
+                self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
+            else:
+                self.send_response(200)
+            self.send_header("Content-Length", str(len(data) - start))
+            if files.etag:
+                self.send_header("ETag", files.etag)
+            self.end_headers()
+            cut = files.cut_after.pop(0) if files.cut_after else -1
+            self.wfile.write(data[start:] if cut < 0 else data[start:start + cut])
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        server.server_close()
