@@ -1,0 +1,102 @@
+"""What CHAIR reads in a caption: its words, the double words that count as one, and the objects they stand for."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path
+
+import nltk
+import punkt
+import textblob.en.inflect
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+
+from povid.fault import Fault
+
+# What the official script hard-codes: two words that count as one, and what the pair then stands for.
+DOUBLE_WORDS = {
+    pair: pair
+    for pair in (
+        "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",
+        "fire hydrant", "stop sign", "parking meter", "suit case", "sports ball", "baseball bat", "baseball glove",
+        "tennis racket", "wine glass", "hot dog", "cell phone", "mobile phone", "teddy bear", "hair drier",
+        "potted plant", "laptop computer", "home plate", "train track",
+    )
+}
+DOUBLE_WORDS |= {
+    f"{age} {animal}": animal
+    for age in ("baby", "adult")
+    for animal in "bird cat dog horse sheep cow elephant bear zebra giraffe animal cub".split()
+}
+DOUBLE_WORDS |= {"passenger jet": "jet", "passenger train": "train"}
+DOUBLE_WORDS |= {"bow tie": "tie", "toilet seat": "toilet", "wine glas": "wine glass"}
+
+
+def read_synonyms(file: Path) -> dict[str, str]:
+    """Word → node word (the first of its line), one class per line, split at comma and one space as officially.
+
+    Spaces and capitals inside a line are kept, so that " motor bike" and "iPhone" of the official list never match.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise Fault(f"{file} cannot be read ({error.strerror}); put CHAIR's data/synonyms.txt there "
+                    "or run `python -m povid.benchmarks fetch chair`.") from None
+    classes = [line.strip().split(", ") for line in lines if line.strip()]
+    return {word: words[0] for words in classes for word in words}
+
+
+@functools.cache
+def _sentences() -> PunktSentenceTokenizer:
+    """NLTK's own splitter with its English model, which the package `punkt` carries and NLTK would download."""
+    model, parameters = punkt.load_model("english"), PunktParameters()
+    parameters.abbrev_types = set(model.abbrev_types)
+    parameters.collocations = set(model.collocations)
+    parameters.sent_starters = set(model.sent_starters)
+    parameters.ortho_context.update({word: int(flags) for word, flags in model.ortho_context.items()})
+    return PunktSentenceTokenizer(parameters)
+
+
+def tokens(caption: str) -> list[str]:
+    """What ``nltk.word_tokenize(caption.lower())`` gives: sentences first, then words of each."""
+    sentences = _sentences().tokenize(caption.lower())
+    return [word for sentence in sentences for word in nltk.word_tokenize(sentence, preserve_line=True)]
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def official_singular(word: str) -> str:
+    """pattern's ``singularize``: textblob's, but for plurals where the two part among CHAIR's words.
+
+    Wrong singulars are part of it: bus → bu, glass → glas, ties → ty, collies → collies.
+    """
+    if word.endswith(("collies", "doggies")):
+        return word
+    if word.endswith("buses"):  # textblob makes "bus" of "airbuses" and "mini-buses" too
+        return word[:-2]
+    return textblob.en.inflect.singularize(word)
+
+
+def mended_singular(known: Collection[str]) -> Callable[[str], str]:
+    """A singular that leaves known words alone and mends plurals that miss one: bus → bus, ties → tie."""
+    parts = {part for word in [*known, *DOUBLE_WORDS] for part in word.split()}
+
+    @functools.lru_cache(maxsize=1 << 16)
+    def singular(word: str) -> str:
+        if word in parts:
+            return word
+        official = official_singular(word)
+        return word[:-1] if official not in parts and word.endswith("s") and word[:-1] in parts else official
+
+    return singular
+
+
+def objects(caption: str, synonyms: Mapping[str, str], singular: Callable[[str], str] = official_singular) -> list[str]:
+    """Node words of the objects that a caption mentions, in order, repeats kept (``caption_to_words``)."""
+    words, merged, i = [singular(word) for word in tokens(caption)], [], 0
+    while i < len(words):
+        pair = " ".join(words[i : i + 2])
+        merged.append(DOUBLE_WORDS.get(pair, words[i]))
+        i += 2 if pair in DOUBLE_WORDS else 1
+    if "toilet" in merged:  # "the seat of the toilet" is no chair
+        merged = [word for word in merged if word != "seat"]
+    return [synonyms[word] for word in merged if word in synonyms]
