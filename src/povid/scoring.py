@@ -1,0 +1,78 @@
+"""Log-probabilities of a batch's responses under policy and reference.
+
+The exact algorithm: vision once for both models, preferred and text-dispreferred packed behind their shared prefix,
+logits only where a response token is predicted, and one forward of the noised image for choosing and scoring y_l^n.
+Shape suffixes: B = examples, U = predicting positions, N = response tokens of a side, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from povid.objective import LogProbs, most_likely, token_logps
+from povid.packing import Side
+from povid.policy import Policy
+from povid.preferences.datamodule import PreferenceBatch
+
+
+def sum_logps(logits_UV: Tensor, side: Side, examples: int) -> Tensor:
+    """log pi(y|x): sum over the response's tokens, [B]."""
+    return _sum(token_logps(logits_UV[side.position_N], side.token_N), side, examples)
+
+
+def _sum(logps_N: Tensor, side: Side, examples: int) -> Tensor:
+    return logps_N.new_zeros(examples).index_add(0, side.example_N, logps_N)
+
+
+def score(
+    policy: Policy, batch: PreferenceBatch, *, noise_on_clean_image: bool = False,
+    noise_tokens_N: Tensor | None = None,
+) -> tuple[LogProbs, LogProbs]:
+    """Log-probabilities [B] under the policy (with gradient) and the reference (without).
+
+    The batch decides which terms there are. The noise term is, by default, the paper's (Eq. 5): the policy's own most
+    likely tokens y_l^n given x^n and the preferred prefix, scored on x^n by both. With ``noise_on_clean_image`` it is
+    the released code's: policy and reference each take their own most likely tokens under x^n and score them on the
+    clean image. ``noise_tokens_N`` pins y_l^n (for comparisons, since near ties flip).
+    """
+    seen = policy.look(batch.images)
+    ours, logits_UV = _pairs(policy, batch, seen)
+    with policy.reference():
+        theirs, reference_UV = _pairs(policy, batch, seen)
+    if batch.noised is None:
+        return ours, theirs
+
+    noised = policy.look(batch.noised)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not noise_on_clean_image):
+        noised_UV = policy.predict(batch.preferred, noised)
+    with policy.reference():
+        reference_noised_UV = policy.predict(batch.preferred, noised)
+
+    side, clean, examples = batch.preferred.preferred, batch.pairs.preferred, batch.pairs.examples
+    tokens_N = most_likely(noised_UV)[side.position_N] if noise_tokens_N is None else noise_tokens_N
+    if noise_on_clean_image:
+        own = noise_tokens_N is None
+        reference_tokens_N = most_likely(reference_noised_UV)[side.position_N] if own else noise_tokens_N
+        side, noised_UV, reference_noised_UV = clean, logits_UV, reference_UV
+    else:
+        reference_tokens_N = tokens_N
+    return (
+        ours._replace(noise=_sum(token_logps(noised_UV[side.position_N], tokens_N), side, examples)),
+        theirs._replace(noise=_sum(token_logps(reference_noised_UV[side.position_N], reference_tokens_N), side,
+                                   examples)),
+    )
+
+
+def _pairs(policy: Policy, batch: PreferenceBatch, seen: Any) -> tuple[LogProbs, Tensor]:
+    """Log-probabilities of y_w and y_l^t, and the logits [U, V] from which y_w was read."""
+    logits_UV = policy.predict(batch.pairs, seen)
+    preferred = sum_logps(logits_UV, batch.pairs.preferred, batch.pairs.examples)
+    if batch.pairs.dispreferred is not None:
+        return LogProbs(preferred, sum_logps(logits_UV, batch.pairs.dispreferred, batch.pairs.examples)), logits_UV
+    if batch.dispreferred is not None:  # a model whose sequences cannot be packed
+        apart_UV = policy.predict(batch.dispreferred, seen)
+        return LogProbs(preferred, sum_logps(apart_UV, batch.dispreferred.preferred, batch.pairs.examples)), logits_UV
+    return LogProbs(preferred), logits_UV
