@@ -80,7 +80,8 @@ def test_eq_3_against_trl():
     torch.manual_seed(0)
     policy, reference = [LogProbs(*(-20 * torch.rand(2, 7, dtype=torch.float64))) for _ in range(2)]
     dpo = pytest.importorskip("trl.trainer.dpo_config", reason="TRL is not installed (extra: bench)")
-    assert dpo.DPOConfig(output_dir="unused", report_to=[], use_cpu=True, bf16=False).loss_type in ("sigmoid", ["sigmoid"])
+    config = dpo.DPOConfig(output_dir="unused", report_to=[], use_cpu=True, bf16=False)
+    assert config.loss_type in ("sigmoid", ["sigmoid"])
     delta = (policy.preferred - reference.preferred) - (policy.text - reference.text)
     theirs = -torch.nn.functional.logsigmoid(0.1 * delta)
     torch.testing.assert_close(text_dispreference(policy, reference, alpha=0.1).loss_B, theirs)
@@ -123,7 +124,8 @@ def test_golden_released(golden):
     models = []
     for model in ("policy", "reference"):
         noise = summed(golden, f"{model}_preferred_clean", argmax_labels(golden, f"{model}_preferred_noisy"))
-        models.append(LogProbs(summed(golden, f"{model}_preferred_clean", w), summed(golden, f"{model}_text", l), noise))
+        preferred = summed(golden, f"{model}_preferred_clean", w)
+        models.append(LogProbs(preferred, summed(golden, f"{model}_text", l), noise))
     expected = golden["expected_released"]
     torch.testing.assert_close(models[0].noise, t(*expected["policy_noise"]))
     torch.testing.assert_close(models[1].noise, t(*expected["reference_noise"]))

@@ -78,10 +78,13 @@ CASES = [(True, False, False), (True, True, False), (True, True, True), (False, 
 @pytest.mark.parametrize("projector", [True, False], ids=["projector", "frozen projector"])
 @pytest.mark.parametrize(("text", "noise", "released"), CASES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_score_and_gradients_equal_the_plain_way(loaded, folder, tmp_path, which, projector, text, noise, released, dtype):
+def test_score_and_gradients_equal_the_plain_way(
+    loaded, folder, tmp_path, which, projector, text, noise, released, dtype
+):
     policy, template = loaded(dtype, projector)
     examples, batch = batch_of(folder, tmp_path, template, which, text=text, noise=noise)
-    tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-6}  # RMSNorm and rotary positions stay in float32
+    # RMSNorm and the rotary embedding work in float32 whatever the model's dtype, so float64 gains two digits, not nine.
+    tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-6}
     terms = frozenset(t for t, used in (("text", text), ("noise", noise)) if used)
     stage = StageSettings("stage", tuple(terms), 1, 1e-4, 1e-4, 1)
     module = POVIDModule(policy, ObjectiveSettings("released" if released else "paper"), stage, terms)
@@ -102,7 +105,7 @@ def test_score_and_gradients_equal_the_plain_way(loaded, folder, tmp_path, which
     plain_loss = module.loss(*as_logps, batch).loss_B
     torch.testing.assert_close(fast_loss, plain_loss, **tolerance)
     for ours, theirs in zip(fast_gradients, torch.autograd.grad(plain_loss.mean(), parameters)):
-        assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 1e-7) * (theirs.norm() + 1e-2)
+        assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 1e-6) * (theirs.norm() + 1e-2)
 
 
 def test_policy_without_training_is_its_reference(folder, tmp_path):

@@ -17,6 +17,8 @@ WORDS = ("A dog and cat sit on the mat near a red bus in town . Describe this im
 
 def save_tiny_llava(folder: Path, *, seed: int = 0, width: int = 32, layers: int = 2, image: int = 32) -> Path:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from tokenizers.trainers import BpeTrainer
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
@@ -26,8 +28,6 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, width: int = 32, layers: int
         LlavaProcessor,
         PreTrainedTokenizerFast,
     )
-    from tokenizers.processors import TemplateProcessing
-    from tokenizers.trainers import BpeTrainer
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -44,10 +44,11 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, width: int = 32, layers: int
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration(LlavaConfig(
         vision_config=CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-                         image_size=image, patch_size=8),
-        text_config=LlamaConfig(hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-                    vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=2, bos_token_id=0,
-                    eos_token_id=1),
+                                       image_size=image, patch_size=8),
+        text_config=LlamaConfig(
+            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
+            vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=2, bos_token_id=0,
+            eos_token_id=1),
         image_token_id=3, vision_feature_layer=-2, vision_feature_select_strategy="default"))
     for name, parameter in model.named_parameters():  # the default init is too small for anything to differ
         if parameter.ndim > 1:

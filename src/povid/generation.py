@@ -171,8 +171,7 @@ class Answers:
             torch.manual_seed(generators[0].initial_seed())
         output = network.generate(input_ids=ids, attention_mask=mask, **images, **extra, **sampling,
                                   max_new_tokens=decoding.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-        for row, tokens in enumerate(output[:, ids.shape[1] :].tolist()):
-            yield row, tokens
+        yield from enumerate(output[:, ids.shape[1] :].tolist())
 
 
 def _end_tokens(network: torch.nn.Module, template: Template) -> set[int]:

@@ -63,7 +63,8 @@ class POVIDModule(L.LightningModule):
         policy: with a fresh adapter. objective, stage: settings. terms: the dispreferences in use, of "text", "noise".
     """
 
-    def __init__(self, policy: Policy, objective: ObjectiveSettings, stage: StageSettings, terms: frozenset[str]) -> None:
+    def __init__(self, policy: Policy, objective: ObjectiveSettings, stage: StageSettings,
+                 terms: frozenset[str]) -> None:
         super().__init__()
         self.policy, self.objective, self.stage, self.terms = policy, objective, stage, terms
         self.strict_loading = False  # a checkpoint holds what trains and nothing else

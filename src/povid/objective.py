@@ -16,7 +16,7 @@ from torch.nn.functional import logsigmoid
 class LogProbs(NamedTuple):
     """log pi(y|x) of the responses of a batch, each of shape [B]; ``None`` where the ablation does not use one.
 
-    ``noise`` is log pi(y_l^n | x^n) under the paper's objective; under the released one it is scored on the clean image.
+    ``noise`` is log pi(y_l^n | x^n) under the paper's objective; under the released one it is scored on x.
     """
 
     preferred: Tensor

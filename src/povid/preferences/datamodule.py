@@ -1,4 +1,4 @@
-"""PreferenceDataModule: serves batches of <image, preferred, dispreferred>, with noised images made ahead of the step."""
+"""PreferenceDataModule: batches of <image, preferred, dispreferred>, noised images made ahead of the step."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def collate(examples: Sequence[Example], *, text: bool, packable: bool, padding_
 
 
 def stack(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the image tensors of several examples; pictures cut into different numbers of tiles are filled with zeros."""
+    """Join the image tensors of several examples; pictures of fewer tiles than others are filled with zeros."""
     joined = {}
     for key in images[0]:
         tensors = [entry[key] for entry in images]
@@ -208,7 +208,8 @@ class PreferenceDataModule(L.LightningDataModule):
     """
 
     def __init__(self, triples: Sequence[Triple], template: Template, *, noise: NoiseSettings | None, text: bool,
-                 packable: bool, batch_size: int, seed: int, workers: int = 0, cache_mb: int = 0, group_by_length: bool = True) -> None:
+                 packable: bool, batch_size: int, seed: int,
+                 workers: int = 0, cache_mb: int = 0, group_by_length: bool = True) -> None:
         super().__init__()
         if not triples:
             raise Fault("the preference data holds no record; check data.preferences")

@@ -123,8 +123,8 @@ class Template:
         expanded, images = self.see(question, picture)
         tail, _ = self._after_image(question, [])
         if expanded[len(expanded) - len(tail):] != tail:
-            raise Fault(f"record {name!r}: the processor's tokens of the prompt do not end with the tokens of its text; "
-                        "this model's processor is not supported")
+            raise Fault(f"record {name!r}: the processor's tokens of the prompt do not end with the tokens of its "
+                        "text; this model's processor is not supported")
         head = expanded[: len(expanded) - len(tail)]
         if len(expanded) >= self.max_length:
             raise Fault(f"record {name!r}: its prompt alone takes {len(expanded)} tokens (image included) and "
