@@ -1,1 +1,5 @@
-"""Tables, figures and dashboards, made from run folders and never typed."""
+"""Tables, figures and dashboards made from run folders; nothing here imports torch."""
+
+from povid.report.command import write_tables
+
+__all__ = ["write_tables"]

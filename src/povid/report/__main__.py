@@ -1,0 +1,35 @@
+"""``python -m povid.report OUTPUTS``: the paper's tables with ours beside them, from run folders, at any time."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from povid.fault import Fault
+from povid.report.command import write_tables
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the tables, print Table 3 (or the one asked for) and where the files are; 0, or 2 after a fault."""
+    parser = argparse.ArgumentParser(prog="python -m povid.report", description=__doc__)
+    parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
+    parser.add_argument("--table", type=int, choices=(1, 2, 3, 4), action="append",
+                        help="only this table; may be given again (default: all that the runs belong to)")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: OUTPUTS/tables)")
+    parser.add_argument("--no-pictures", action="store_true", help="only Markdown, CSV and LaTeX")
+    options = parser.parse_args(arguments)
+    try:
+        files = write_tables(options.outputs, options.out, tuple(options.table or ()), not options.no_pictures)
+    except Fault as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    for file in files:
+        if file.suffix == ".md":
+            print(file.read_text(encoding="utf-8"))
+    print("\n".join(map(str, files)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

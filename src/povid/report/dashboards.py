@@ -1,0 +1,130 @@
+"""What training did to what the model says: pictures, responses, and captions with their hallucinations marked."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Finder = Callable[[str], list[str]]
+"""The objects that a text mentions, in order (``povid.benchmarks.chair.objects`` with its synonyms filled in)."""
+
+PICTURES = ("picture", "noised picture")
+TEXTS = ("preferred", "dispreferred", "before", "after")
+COLUMNS = ("id", *PICTURES, "question", *TEXTS, "hallucinated before", "hallucinated after")
+STYLE = "background:#ffd5d0;color:#8c1d18"
+
+
+def table_rows(records: Sequence[Mapping[str, Any]], find: Finder | None = None) -> tuple[list[str], list[list[Any]]]:
+    """Columns and rows of the table, without W&B.
+
+    Each record holds ``id``, ``image`` and ``noised`` (a PIL picture, encoded bytes or a file; None for none),
+    ``question``, ``preferred``, ``dispreferred``, the captions ``before`` and ``after`` training, and ``objects``, what
+    is in the picture. The four texts come back as HTML in which mentions of anything else stand in <mark>; the last two
+    columns list the hallucinated objects of the captions. Without ``find`` or without ``objects`` nothing is marked.
+    """
+    rows = []
+    for record in records:
+        truth = record.get("objects")
+        known = find is not None and truth is not None
+        texts = {key: str(record.get(key) or "") for key in TEXTS}
+        marked = [mark(text, truth, find) if known else html.escape(text) for text in texts.values()]
+        absent = [", ".join(hallucinated(texts[key], truth, find)) if known else "" for key in ("before", "after")]
+        rows.append([str(record.get("id", "")), record.get("image"), record.get("noised"),
+                     str(record.get("question") or ""), *marked, *absent])
+    return list(COLUMNS), rows
+
+
+def hallucinated(text: str, truth: Collection[str], find: Finder) -> list[str]:
+    """Objects that ``text`` mentions and that are not in ``truth``, each once, in order of mention."""
+    return list(dict.fromkeys(thing for thing in find(text) if thing not in truth))
+
+
+def mark(text: str, truth: Collection[str], find: Finder) -> str:
+    """``text`` as HTML with every mention of an object that is not in ``truth`` in <mark>."""
+    absent = set(hallucinated(text, truth, find))
+    words = list(re.finditer(r"[\w'-]+", text))
+    out, end, place = [], 0, 0
+    while place < len(words):
+        span = words[place : place + 1]
+        pair = words[place : place + 2]
+        # Two words are one name where together they mention something else than one after the other (hot dog).
+        if len(pair) == 2 and find(_between(text, pair)) != find(pair[0].group()) + find(pair[1].group()):
+            span = pair
+        if absent.intersection(find(_between(text, span))):
+            out += [html.escape(text[end : span[0].start()]),
+                    f'<mark style="{STYLE}">{html.escape(_between(text, span))}</mark>']
+            end = span[-1].end()
+        place += len(span)
+    return "".join([*out, html.escape(text[end:])])
+
+
+def _between(text: str, words: Sequence[re.Match[str]]) -> str:
+    return text[words[0].start() : words[-1].end()]
+
+
+def log_table(run: Any, table: tuple[Sequence[str], Sequence[Sequence[Any]]], name: str = "preferences") -> None:
+    """Log what ``table_rows`` gave to the W&B ``run`` under ``name``: pictures as images, marked texts as HTML."""
+    import wandb
+
+    columns, rows = table
+    made = wandb.Table(columns=list(columns))
+    for row in rows:
+        made.add_data(*(_for_wandb(wandb, column, value) for column, value in zip(columns, row, strict=True)))
+    run.log({name: made})
+
+
+def _for_wandb(wandb: Any, column: str, value: Any) -> Any:
+    if column in PICTURES:
+        return None if value is None else wandb.Image(_picture(value))
+    return wandb.Html(value, inject=False) if column in TEXTS else value
+
+
+def _picture(value: Any) -> Image:
+    from PIL import Image
+
+    if isinstance(value, (bytes, bytearray)):
+        return Image.open(io.BytesIO(value)).convert("RGB")
+    if isinstance(value, (str, Path)):
+        with Image.open(value) as picture:
+            return picture.convert("RGB")
+    return value.convert("RGB")
+
+
+def write_page(table: tuple[Sequence[str], Sequence[Sequence[Any]]], file: Path) -> Path:
+    """The same table as one HTML file that needs nothing else, for whoever has no W&B."""
+    columns, rows = table
+    body = []
+    for row in rows:
+        cells = []
+        for column, value in zip(columns, row, strict=True):
+            if column in PICTURES:
+                text = "" if value is None else f'<img src="data:image/png;base64,{_encoded(value)}">'
+            else:
+                text = value if column in TEXTS else html.escape(str(value))
+            cells.append(f"<td>{text}</td>")
+        body.append(f"<tr>{''.join(cells)}</tr>")
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
+    page = ("<!doctype html><meta charset='utf-8'><title>Before and after</title><style>"
+            "body{font:14px/1.45 sans-serif;margin:24px;color:#1a1a1a}table{border-collapse:collapse}"
+            "th,td{border-bottom:1px solid #ccc;padding:8px;text-align:left;vertical-align:top;max-width:22em}"
+            "img{width:150px;image-rendering:auto}</style>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>\n")
+    temporary = file.with_name(f".{file.name}.part")
+    temporary.write_text(page, encoding="utf-8")
+    os.replace(temporary, file)
+    return file
+
+
+def _encoded(value: Any) -> str:
+    buffer = io.BytesIO()
+    _picture(value).save(buffer, format="PNG")
+    return base64.b64encode(buffer.getvalue()).decode()

@@ -1,0 +1,232 @@
+"""Figures from run folders: hallucination against coverage, and the training curves of every row."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from povid.report.runs import PAPER_ROWS, Row, Run, group, lookup
+from povid.report.tables import COLLAPSE
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {"none": "#4d4d4d", "noise": "#1b6ca8", "text": "#c8553d", "both": "#2a7f4f"}
+MORE = ("#8e5aa8", "#b08800", "#00798c", "#a3416b", "#6b705c", "#5c4d7d")
+MARKERS = {"none": "s", "noise": "^", "text": "v", "both": "o"}
+
+# Panels from top to bottom: title, then (legend, names of the column in metrics.csv, ink).
+TEXT, NOISE, PREFERRED = "#c8553d", "#1b6ca8", "#2a7f4f"
+PANELS = (
+    ("loss", (("loss", ("train/loss",), "#1a1a1a"),)),
+    ("reward", (("preferred", ("train/reward/preferred", "train/reward_preferred"), PREFERRED),
+                ("text dispreferred", ("train/reward/text", "train/reward_text"), TEXT),
+                ("noise dispreferred", ("train/reward/noise", "train/reward_noise"), NOISE))),
+    ("margin", (("over text", ("train/margin/text", "train/margin_text"), TEXT),
+                ("over noise", ("train/margin/noise", "train/margin_noise"), NOISE))),
+    ("share with margin > 0", (("text", ("train/accuracy/text", "train/accuracy_text"), TEXT),
+                               ("noise", ("train/accuracy/noise", "train/accuracy_noise"), NOISE))),
+    ("loss of each pair", (("text", ("train/loss/text", "train/loss_text"), TEXT),
+                           ("noise", ("train/loss/noise", "train/loss_noise"), NOISE))),
+)
+SMOOTH = 200  # points of a curve; more are averaged in bins, so that a long run shows its course and not its jitter
+
+
+def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
+    """CHAIR_I (percent, lower is better) over coverage (percent, higher is better), one panel per model and data.
+
+    A small dot per seed, a large mark with standard errors per row, and the way there for runs that hold ``curve``, a
+    list of {"step", "CHAIR_I", "coverage"}. The shaded side is more than ten points of coverage below the base.
+    None when no run has both figures.
+    """
+    shown = [row for row in group(runs) if _points(row)]
+    worlds = sorted({row.world for row in shown})
+    if not worlds:
+        return None
+    figure = _figure(7.2 * len(worlds), 5.4)
+    for place, world in enumerate(worlds, 1):
+        axes = figure.add_subplot(1, len(worlds), place)
+        rows = [row for row in shown if row.world == world]
+        inks = _inks(rows)
+        base = next((row for row in rows if row.name == "none"), None)
+        for row, ink in zip(rows, inks):
+            _draw_row(axes, row, ink)
+        if base:
+            edge = _mean([x for x, _ in _points(base)]) - COLLAPSE
+            left, right = axes.get_xlim()
+            left = min(left, edge - 0.05 * (right - left))
+            axes.axvspan(left, edge, color="#b3261e", alpha=0.07, lw=0)
+            axes.text(edge - 0.01 * (right - left), 0.98, "says less than the base", color="#b3261e", fontsize=8.5,
+                      ha="right", va="top", rotation=90, transform=axes.get_xaxis_transform())
+            axes.set_xlim(left, right)
+        axes.set_xlabel("coverage: true objects that are named, % (higher is better)")
+        axes.set_ylabel("CHAIR$_I$: mentions that are hallucinated, % (lower is better)")
+        axes.set_title(f"model {world[0]}, data {world[1]}", fontsize=10)
+        axes.grid(alpha=0.25)
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
+    figure.suptitle("Hallucination at equal coverage: better is lower right", fontsize=12)
+    return _save(figure, file)
+
+
+def _draw_row(axes: Axes, row: Row, ink: str) -> None:
+    points = _points(row)
+    for run in row.runs:
+        way = [(step.get("coverage"), step.get("CHAIR_I")) for step in run.results.get("curve") or ()
+               if isinstance(step, dict)]
+        way = [(x, y) for x, y in way if _number(x) and _number(y)]
+        axes.plot([x for x, _ in way], [y for _, y in way], color=ink, alpha=0.45, lw=1, marker=".", ms=3, zorder=1)
+    axes.scatter([x for x, _ in points], [y for _, y in points], s=14, color=ink, alpha=0.45, lw=0, zorder=2)
+    x, y = _mean([x for x, _ in points]), _mean([y for _, y in points])
+    label = _name(row) + (f" (n = {len(points)})" if len(points) > 1 else "")
+    axes.errorbar([x], [y], xerr=[_error([x for x, _ in points])], yerr=[_error([y for _, y in points])], color=ink,
+                  marker=MARKERS.get(row.name, "D"), ms=9, mec="white", mew=1, capsize=3, lw=1.3, ls="none", zorder=3,
+                  label=label)
+
+
+def _points(row: Row) -> list[tuple[float, float]]:
+    pairs = [(lookup(run.benchmarks, "chair.coverage"), lookup(run.benchmarks, "chair.CHAIR_I")) for run in row.runs]
+    return [(x, y) for x, y in pairs if _number(x) and _number(y)]
+
+
+def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
+    """Loss, rewards and margins over the steps, one column per row and stage, a thin line per seed and their mean.
+
+    Read from ``run_folder/stage_*/**/metrics.csv``; a panel whose columns nobody logged is left out. None when no run
+    logged any.
+    """
+    columns: list[tuple[str, list[dict[str, list[tuple[float, float]]]]]] = []
+    for row in group(runs):
+        stages: dict[str, list] = defaultdict(list)
+        for run in row.runs:
+            for folder in sorted(run.folder.glob("stage_*")):
+                series = _metrics(folder)
+                if series:
+                    stages[folder.name.removeprefix("stage_")].append(series)
+        columns += [(f"{_name(row)}, stage {stage}", found) for stage, found in sorted(stages.items())]
+    logged = {name for _, found in columns for series in found for name in series}
+    panels = [panel for panel in PANELS if any(_column(names, logged) for _, names, _ in panel[1])]
+    if not panels:
+        return None
+    figure = _figure(max(3.3 * len(columns), 5.0), 2.15 * len(panels) + 0.7)
+    grid = figure.subplots(len(panels), len(columns), squeeze=False, sharey="row", sharex="col")
+    for down, (title, lines) in enumerate(panels):
+        for across, (heading, found) in enumerate(columns):
+            axes = grid[down][across]
+            for legend, names, ink in lines:
+                name = _column(names, {name for series in found for name in series})
+                _draw_series(axes, [series[name] for series in found if name in series], legend, ink)
+            if down == 0:
+                axes.set_title(heading, fontsize=10)
+            if across == 0:
+                axes.set_ylabel(title)
+            if down == len(panels) - 1:
+                axes.set_xlabel("step")
+            if not axes.has_data():
+                axes.text(0.5, 0.5, "not in this stage", transform=axes.transAxes, ha="center", color="#757575")
+                axes.grid(False)
+                continue
+            if len(lines) > 1:
+                axes.legend(fontsize=8, frameon=False)
+            axes.grid(alpha=0.25)
+    return _save(figure, file)
+
+
+def _draw_series(axes: Axes, seeds: list[list[tuple[float, float]]], legend: str, ink: str) -> None:
+    if not seeds:
+        return
+    by_step: dict[float, list[float]] = defaultdict(list)
+    for points in seeds:
+        for step, value in points:
+            by_step[step].append(value)
+        if len(seeds) > 1:
+            axes.plot(*zip(*_binned(points)), color=ink, alpha=0.25, lw=0.8)
+    # A seed that logged other steps, or stopped early, would make the mean jump: only steps that all seeds share.
+    mean = [(step, _mean(values)) for step, values in sorted(by_step.items()) if len(values) == len(seeds)]
+    if mean:
+        axes.plot(*zip(*_binned(mean)), color=ink, lw=1.8, label=legend, marker="o" if len(mean) == 1 else "")
+
+
+def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most ``SMOOTH`` points: neighbours averaged in step and value."""
+    width = -(-len(points) // SMOOTH)
+    bins = [points[start : start + width] for start in range(0, len(points), width)]
+    return [(_mean([step for step, _ in part]), _mean([value for _, value in part])) for part in bins]
+
+
+def _metrics(folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Series by name from the newest metrics.csv below a stage's folder: (step, value), blanks and NaN skipped."""
+    files = sorted(folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)
+    series: dict[str, dict[float, float]] = defaultdict(dict)
+    if files:
+        with files[-1].open(newline="", encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(csv.DictReader(lines)):
+                step = _float(line.get("step"))
+                for name, text in line.items():
+                    value = _float(text) if name and name not in ("step", "epoch") else None
+                    if value is not None:
+                        series[name][number if step is None else step] = value
+    return {name: sorted(points.items()) for name, points in series.items()}
+
+
+def _float(text: object) -> float | None:
+    try:
+        value = float(text)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _column(names: Sequence[str], logged: set[str]) -> str | None:
+    """The logged name; Lightning adds ``_step`` where a value is logged by step and by epoch."""
+    return next((found for name in names for found in (name, f"{name}_step") if found in logged), None)
+
+
+def _number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _error(values: Sequence[float]) -> float:
+    """Standard error of the mean; 0 for a single value, which has no bar."""
+    if len(values) < 2:
+        return 0.0
+    mean = _mean(values)
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
+
+
+def _name(row: Row) -> str:
+    return f"{row.name} ({row.difference})" if row.difference else row.name
+
+
+def _inks(rows: Sequence[Row]) -> list[str]:
+    """The four rows keep their colours; a second setting of one, and controls, take the next free ones."""
+    more, used, inks = iter(MORE * (len(rows) + 1)), set(), []
+    for row in rows:
+        ink = COLORS[row.name] if row.name in PAPER_ROWS and row.name not in used else next(more)
+        used.add(row.name)
+        inks.append(ink)
+    return inks
+
+
+def _figure(width: float, height: float) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, file: Path) -> Path:
+    temporary = file.with_name(f".{file.name}.part")
+    figure.savefig(temporary, format="png", facecolor="white")
+    temporary.replace(file)
+    return file

@@ -1,0 +1,266 @@
+"""Run folders in, rows of runs that may be averaged out.
+
+A row is the set of runs that differ in nothing but the seed. What distinguishes two rows of one name is found by
+comparing everything that a run records about itself, and is put into their labels.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from povid.fault import Fault
+
+PAPER_ROWS = ("none", "text", "noise", "both")
+LAST_STAGE = {"text": "1", "noise": "2", "both": "2"}
+RECORDED = ("objective", "noise", "model", "data", "experiment", "decoding", "settings")
+# Of what a stage records, the settings; the rest (losses, times, folders) differs between seeds and says nothing.
+STAGE_SETTINGS = {"steps", "max_steps", "epochs", "lr", "learning_rate", "projector_lr", "batch", "batch_size",
+                  "effective_batch", "accumulate", "accumulate_grad_batches", "precision", "alpha", "beta", "beta1",
+                  "beta2", "records", "triples", "examples", "dispreference", "dispreferences", "lora", "warmup",
+                  "weight_decay", "objective", "settings"}
+# Overrides that results.json repeats, or that cannot change what is learnt or scored.
+OVERRIDES_ELSEWHERE = {"seed", "ablation", "stage", "model", "data", "objective", "noise", "experiment", "init_from",
+                       "benchmarks", "logger", "hydra", "name", "group", "tags", "output", "outputs", "launcher",
+                       "adapter", "judge", "progress"}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One readable results.json."""
+
+    file: Path
+    row: str
+    seed: Any
+    started: str
+    settings: dict[str, str]  # flat, as text: everything but the seed that may set this run apart
+    results: dict[str, Any]
+
+    @property
+    def folder(self) -> Path:
+        return self.file.parent
+
+    @property
+    def benchmarks(self) -> dict[str, Any]:
+        return self.results["benchmarks"]
+
+    @property
+    def world(self) -> tuple[str, str]:
+        """(model, data): rows are only ever compared within one."""
+        return self.settings.get("model", "?"), self.settings.get("data", "?")
+
+
+@dataclass
+class Row:
+    """Runs that differ in the seed alone, newest per seed. ``difference`` sets it apart from rows of the same name."""
+
+    name: str
+    runs: list[Run]
+    difference: str = ""
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def world(self) -> tuple[str, str]:
+        return self.runs[0].world
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return self.runs[0].settings
+
+
+def find_runs(outputs: Path) -> list[Run]:
+    """Every run below ``outputs``, at any depth; an unreadable results.json is named on stderr and left out.
+
+    Raises:
+        Fault: ``outputs`` is no folder, or holds no readable results.json.
+    """
+    outputs = Path(outputs)
+    if not outputs.is_dir():
+        raise Fault(f"{outputs} is not a folder; name the folder that training wrote its runs to")
+    files = {file.resolve(): file for file in sorted(outputs.rglob("results.json"), reverse=True)}
+    runs = []
+    for file in sorted(files.values()):
+        try:
+            runs.append(_read(file))
+        except (OSError, ValueError) as error:
+            print(f"warning: {file} is left out: {error}", file=sys.stderr)
+    if not runs:
+        found = f"{len(files)} results.json, none of them readable" if files else "no results.json"
+        raise Fault(f"{outputs} holds {found}; train first (python train.py) or name another folder")
+    return runs
+
+
+def _read(file: Path) -> Run:
+    try:
+        results = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"it is not whole JSON ({error}); run that run again") from error
+    if not isinstance(results, dict) or not isinstance(results.get("benchmarks"), dict):
+        raise ValueError("it has no 'benchmarks', so it is not (yet) a finished run's results")
+    if not isinstance(results.get("row"), str) or not results["row"]:
+        raise ValueError("it has no 'row' that says which row of the table it belongs to")
+    row = results["row"]
+    return Run(file, row, results.get("seed"), str(results.get("started", "")), _settings(row, results, file), results)
+
+
+def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
+    """Everything a run records that may set it apart, less what cannot touch its row (noise in a run without noise)."""
+    flat: dict[str, str] = {}
+    for key in RECORDED:
+        _flatten(results.get(key), key, flat)
+    for number, stage in (results.get("stages") or {}).items():
+        if isinstance(stage, dict):
+            _flatten({key: value for key, value in stage.items() if key in STAGE_SETTINGS}, f"stages.{number}", flat)
+    for override in _overrides(file.parent):
+        name, _, value = override.lstrip("+~").partition("=")
+        if name in OVERRIDES_ELSEWHERE or name.split(".")[0].split("/")[0] in {"hydra", "logger", "paths"}:
+            continue
+        flat.setdefault(name.replace("/", "."), value)
+    last, stage = LAST_STAGE.get(row), str(results.get("stage", "all"))
+    if last and stage not in ("all", last, "None"):
+        flat["stage"] = stage
+    untouched = {"none": ("objective", "noise", "experiment", "stages", "trainer"),
+                 "text": ("noise", "stages.2"), "noise": ("stages.1",)}.get(row, ())
+    return {key: value for key, value in flat.items()
+            if not any(key == part or key.startswith(part + ".") for part in untouched)}
+
+
+def _flatten(value: Any, key: str, into: dict[str, str]) -> None:
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            _flatten(inner, f"{key}.{name}", into)
+    elif value is not None:
+        into[key] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+
+
+def _overrides(folder: Path) -> list[str]:
+    """Hydra's record of the command line, where the run has one."""
+    file = folder / ".hydra" / "overrides.yaml"
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError):
+        return []
+    return [text for text in found if isinstance(text, str)] if isinstance(found, list) else []
+
+
+def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
+    """Rows of runs that agree in name and in every setting but those named in ``ignore``.
+
+    A seed that was run twice with the same settings counts once, by its newest run, and the row says so.
+    """
+    groups: dict[tuple, list[Run]] = defaultdict(list)
+    for run in runs:
+        settings = {key: value for key, value in run.settings.items() if key not in ignore}
+        groups[run.row, tuple(sorted(settings.items()))].append(run)
+    rows = [_row(name, members) for (name, _), members in groups.items()]
+    _label(rows, ignore)
+    order = {name: place for place, name in enumerate(PAPER_ROWS)}
+    return sorted(rows, key=lambda row: (row.world, order.get(row.name, len(order)), row.name, row.difference))
+
+
+def _row(name: str, runs: list[Run]) -> Row:
+    newest: dict[Any, Run] = {}
+    older = 0
+    for run in sorted(runs, key=lambda run: (run.started, str(run.file))):
+        key = run.file if run.seed is None else str(run.seed)
+        older += key in newest
+        newest[key] = run
+    row = Row(name, sorted(newest.values(), key=lambda run: (str(run.seed).zfill(12), str(run.file))))
+    if older:
+        row.remarks.append(f"{older} older run{'s' * (older > 1)} with the same seed and settings left out")
+    versions: dict[str, set[str]] = defaultdict(set)
+    for run in row.runs:
+        found = run.results.get("versions")
+        for package, version in (found.items() if isinstance(found, dict) else ()):
+            versions[package].add(str(version))
+    mixed = [f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items())
+             if len(found) > 1]
+    if mixed:
+        row.remarks.append(f"its runs were made with different versions: {', '.join(mixed)}")
+    return row
+
+
+def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
+    """Name in each row what sets it apart from the other rows of its name and world."""
+    siblings: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        siblings[row.name, row.world if "data" not in ignore else row.world[0]].append(row)
+    for members in siblings.values():
+        keys = sorted({key for row in members for key in row.settings if key not in ignore})
+        apart = [key for key in keys if len({row.settings.get(key) for row in members}) > 1]
+        for row in members:
+            parts = [f"{key}={row.settings.get(key, 'default')}" for key in apart if key != "stage"]
+            if "stage" in row.settings:
+                parts.append(f"stage {row.settings['stage']} only")
+            row.difference = ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """One score over the seeds of a row: ``mean``, sample standard deviation ``sd`` and standard error ``se`` (NaN for
+    a single run), ``n`` runs that have it. ``mean`` is None where there is none, and ``reason`` then says why."""
+
+    mean: float | None
+    sd: float = math.nan
+    se: float = math.nan
+    n: int = 0
+    reason: str = ""
+    remark: str = ""
+
+
+# A score is averaged only over runs that agree in these: who judged, and how much was asked.
+SAME_TEST = {"chair": ("captions",), "mmhal": ("judge",), "mm_vet": ("judge",), "llava_bench": ("judge",),
+             "mmbench": ("judge",), "pope": ("questions", "random.questions", "popular.questions",
+                                              "adversarial.questions")}
+
+
+def lookup(scores: Any, path: str) -> Any:
+    """``scores["a"]["b"]`` for the path ``a.b``; None where a part is absent."""
+    for part in path.split("."):
+        scores = scores.get(part) if isinstance(scores, dict) else None
+    return scores
+
+
+def summarise(row: Row, score: str) -> Summary:
+    """Mean and spread over the seeds of ``row`` of the score named ``benchmark.score`` (its place in results.json)."""
+    benchmark, _, key = score.partition(".")
+    values, reasons, tests = [], [], defaultdict(set)
+    for run in row.runs:
+        found = run.benchmarks.get(benchmark)
+        value = lookup(found, key)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+            values.append(float(value))
+            for part in SAME_TEST.get(benchmark, ()):
+                tests[part].add(str(lookup(found, part)))
+        else:
+            reasons.append(_reason(benchmark, key, found, value))
+    apart = [f"{part.replace('.', ' ')} {' and '.join(sorted(kinds))}" for part, kinds in tests.items()
+             if len(kinds) > 1]
+    if apart:
+        return Summary(None, reason=f"{benchmark}: runs differ in {'; '.join(apart)} and are not averaged")
+    reasons = sorted(set(reasons))
+    if not values:
+        return Summary(None, reason="; ".join(reasons))
+    mean = math.fsum(values) / len(values)
+    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)) if values[1:] else math.nan
+    remark = f"{benchmark}: {len(values)} of {len(row.runs)} runs ({'; '.join(reasons)})" if reasons else ""
+    return Summary(mean, sd, sd / math.sqrt(len(values)), len(values), remark=remark)
+
+
+def _reason(benchmark: str, key: str, found: Any, value: Any) -> str:
+    if found is None:
+        return f"{benchmark} was not asked for; add it to benchmarks="
+    if isinstance(found, dict) and "missing" in found:
+        cure = f"; {found['cure']}" if found.get("cure") else ""
+        return f"{benchmark}: {str(found['missing']).rstrip('.')}{cure}"
+    if value is None:
+        return f"{benchmark}: results.json has no {key}"
+    return f"{benchmark}: {key} is {value!r}, which is no number"

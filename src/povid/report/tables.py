@@ -1,0 +1,417 @@
+"""The paper's Tables 1 to 4 with ours beside the printed rows, as data; render.py and picture.py write them out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from povid.report import paper
+from povid.report.paper import PaperRow
+from povid.report.runs import PAPER_ROWS, Row, Run, Summary, group, summarise
+
+COLLAPSE = 10.0  # points of coverage below the base
+CHAIR = ("chair.CHAIR_S", "chair.CHAIR_I")
+REAL = "llava_1_5_7b"
+
+
+@dataclass(frozen=True)
+class Column:
+    """``key`` is ``benchmark.score`` in results.json; ``better`` the direction, None for what is not a contest."""
+
+    key: str
+    title: str
+    better: Literal["low", "high"] | None
+    decimals: int
+    subscript: str = ""
+
+    @property
+    def heading(self) -> str:
+        return self.title + (f"_{self.subscript}" if self.subscript else "") + self.arrow
+
+    @property
+    def arrow(self) -> str:
+        return {"low": " ↓", "high": " ↑", None: ""}[self.better]
+
+
+COLUMNS = {column.key: column for column in (
+    Column("chair.CHAIR_S", "CHAIR", "low", 1, "S"),
+    Column("chair.CHAIR_I", "CHAIR", "low", 1, "I"),
+    Column("pope.f1", "POPE", "high", 2),
+    Column("mmhal.score", "MMHal", "high", 2),
+    Column("science_qa.img_accuracy", "SciQA-IMG", "high", 1),
+    Column("mm_vet.total", "MM-Vet", "high", 1),
+    Column("mmbench.accuracy", "MMBench", "high", 1),
+    Column("llava_bench.overall", "LLaVA-Bench", "high", 1),
+    Column("chair.coverage", "coverage", None, 1),
+    Column("chair.words", "words", None, 1),
+    Column("pope.yes_ratio", "yes %", None, 1),
+    Column("rank.hallucination", "rank, hall.", "low", 2),
+    Column("rank.comprehensive", "rank, compr.", "low", 2),
+)}
+BREAKDOWN = tuple(Column(key, title, "high", 1) for key, title in zip(
+    paper.BREAKDOWN, ("Convo", "Captioning", "Reasoning", "Overall")))
+BESIDE = ("chair.coverage", "chair.words", "pope.yes_ratio")
+
+
+@dataclass
+class Cell:
+    """One score of one row. ``place`` 1 is best, 2 second best of its kind in its column; ``notes`` are footnotes."""
+
+    summary: Summary
+    place: int = 0
+    notes: list[str] = field(default_factory=list)
+    difference: bool = False
+
+    def text(self, decimals: int) -> str:
+        if self.summary.mean is None:
+            return "–"
+        error = self.summary.se if self.difference else self.summary.sd
+        spread = "" if math.isnan(error) else f" ± {error:.{decimals}f}"
+        number = f"{self.summary.mean:{'+' if self.difference else ''}.{decimals}f}"
+        return number.replace("-", "−") + spread
+
+
+@dataclass
+class Line:
+    """One printed line of the row ``name``: ``lead`` the cells before the scores; ``says_less`` a fall in coverage."""
+
+    name: str
+    kind: Literal["ours", "paper", "control", "difference"]
+    lead: tuple[str, ...]
+    cells: dict[str, Cell]
+    notes: list[str] = field(default_factory=list)
+    says_less: str = ""
+
+
+@dataclass
+class Block:
+    """Lines that may be compared with each other; ``warnings`` say what they must not be compared with."""
+
+    title: str
+    lines: list[Line]
+    warnings: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Table:
+    number: int
+    title: str
+    lead: tuple[str, ...]
+    columns: tuple[Column, ...]
+    blocks: list[Block]
+    notes: list[str]
+
+
+def table(number: int, runs: Sequence[Run]) -> Table | None:
+    """Table ``number`` (1 to 4) made from ``runs``; None where no run belongs to it."""
+    return {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}[number](runs)
+
+
+# Table 3: the ablation ------------------------------------------------------------------------------------------------
+
+MARKS = {"none": ("✗", "✗"), "text": ("✓", "✗"), "noise": ("✗", "✓"), "both": ("✓", "✓")}
+
+
+def _table_3(runs: Sequence[Run]) -> Table | None:
+    columns = tuple(COLUMNS[key] for key in paper.EIGHT + BESIDE)
+    blocks = []
+    rows = group(runs)
+    for world in sorted({row.world for row in rows}):
+        here = [row for row in rows if row.world == world]
+        bases = [row for row in here if row.name == "none"]
+        main = [row for row in here if row.name in PAPER_ROWS and "stage" not in row.settings]
+        lines = [(row, _ours(row, columns, MARKS[row.name], bases)) for row in main]
+        _rank([line for _, line in lines], columns)
+        printed = _paper_lines(paper.TABLE_3, columns, lambda row: MARKS[row.key])
+        shown: list[Line] = []
+        for name in PAPER_ROWS:
+            shown += [line for row, line in lines if row.name == name] + [printed[name]]
+        title = f"model {world[0]}, data {world[1]}"
+        blocks.append(Block(title, shown, _comparable(world) + _no_base(bases), _order(lines)))
+        others = [row for row in here if row not in main]
+        if others:
+            controls = [_ours(row, columns, ("", ""), bases, kind="control") for row in others]
+            blocks.append(Block(f"controls, beyond the paper (not ranked): {title}", controls))
+        blocks += _differences(here, columns, title)
+    return Table(3, "Ablation: which dispreferences", ("Text disprefer", "Image distortion", "row"), columns, blocks,
+                 _general(3)) if blocks else None
+
+
+def _comparable(world: tuple[str, str]) -> list[str]:
+    model, data = world
+    if data.startswith("scenes") or model.startswith("scenes"):
+        return [f"These numbers come from the embedded scenes (data={data}, model={model}): painted pictures and a "
+                "tiny model, with their own vocabulary. Their level cannot be compared with the paper's rows, which "
+                "are LLaVA-1.5-7B on COCO; only the order of the rows can."]
+    if model != REAL or data != "povid_17k":
+        return [f"The paper's rows are LLaVA-1.5-7B trained on POVID's 17k records (model={REAL}, data=povid_17k); "
+                f"these are model={model}, data={data}, so their level cannot be compared with them."]
+    return []
+
+
+def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list[Block]:
+    """Every row less the base, and less the control that is fine-tuned on the preferred responses alone.
+
+    The error of a difference is the root of both rows' squared standard errors; bold is better by more than two of it.
+    """
+    blocks = []
+    bases = [row for row in rows if row.name == "none"]
+    for name in ("none", "preferred_only"):
+        against = [row for row in rows if row.name == name]
+        if len(against) != 1:
+            continue
+        lines = []
+        for row in (row for row in rows if row.name not in ("none", name)):
+            warning = _says_less(row, bases)
+            cells = {column.key: _difference(row, against[0], column, bool(warning)) for column in columns}
+            if any(cell.summary.mean is not None for cell in cells.values()):
+                lead = (*MARKS.get(row.name, ("", "")), f"{_named(row)} less {name}")
+                lines.append(Line(row.name, "difference", lead, cells, says_less=warning))
+        if lines:
+            blocks.append(Block(f"difference from {name} ± its standard error over seeds (bold: better by more than "
+                                f"two of it): {title}", lines))
+    return blocks
+
+
+def _difference(row: Row, against: Row, column: Column, says_less: bool) -> Cell:
+    mine, theirs = summarise(row, column.key), summarise(against, column.key)
+    if mine.mean is None or theirs.mean is None:
+        return Cell(Summary(None))
+    gap, error = mine.mean - theirs.mean, math.hypot(mine.se, theirs.se)
+    better = {"low": -gap, "high": gap, None: -math.inf}[column.better]
+    # NaN, the error of a single run, compares false: one run is never shown to be better.
+    won = better > 2 * error and not (says_less and column.key in CHAIR)
+    return Cell(Summary(gap, se=error, n=min(mine.n, theirs.n)), place=int(won), difference=True)
+
+
+def _order(lines: list[tuple[Row, Line]]) -> list[str]:
+    """The order of the rows in CHAIR, ours and the paper's, where all four rows stand there once."""
+    if sorted(row.name for row, _ in lines) != sorted(PAPER_ROWS):
+        return []
+    said = []
+    for key in CHAIR:
+        ours = {row.name: line.cells[key].summary.mean for row, line in lines}
+        if None in ours.values():
+            continue
+        theirs = {row.key: row.scores[key] for row in paper.TABLE_3}
+        said.append(f"{COLUMNS[key].heading.split()[0]}, from worst to best: ours {_descending(ours)}; "
+                    f"paper {_descending(theirs)}.")
+    return said
+
+
+def _descending(scores: dict[str, float]) -> str:
+    return " > ".join(sorted(scores, key=lambda name: -scores[name]))
+
+
+def _no_base(bases: list[Row]) -> list[str]:
+    if bases:
+        return []
+    return ["No base row (ablation=none) for this model and data: whether a row says less than the base could not be "
+            "checked."]
+
+
+# Tables 1 and 4: preference data sets ---------------------------------------------------------------------------------
+
+
+def _table_1(runs: Sequence[Run]) -> Table | None:
+    columns = tuple(COLUMNS[key] for key in paper.EIGHT + BESIDE)
+    return _by_data(1, "Preference data sets", paper.TABLE_1, columns, runs)
+
+
+def _table_4(runs: Sequence[Run]) -> Table | None:
+    asked = [run for run in runs if "llava_bench" in run.benchmarks]
+    return _by_data(4, "LLaVA-Bench in its three categories", paper.TABLE_4, BREAKDOWN, asked)
+
+
+def _by_data(number: int, title: str, printed: Sequence[PaperRow], columns: tuple[Column, ...],
+             runs: Sequence[Run]) -> Table | None:
+    belongs = [run for run in runs if run.world[1] != "scenes" and _data_row(run)]
+    models = sorted({run.world[0] for run in belongs})
+    blocks = []
+    for model in models:
+        here = [run for run in belongs if run.world[0] == model]
+        # What the base model scores does not depend on the data set that it was not trained on.
+        rows = group((run for run in here if run.row == "none"), ignore=("data",))
+        rows += group(run for run in here if run.row != "none")
+        bases = [row for row in rows if row.name == "none"]
+        theirs = _paper_lines(printed, columns, lambda row: (row.name,))
+        lines = [(row, _ours(row, columns, (theirs[_data_row(row.runs[0])].lead[0],), bases)) for row in rows]
+        _rank([line for _, line in lines], columns)
+        shown: list[Line] = []
+        for paper_row in printed:
+            shown += [line for row, line in lines if _data_row(row.runs[0]) == paper_row.key] + [theirs[paper_row.key]]
+        warnings = [] if model == REAL else [f"The paper's rows are LLaVA-1.5-7B; these are model={model}, so their "
+                                             "level cannot be compared with them."]
+        blocks.append(Block(f"model {model}", shown, warnings + _no_base(bases)))
+    return Table(number, title, ("Method", "row"), columns, blocks, _general(number)) if blocks else None
+
+
+def _data_row(run: Run) -> str | None:
+    """The row of Tables 1 and 4 that a run belongs to: the base, POVID in full, or another data set's preferences."""
+    if run.row == "none":
+        return "none"
+    if run.row not in PAPER_ROWS or "stage" in run.settings:
+        return None
+    data = run.world[1]
+    if data == "povid_17k":
+        return "povid" if run.row == "both" else None
+    return data if data in {"vlfeedback", "human_preference", "rlhf_v"} else None
+
+
+# Table 2: models ------------------------------------------------------------------------------------------------------
+
+
+def _table_2(runs: Sequence[Run]) -> Table | None:
+    ranks = ("rank.hallucination", "rank.comprehensive")
+    keys = paper.HALLUCINATION + ranks[:1] + paper.COMPREHENSIVE + ranks[1:]
+    columns = tuple(COLUMNS[key] for key in keys)
+    belongs = [run for run in runs if run.world[1] != "scenes" and "scenes" not in run.world[0]
+               and (run.row == "none" or _data_row(run) == "povid" and run.world[0] == REAL)]
+    if not belongs:
+        return None
+    rows = group((run for run in belongs if run.row == "none"), ignore=("data",))
+    rows += group(run for run in belongs if run.row != "none")
+    theirs = _paper_lines(paper.TABLE_2, columns, lambda row: (row.name, row.vision, row.language))
+    parts = {row.key: (row.name, row.vision, row.language) for row in paper.TABLE_2}
+    lines = [(_model_row(row), _ours(row, columns, parts.get(_model_row(row), (row.world[0], "", "")), [])) for row in
+             rows]
+    _average_ranks([line for _, line in lines])
+    _average_ranks(list(theirs.values()))
+    for paper_row in paper.TABLE_2:
+        for key, printed in zip(ranks, paper_row.ranks or ()):
+            cell = theirs[paper_row.key].cells[key]
+            if printed is not None and cell.summary.mean is not None and round(cell.summary.mean, 2) != printed:
+                cell.notes.append(f"paper, Table 2 prints {printed:.2f} for {paper_row.name}; "
+                                  f"its own scores give {cell.summary.mean:.2f}")
+    for members in ([line for _, line in lines], list(theirs.values())):
+        _rank(members, columns)
+    shown: list[Line] = []
+    for paper_row in paper.TABLE_2:
+        shown += [line for key, line in lines if key == paper_row.key] + [theirs[paper_row.key]]
+    shown += [line for key, line in lines if key not in theirs]
+    return Table(2, "Vision-language models", ("Method", "Vision encoder", "Language model", "row"), columns,
+                 [Block("", shown)], _general(2))
+
+
+def _model_row(row: Row) -> str:
+    if row.name != "none":
+        return "povid"
+    plain = "".join(letter for letter in row.world[0].lower() if letter.isalnum())
+    for key in ("instructblip", "qwen_vl_chat", "mplug_owl2"):
+        if key.replace("_", "") in plain:
+            return key
+    return row.world[0]
+
+
+def _average_ranks(lines: Sequence[Line]) -> None:
+    """Mean place over four benchmarks among the rows that have all four; equal scores share their places' mean."""
+    for name, keys in (("rank.hallucination", paper.HALLUCINATION), ("rank.comprehensive", paper.COMPREHENSIVE)):
+        whole = [line for line in lines if all(line.cells[key].summary.mean is not None for key in keys)]
+        for line in lines:
+            reason = "average rank: only rows that have all four scores are ranked"
+            line.cells[name] = Cell(Summary(None, reason=reason), notes=[reason])
+        if len(whole) < 2:
+            continue
+        for line in whole:
+            places = []
+            for key in keys:
+                values = [_shown(other.cells[key], COLUMNS[key]) for other in whole]
+                mine = _shown(line.cells[key], COLUMNS[key])
+                better = sum(value < mine if COLUMNS[key].better == "low" else value > mine for value in values)
+                places.append(better + (values.count(mine) + 1) / 2)
+            line.cells[name] = Cell(Summary(math.fsum(places) / len(places), n=1))
+
+
+# Lines ----------------------------------------------------------------------------------------------------------------
+
+
+def _ours(row: Row, columns: Iterable[Column], lead: tuple[str, ...], bases: list[Row],
+          kind: Literal["ours", "control"] = "ours") -> Line:
+    cells = {}
+    for column in columns:
+        summary = summarise(row, column.key)
+        notes = [note for note in (summary.reason, summary.remark) if note]
+        cells[column.key] = Cell(summary, notes=notes + _corrected(row, column, summary))
+    seeds = f"n = {len(row.runs)}"
+    remarks = [f"{row.name}: {remark}" for remark in row.remarks]
+    return Line(row.name, kind, (*lead, f"{_named(row)}, {seeds}"), cells, remarks, _says_less(row, bases))
+
+
+def _named(row: Row) -> str:
+    return f"{row.name} ({row.difference})" if row.difference else row.name
+
+
+def _corrected(row: Row, column: Column, summary: Summary) -> list[str]:
+    """Where the official rule is a plain mistake, what the corrected rule gives, if that shows."""
+    benchmark, _, key = column.key.partition(".")
+    if summary.mean is None:
+        return []
+    corrected = summarise(row, f"{benchmark}.corrected.{key}")
+    if corrected.mean is None or f"{corrected.mean:.{column.decimals}f}" == f"{summary.mean:.{column.decimals}f}":
+        return []
+    return [f"{benchmark}: official rule; corrected {corrected.mean:.{column.decimals}f}"]
+
+
+def _says_less(row: Row, bases: list[Row]) -> str:
+    """The warning that a row earns by naming fewer of the true objects than the base, or ""."""
+    if row.name == "none" or not bases:
+        return ""
+    agreed = [sum(base.settings.get(key) == value for key, value in row.settings.items()) for base in bases]
+    base = bases[agreed.index(max(agreed))]
+    before, after = summarise(base, "chair.coverage"), summarise(row, "chair.coverage")
+    if before.mean is None or after.mean is None or before.mean - after.mean <= COLLAPSE:
+        return ""
+    return (f"{_named(row)} says less: coverage fell by "
+            f"{before.mean - after.mean:.1f} points (from {before.mean:.1f} to {after.mean:.1f}), so its CHAIR is no "
+            "gain by itself and is not ranked")
+
+
+def _paper_lines(rows: Sequence[PaperRow], columns: Sequence[Column],
+                 lead: Callable[[PaperRow], tuple[str, ...]]) -> dict[str, Line]:
+    lines = {}
+    for row in rows:
+        cells = {}
+        for column in columns:
+            value = row.scores.get(column.key)
+            remark = row.remarks.get(column.key)
+            cells[column.key] = Cell(Summary(value), notes=[remark] if remark else [])
+        notes = [row.remarks[""]] if "" in row.remarks else []
+        lines[row.key] = Line(row.key, "paper", (*lead(row), f"paper, Table {row.table}"), cells, notes)
+    _rank(list(lines.values()), columns)
+    return lines
+
+
+def _shown(cell: Cell, column: Column) -> float:
+    return round(cell.summary.mean, column.decimals)
+
+
+def _rank(lines: Sequence[Line], columns: Iterable[Column]) -> None:
+    """Best and second best by the value as shown; equal values share a place. A row that says less has no CHAIR place.
+
+    One value alone is no best, and the last of two no second best.
+    """
+    for column in columns:
+        if column.better is None:
+            continue
+        contest = [line for line in lines if line.cells[column.key].summary.mean is not None
+                   and not (line.says_less and column.key in CHAIR)]
+        values = [_shown(line.cells[column.key], column) for line in contest]
+        if len(values) < 2:
+            continue
+        ladder = sorted(set(values), reverse=column.better == "high")
+        for line, value in zip(contest, values):
+            place = ladder.index(value) + 1
+            line.cells[column.key] = replace(line.cells[column.key],
+                                             place=place if place == 1 or place == 2 < len(values) else 0)
+
+
+def _general(number: int) -> list[str]:
+    return ["ours: mean ± standard deviation over n seeds; bold is best and underlined second best among ours, and "
+            "among the paper's rows, by the mean as shown; the spread over seeds leaves out the chance in which "
+            "pictures were asked about",
+            *(("coverage: true objects that the captions name; words: mean length of a caption; yes %: share of yes "
+               "among the POPE answers; the paper prints none of them",) if number in (1, 3) else ()),
+            *paper.GENERAL[number]]

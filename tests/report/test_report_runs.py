@@ -1,0 +1,149 @@
+"""Reading run folders, and which of them may be averaged."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+
+from povid.fault import Fault
+from povid.report.runs import find_runs, group, summarise
+
+
+def test_mean_and_spread_over_seeds(write, outputs):
+    """CHAIR_S 71, 72 and 76: mean 219 / 3 = 73; squares 4 + 1 + 9 = 14, sd sqrt(14 / 2) = 2.6457513, se sd / sqrt 3 =
+    1.5275252."""
+    for seed, shift in enumerate((-1.0, 0.0, 4.0)):
+        write("none", seed, shift)
+    (row,) = group(find_runs(outputs))
+    found = summarise(row, "chair.CHAIR_S")
+    assert (found.mean, found.n) == (73.0, 3)
+    assert found.sd == pytest.approx(2.6457513, abs=1e-7)
+    assert found.se == pytest.approx(1.5275252, abs=1e-7)
+
+
+def test_one_run_has_no_spread(write, outputs):
+    write("none", 0)
+    found = summarise(group(find_runs(outputs))[0], "chair.CHAIR_S")
+    assert found.mean == 72.0 and math.isnan(found.sd) and math.isnan(found.se)
+
+
+@pytest.mark.parametrize("row, changes, shown", [
+    ("text", {"objective": "released"}, "objective=released"),
+    ("noise", {"noise": {"schedule": "linear", "step": 500, "space": "normalized"}}, "noise.schedule=linear"),
+    ("noise", {"noise": {"schedule": "sigmoid", "step": 600, "space": "normalized"}}, "noise.step=600"),
+    ("text", {"stages": {"1": {"steps": 75}}}, "stages.1.steps=75"),
+    ("both", {"experiment": "table3"}, "experiment=table3"),
+    ("text", {"decoding": {"max_new_tokens": 64, "temperature": 0.2}}, "decoding.temperature=0.2"),
+    ("both", {"stage": 1}, "stage 1 only"),
+])
+def test_runs_that_differ_in_more_than_the_seed_are_two_rows(write, outputs, row, changes, shown):
+    write(row, 0)
+    write(row, 1, folder="other", **changes)
+    rows = group(find_runs(outputs))
+    assert [len(found.runs) for found in rows] == [1, 1]
+    assert any(shown in found.difference for found in rows)
+
+
+@pytest.mark.parametrize("row, changes", [
+    ("none", {"objective": "released", "experiment": "controls"}),
+    ("text", {"noise": {"schedule": "linear", "step": 900, "space": "pixel"}}),
+    ("text", {"stage": 1}),
+    ("noise", {"stage": "2"}),
+    ("both", {"timings": {"fit": 99.0}, "started": "2027", "versions": {}}),
+])
+def test_what_cannot_touch_a_row_does_not_split_it(write, outputs, row, changes):
+    write(row, 0)
+    write(row, 1, folder="other", **changes)
+    (found,) = group(find_runs(outputs))
+    assert len(found.runs) == 2 and not found.difference
+
+
+def test_the_command_line_tells_runs_apart_where_results_do_not(write, outputs):
+    for seed, override in enumerate(("stages.1.lr=1e-3", "stages.1.lr=1e-4")):
+        hydra = write("text", seed) / ".hydra"
+        hydra.mkdir()
+        (hydra / "overrides.yaml").write_text(f"- ablation=text\n- seed={seed}\n- {override}\n")
+    assert [row.difference for row in group(find_runs(outputs))] == ["stages.1.lr=1e-3", "stages.1.lr=1e-4"]
+
+
+def test_a_seed_run_twice_counts_once_by_its_newest_run(write, outputs):
+    write("text", 0, started="2026-01-01", folder="old")
+    write("text", 0, 3.0, started="2026-02-01", folder="new")
+    (row,) = group(find_runs(outputs))
+    assert summarise(row, "chair.CHAIR_S").mean == 53.0
+    assert row.remarks == ["1 older run with the same seed and settings left out"]
+
+
+def test_unreadable_results_are_named_and_left_out(write, outputs, capsys):
+    write("none", 0)
+    for name, text in (("half", '{"row": "text", "bench'), ("list", "[]"), ("early", '{"row": "text"}'),
+                       ("nameless", '{"benchmarks": {}}'), ("binary", "\x00")):
+        (outputs / name).mkdir()
+        (outputs / name / "results.json").write_text(text)
+    (outputs / "folder" / "results.json").mkdir(parents=True)
+    assert [run.row for run in find_runs(outputs)] == ["none"]
+    said = capsys.readouterr().err
+    assert said.count("warning:") == 6
+    assert "half/results.json is left out: it is not whole JSON" in said
+
+
+def test_no_run_is_a_fault(outputs, tmp_path):
+    with pytest.raises(Fault, match="is not a folder"):
+        find_runs(outputs)
+    outputs.mkdir()
+    with pytest.raises(Fault, match="holds no results.json"):
+        find_runs(outputs)
+    (outputs / "results.json").write_text("{")
+    with pytest.raises(Fault, match="1 results.json, none of them readable"):
+        find_runs(outputs)
+
+
+def test_a_run_reached_by_a_link_counts_once(write, outputs):
+    folder = write("none", 0)
+    (outputs / "latest").mkdir()
+    (outputs / "latest" / "results.json").symlink_to(folder / "results.json")
+    assert len(find_runs(outputs)) == 1
+
+
+def test_missing_scores_keep_their_reason_and_cure(write, outputs):
+    write("none", 0)
+    (row,) = group(find_runs(outputs))
+    assert summarise(row, "mmhal.score").reason == "mmhal: no judge is set; export POVID_JUDGE_MODEL=..."
+    assert summarise(row, "mm_vet.total").reason == "mm_vet was not asked for; add it to benchmarks="
+
+
+@pytest.mark.parametrize("value", [None, float("nan"), True, "72"])
+def test_what_is_no_number_is_no_score(write, outputs, value):
+    folder = write("none", 0)
+    found = json.loads((folder / "results.json").read_text())
+    found["benchmarks"]["chair"]["CHAIR_S"] = value
+    (folder / "results.json").write_text(json.dumps(found))
+    summary = summarise(group(find_runs(outputs))[0], "chair.CHAIR_S")
+    assert summary.mean is None and "CHAIR_S" in summary.reason
+
+
+def test_a_score_that_some_seeds_lack_says_of_how_many_it_is(write, outputs):
+    write("none", 0)
+    write("none", 1, benchmarks={"chair": {"missing": "no synonyms.txt"}})
+    found = summarise(group(find_runs(outputs))[0], "chair.CHAIR_S")
+    assert (found.mean, found.n) == (72.0, 1)
+    assert found.remark == "chair: 1 of 2 runs (chair: no synonyms.txt)"
+
+
+def test_scores_of_two_judges_or_of_two_sizes_are_not_averaged(write, outputs):
+    for seed, (judge, captions) in enumerate((("gpt-4-0314", 300), ("gpt-4o", 30))):
+        write("none", seed, benchmarks={"mmhal": {"score": 2.0, "judge": judge},
+                                        "chair": {"CHAIR_S": 50.0, "captions": captions}})
+    (row,) = group(find_runs(outputs))
+    assert summarise(row, "mmhal.score").mean is None
+    assert "judge gpt-4-0314 and gpt-4o" in summarise(row, "mmhal.score").reason
+    assert "captions 30 and 300" in summarise(row, "chair.CHAIR_S").reason
+
+
+def test_mixed_versions_are_said(write, outputs):
+    write("none", 0)
+    write("none", 1, versions={"torch": "2.12.0"})
+    assert group(find_runs(outputs))[0].remarks == [
+        "its runs were made with different versions: torch 2.12.0 and 2.13.0"]

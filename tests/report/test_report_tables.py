@@ -1,0 +1,280 @@
+"""What the tables decide: places, collapse, ranks, rows; and how they are written."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+import subprocess
+import sys
+
+import pytest
+
+from povid.fault import Fault
+from povid.report import paper, render, write_tables
+from povid.report.runs import find_runs
+from povid.report.tables import table
+
+
+def lines(made, kind="ours"):
+    return {line.name: line for block in made.blocks for line in block.lines if line.kind == kind}
+
+
+def places(made, score, kind="ours"):
+    return {name: line.cells[score].place for name, line in lines(made, kind).items()}
+
+
+@pytest.fixture
+def sweep(write, outputs):
+    for row in ("none", "text", "noise", "both", "preferred_only"):
+        for seed in range(2):
+            write(row, seed, shift=float(seed))
+    return outputs
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 4])
+def test_the_papers_own_marks_come_out(number, write, outputs):
+    """Bold and underline as printed (Table 2's second half by its numbers). Printed best / second best:
+    Table 1 POVID everywhere; RLHF-V, RLHF-V, RLHF-V, Vlfeedback, RLHF-V, Vlfeedback, Vlfeedback, RLHF-V.
+    Table 3 both everywhere; text in all but MM-Vet, which is none's. Table 4 POVID; RLHF-V but Human-Preference in
+    Reasoning. Table 2 POVID / InstructBLIP in CHAIR, Qwen / POVID in POPE and MMHal, ...
+    """
+    write("none", 0, model="llava_1_5_7b", data="povid_17k", benchmarks={"llava_bench": {"overall": 60.0}})
+    theirs = lines(table(number, find_runs(outputs)), "paper")
+    keys = paper.BREAKDOWN if number == 4 else paper.EIGHT
+    best, second = ([next(name for name, line in theirs.items() if line.cells[key].place == place) for key in keys]
+                    for place in (1, 2))
+    if number == 1:
+        assert set(best) == {"povid"}
+        assert second == ["rlhf_v", "rlhf_v", "rlhf_v", "vlfeedback", "rlhf_v", "vlfeedback", "vlfeedback", "rlhf_v"]
+    elif number == 2:
+        qwen = "qwen_vl_chat"
+        assert best == ["povid", "povid", qwen, qwen, "povid", qwen, "povid", "povid"]
+        assert second == ["instructblip", "instructblip", "povid", "povid", qwen, "mplug_owl2", "mplug_owl2", qwen]
+    elif number == 3:
+        assert set(best) == {"both"}
+        assert second == ["text"] * 5 + ["none"] + ["text"] * 2
+    else:
+        assert set(best) == {"povid"}
+        assert second == ["rlhf_v", "rlhf_v", "human_preference", "rlhf_v"]
+
+
+def test_best_and_second_best_of_ours(sweep):
+    """CHAIR_S means 72.5, (text 50.5), 60.5, 48.5: text's coverage is 14 points lower, so noise is second. POPE means
+    81.5, 80.5, 79.5, 82.5."""
+    made = table(3, find_runs(sweep))
+    assert places(made, "chair.CHAIR_S") == {"none": 0, "text": 0, "noise": 2, "both": 1}
+    assert places(made, "pope.f1") == {"none": 2, "text": 0, "noise": 0, "both": 1}
+    assert places(made, "chair.coverage") == dict.fromkeys(("none", "text", "noise", "both"), 0)
+    assert lines(made, "control")["preferred_only"].cells["chair.CHAIR_S"].place == 0
+
+
+def test_ties_share_a_place_as_shown(write, outputs):
+    """49.96 and 50.04 both print 50.0 and are both best; 60.0 is second, 72.0 nothing."""
+    write("none", 0)
+    for row, chair_s in (("text", 49.96), ("noise", 60.0), ("both", 50.04)):
+        write(row, 0, benchmarks={"chair": {"CHAIR_S": chair_s}})
+    assert places(table(3, find_runs(outputs)), "chair.CHAIR_S") == {"none": 0, "text": 1, "noise": 2, "both": 1}
+
+
+def test_one_value_is_no_best_and_the_last_of_two_no_second(write, outputs):
+    write("none", 0)
+    assert places(table(3, find_runs(outputs)), "chair.CHAIR_S") == {"none": 0}
+    write("both", 0)
+    assert places(table(3, find_runs(outputs)), "chair.CHAIR_S") == {"none": 0, "both": 1}
+
+
+@pytest.mark.parametrize("coverage, marked", [(55.0, False), (54.9, True)])
+def test_only_a_fall_of_more_than_ten_points_is_marked(write, outputs, coverage, marked):
+    write("none", 0)  # coverage 65
+    for row in ("both", "swaps_only"):
+        write(row, 0, benchmarks={"chair": {"CHAIR_S": 13.0, "CHAIR_I": 13.0, "coverage": coverage}})
+    made = table(3, find_runs(outputs))
+    both, control = lines(made)["both"], lines(made, "control")["swaps_only"]
+    assert bool(both.says_less) == bool(control.says_less) == marked
+    if marked:
+        assert both.says_less.startswith("both says less: coverage fell by 10.1 points (from 65.0 to 54.9)")
+        text = render.markdown(made)
+        assert "both, n = 1 † |" in text and "- † both says less: coverage fell by 10.1 points" in text
+        assert both.cells["chair.CHAIR_S"].place == 0
+
+
+def test_the_base_of_another_world_says_nothing_about_this_one(write, outputs):
+    write("none", 0, model="llava_debug")
+    write("text", 0)
+    made = table(3, find_runs(outputs))
+    assert not lines(made)["text"].says_less
+    assert any("No base row" in text for block in made.blocks for text in block.warnings)
+
+
+def test_difference_from_the_base_with_its_error(sweep):
+    """CHAIR_S of noise 60, 61, of none 72, 73: gap -12; both have sd 0.7071, se 0.5, so the error is sqrt(0.5) =
+    0.70710678 and 12 is more than two of it. Text earns no mark in CHAIR, because it says less."""
+    made = table(3, find_runs(sweep))
+    from_base = next(block for block in made.blocks if block.title.startswith("difference from none"))
+    found = {line.name: line.cells["chair.CHAIR_S"] for line in from_base.lines}
+    assert found["noise"].summary.mean == -12.0
+    assert found["noise"].summary.se == pytest.approx(0.70710678)
+    assert found["noise"].text(1) == "−12.0 ± 0.7"
+    assert {name: cell.place for name, cell in found.items()} == {"text": 0, "noise": 1, "both": 1,
+                                                                  "preferred_only": 1}
+    assert any(block.title.startswith("difference from preferred_only") for block in made.blocks)
+
+
+def test_a_single_run_is_never_better_than_its_error(write, outputs):
+    write("none", 0)
+    write("both", 0)
+    assert lines(table(3, find_runs(outputs)), "difference")["both"].cells["chair.CHAIR_S"].place == 0
+
+
+def test_each_row_stands_above_the_papers_with_its_check_marks(sweep):
+    block = table(3, find_runs(sweep)).blocks[0]
+    assert [(line.name, line.kind) for line in block.lines] == [
+        (name, kind) for name in ("none", "text", "noise", "both") for kind in ("ours", "paper")]
+    assert [line.lead[:2] for line in block.lines[::2]] == [("✗", "✗"), ("✓", "✗"), ("✗", "✓"), ("✓", "✓")]
+    assert block.lines[1].lead[2] == "paper, Table 3"
+
+
+def test_a_table_of_the_embedded_world_says_so(sweep, write):
+    made = table(3, find_runs(sweep))
+    assert "come from the embedded scenes (data=scenes, model=scenes_tiny)" in made.blocks[0].warnings[0]
+    assert made.blocks[0].notes[0].endswith(
+        "ours none > noise > text > both; paper none > noise > text > both.")
+    write("none", 0, folder="real", model="llava_1_5_7b", data="povid_17k")
+    real = [block for block in table(3, find_runs(sweep)).blocks if "llava_1_5_7b" in block.title][0]
+    assert not real.warnings
+
+
+def test_a_partial_run_is_no_row_of_the_ablation(write, outputs):
+    write("both", 0, stage=1)
+    made = table(3, find_runs(outputs))
+    assert not lines(made) and lines(made, "control")["both"].lead[-1] == "both (stage 1 only), n = 1"
+
+
+def test_table_1_sorts_runs_by_preference_data(write, outputs):
+    real = {"model": "llava_1_5_7b"}
+    write("none", 0, data="povid_17k", **real)
+    write("none", 1, data="rlhf_v", folder="base2", **real)
+    write("both", 0, data="povid_17k", **real)
+    write("text", 0, data="povid_17k", **real)  # an ablation of POVID, not POVID
+    write("text", 0, data="rlhf_v", folder="r", **real)
+    write("both", 0, folder="scenes")
+    made = table(1, find_runs(outputs))
+    assert [(line.name, line.kind, line.lead[0]) for line in made.blocks[0].lines] == [
+        ("none", "ours", "LLaVA-1.5"), ("none", "paper", "LLaVA-1.5"), ("vlfeedback", "paper", "+ Vlfeedback"),
+        ("human_preference", "paper", "+ Human-Preference"), ("text", "ours", "+ RLHF-V"),
+        ("rlhf_v", "paper", "+ RLHF-V"), ("both", "ours", "POVID"), ("povid", "paper", "POVID")]
+    assert made.blocks[0].lines[0].lead[1] == "none, n = 2"
+
+
+EIGHT = {"chair": {"CHAIR_S": 0.0, "CHAIR_I": 0.0}, "pope": {"f1": 0.0}, "mmhal": {"score": 0.0},
+         "science_qa": {"img_accuracy": 0.0}, "mm_vet": {"total": 0.0}, "mmbench": {"accuracy": 0.0},
+         "llava_bench": {"overall": 0.0}}
+
+
+def test_average_ranks_are_computed_and_printed_ones_marked(write, outputs):
+    """Paper's scores: hallucination 3.00, 2.00, 3.50, 1.50 (printed 3.00, 2.50, 4.00, 1.50); comprehensive 3.75, 2.00,
+    2.75, 1.50 (printed 4.00, 2.25, 3.00, and one that is lost). Ours: POPE 80, 80, 70 with all else equal: POPE places
+    1.5, 1.5, 3, the other three 2 each, so (1.5 + 6) / 4 = 1.875 and (3 + 6) / 4 = 2.25."""
+    for model, f1 in (("instructblip_7b", 80.0), ("served/Qwen-VL-Chat", 80.0), ("qwen2_5_vl", 70.0)):
+        write("none", 0, folder=model, model=model, data="none", benchmarks=EIGHT | {"pope": {"f1": f1}})
+    write("none", 0, folder="partial", model="llava_next", benchmarks={"pope": {"f1": 90.0}}, data="none")
+    made = table(2, find_runs(outputs))
+    theirs = lines(made, "paper")
+    for score, ranks in (("rank.hallucination", [3.0, 2.0, 3.5, 1.5]), ("rank.comprehensive", [3.75, 2.0, 2.75, 1.5])):
+        assert [line.cells[score].summary.mean for line in theirs.values()] == ranks
+    assert theirs["qwen_vl_chat"].cells["rank.hallucination"].notes == [
+        "paper, Table 2 prints 2.50 for Qwen-VL-Chat; its own scores give 2.00"]
+    assert not theirs["povid"].cells["rank.hallucination"].notes
+    ours = {line.lead[0]: line.cells["rank.hallucination"] for line in made.blocks[0].lines if line.kind == "ours"}
+    assert {name: cell.summary.mean for name, cell in ours.items()} == {
+        "InstructBLIP": 1.875, "Qwen-VL-Chat": 1.875, "qwen2_5_vl": 2.25, "llava_next": None}
+    assert "only rows that have all four" in ours["llava_next"].notes[0]
+
+
+def test_table_4_is_the_breakdown(write, outputs):
+    write("both", 0, model="llava_1_5_7b", data="povid_17k",
+          benchmarks={"llava_bench": {"conv": 55.0, "detail": 60.0, "complex": 81.0, "overall": 68.0}})
+    cells = lines(table(4, find_runs(outputs)))["both"].cells
+    assert [cells[key].summary.mean for key in paper.BREAKDOWN] == [55.0, 60.0, 81.0, 68.0]
+
+
+def test_what_the_corrected_rule_gives_stands_beside_the_official_score(write, outputs):
+    write("none", 0, benchmarks={"pope": {"f1": 80.0, "corrected": {"f1": 81.5}}})
+    assert lines(table(3, find_runs(outputs)))["none"].cells["pope.f1"].notes == [
+        "pope: official rule; corrected 81.50"]
+
+
+def test_markdown_dashes_have_reasons_and_marks(sweep):
+    text = render.markdown(table(3, find_runs(sweep)))
+    row = next(line for line in text.splitlines() if "| both, n = 2" in line)
+    assert row.startswith("| ✓ | ✓ | both, n = 2 | **48.5 ± 0.7** | **25.5 ± 0.7** | **82.50 ± 0.71** | –<sup>1</sup>")
+    assert "- <sup>1</sup> mmhal: no judge is set; export POVID\\_JUDGE\\_MODEL=..." in text
+    widths = {line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("|")}
+    assert widths == {15}
+
+
+def test_csv_holds_what_was_measured(sweep):
+    rows = list(csv.DictReader(io.StringIO(render.comma_separated(table(3, find_runs(sweep))))))
+    text = next(row for row in rows if row["name"] == "text" and row["kind"] == "ours")
+    assert (text["chair.CHAIR_S"], text["chair.CHAIR_S.sd"], text["chair.CHAIR_S.se"]) == ("50.5", "0.707107", "0.5")
+    assert text["chair.CHAIR_S.n"] == "2" and text["Text disprefer"] == "yes" and text["mmhal.score"] == ""
+    assert "coverage fell by 14.0" in text["says_less"] and "no judge is set" in text["notes"]
+    printed = next(row for row in rows if row["name"] == "both" and row["kind"] == "paper")
+    assert printed["pope.f1"] == "86.9" and printed["pope.f1.n"] == ""
+
+
+def test_latex_escapes_everything(write, outputs):
+    write("preferred_only", 0, model="a_b", data="50%&#x", benchmarks={
+        "mmhal": {"missing": "costs $5 {x} ~^\\ a|b <c>"}})
+    text = render.latex(table(3, find_runs(outputs)))
+    assert r"preferred\_only, n = 1" in text and r"model a\_b, data 50\%\&\#x" in text
+    assert r"mmhal: costs \$5 \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} a$|$b $<$c$>$" in text
+    assert r"CHAIR$_{S}$~$\downarrow$" in text and r"\textbf{31.8}" in text and r"\underline{39.6}" in text
+    bare = re.sub(r"\\[\\{}$&%#_]", "", text)
+    assert bare.count("{") == bare.count("}") and bare.count("$") % 2 == 0
+    assert not re.search(r"[^\x00-\x7f]", text)
+    body = [line for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
+    assert {line.replace(r"\&", "").count("&") for line in body} == {13}
+
+
+def test_write_tables_writes_what_belongs_and_pictures_open(sweep):
+    from PIL import Image
+
+    files = write_tables(sweep)
+    assert {file.name for file in files} == {"table3.md", "table3.csv", "table3.tex", "table3.png",
+                                             "chair_against_coverage.png"}
+    assert {path.name for path in (sweep / "tables").iterdir()} == {file.name for file in files}  # no half file left
+    for file in files:
+        if file.suffix == ".png":
+            with Image.open(file) as picture:
+                low, high = picture.convert("L").getextrema()
+                assert picture.width > 800 and low < 60 and high == 255
+
+
+def test_a_table_that_no_run_belongs_to_is_a_fault(sweep):
+    with pytest.raises(Fault, match="no run for Table 2; it needs"):
+        write_tables(sweep, only=(2,), pictures=False)
+
+
+def test_a_folder_that_cannot_be_written_is_a_fault(sweep, tmp_path):
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(Fault, match="taken cannot be written"):
+        write_tables(sweep, tmp_path / "taken", pictures=False)
+
+
+def test_command_prints_the_table_and_imports_no_torch(sweep, tmp_path):
+    code = ("import sys; from povid.report.__main__ import main; "
+            f"code = main([{str(sweep)!r}, '--table', '3', '--out', {str(tmp_path / 'out')!r}]); "
+            "assert not {'torch', 'lightning', 'transformers', 'wandb', 'pandas'} & set(sys.modules); sys.exit(code)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "## Table 3" in done.stdout and "table3.png" in done.stdout
+
+
+def test_command_tells_a_fault_in_one_line(tmp_path, capsys):
+    from povid.report.__main__ import main
+
+    assert main([str(tmp_path / "none")]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1
