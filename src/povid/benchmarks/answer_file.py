@@ -44,8 +44,9 @@ def read_records(file: Path) -> list[tuple[str, Any]]:
 
 
 def write_text(file: Path, text: str) -> Path:
-    """Write a file whole or not at all: a neighbour first, then a rename."""
+    """Write a UTF-8 file whole or not at all: a neighbour first, then a rename."""
+    file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8")
+    beside.write_text(text, encoding="utf-8", newline="")
     os.replace(beside, file)
     return file

@@ -172,7 +172,6 @@ def write_official(questions: Sequence[Question], answers: Sequence[str], folder
     rows = [{"image_id": coco.image_key(question.id), "caption": text} for question, text in zip(questions, answers)]
     other = dict.fromkeys(("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "CIDEr", "SPICE", "ROUGE_L"), float("nan"))
     evaluated = {str(i): row | other for i, row in enumerate(rows) if row["caption"].strip()}
-    folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(row) + "\n" for row in rows)
     write_text(folder / "chair.json", json.dumps({"overall": other, "imgToEval": evaluated}))
     return write_text(folder / "captions.jsonl", lines)

@@ -101,7 +101,8 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
         source = file.open(encoding="utf-8")
     except OSError as error:
         raise Fault(f"{file} cannot be read ({error.strerror}); "
-                    "put COCO's 2014 annotation files there or run `python -m povid.benchmarks fetch chair`.") from None
+                    "put COCO's 2014 annotation files there (`python -m povid.benchmarks fetch chair`), or for other "
+                    "images an objects.json.") from None
     decode = json.JSONDecoder().raw_decode
     text, at = "", 0
 

@@ -251,7 +251,6 @@ def write_official(questions: Sequence[Question], answers: Sequence[str], folder
     eval_pope.py takes the latter two as --question-file and --result-file.
     """
     given = {question.id: answer for question, answer in zip(questions, answers, strict=True)}
-    folder.mkdir(parents=True, exist_ok=True)
     asked_lines, answer_lines = [], []
     for split, asked in _by_split(questions).items():
         rows = [{"question": question.meta["question"], "answer": given[question.id]} for question in asked]
