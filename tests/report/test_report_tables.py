@@ -140,9 +140,22 @@ def test_a_table_of_the_embedded_world_says_so(sweep, write):
     assert "come from the embedded scenes (data=scenes, model=scenes_tiny)" in made.blocks[0].warnings[0]
     assert made.blocks[0].notes[0].endswith(
         "ours none > noise > text > both; paper none > noise > text > both.")
-    write("none", 0, folder="real", model="llava_1_5_7b", data="povid_17k")
+    write("both", 0, folder="real", model="llava_1_5_7b", data="povid_17k")
+    write("none", 0, folder="base", model="llava_1_5_7b", data="povid_17k")
     real = [block for block in table(3, find_runs(sweep)).blocks if "llava_1_5_7b" in block.title][0]
     assert not real.warnings
+
+
+def test_base_models_and_other_preference_data_stand_elsewhere(write, outputs):
+    real = {"model": "llava_1_5_7b", "data": "povid_17k"}
+    write("text", 0, folder="a", **real)
+    write("none", 0, folder="b", model="qwen_vl_chat", data="povid_17k")
+    write("text", 0, folder="c", model="llava_1_5_7b", data="rlhf_v")
+    made = table(3, find_runs(outputs))
+    assert {block.title for block in made.blocks} == {"model llava_1_5_7b, data povid_17k"}
+    assert made.notes[-1] == ("left out here, see Tables 1 and 2 (model, data): llava_1_5_7b, rlhf_v; qwen_vl_chat, "
+                              "povid_17k")
+    assert [block.title for block in table(1, find_runs(outputs)).blocks] == ["model llava_1_5_7b"]
 
 
 def test_a_partial_run_is_no_row_of_the_ablation(write, outputs):

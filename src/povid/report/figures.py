@@ -45,12 +45,16 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
     None when no run has both figures.
     """
     shown = [row for row in group(runs) if _points(row)]
-    worlds = sorted({row.world for row in shown})
-    if not worlds:
+    every = sorted({row.world for row in shown})
+    if not every:
         return None
-    figure = _figure(7.2 * len(worlds), 5.4)
+    # A single row has nothing to be compared with.
+    worlds = [world for world in every if sum(row.world == world for row in shown) > 1] or every
+    across = min(2, len(worlds))
+    down = -(-len(worlds) // across)
+    figure = _figure(7.2 * across, 5.2 * down + 0.3)
     for place, world in enumerate(worlds, 1):
-        axes = figure.add_subplot(1, len(worlds), place)
+        axes = figure.add_subplot(down, across, place)
         rows = [row for row in shown if row.world == world]
         inks = _inks(rows)
         base = next((row for row in rows if row.name == "none"), None)
@@ -59,9 +63,9 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
         if base:
             edge = _mean([x for x, _ in _points(base)]) - COLLAPSE
             left, right = axes.get_xlim()
-            left = min(left, edge - 0.05 * (right - left))
+            left = min(left, edge - 0.07 * (right - edge))
             axes.axvspan(left, edge, color="#b3261e", alpha=0.07, lw=0)
-            axes.text(edge - 0.01 * (right - left), 0.98, "says less than the base", color="#b3261e", fontsize=8.5,
+            axes.text(edge - 0.015 * (right - left), 0.98, "says less than the base", color="#b3261e", fontsize=8.5,
                       ha="right", va="top", rotation=90, transform=axes.get_xaxis_transform())
             axes.set_xlim(left, right)
         axes.set_xlabel("coverage: true objects that are named, % (higher is better)")

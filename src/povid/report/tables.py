@@ -14,6 +14,7 @@ from povid.report.runs import PAPER_ROWS, Row, Run, Summary, group, summarise
 COLLAPSE = 10.0  # points of coverage below the base
 CHAIR = ("chair.CHAIR_S", "chair.CHAIR_I")
 REAL = "llava_1_5_7b"
+OTHER_DATA = ("vlfeedback", "human_preference", "rlhf_v")
 
 
 @dataclass(frozen=True)
@@ -115,11 +116,19 @@ def table(number: int, runs: Sequence[Run]) -> Table | None:
 MARKS = {"none": ("✗", "✗"), "text": ("✓", "✗"), "noise": ("✗", "✓"), "both": ("✓", "✓")}
 
 
-def _table_3(runs: Sequence[Run]) -> Table | None:
+def _table_3(runs: Sequence[Run]) -> Table:
     columns = tuple(COLUMNS[key] for key in paper.EIGHT + BESIDE)
     blocks = []
     rows = group(runs)
-    for world in sorted({row.world for row in rows}):
+    every = sorted({row.world for row in rows})
+    # A base model alone is a row of Table 2, and other preference data are rows of Table 1: they stand here only when
+    # there is nothing else.
+    trained = [world for world in every if world[1] not in OTHER_DATA
+               and any(row.world == world and row.name != "none" for row in rows)]
+    worlds = trained or [world for world in every if world[1] not in OTHER_DATA] or every
+    elsewhere = "; ".join(f"{model}, {data}" for model, data in every if (model, data) not in worlds)
+    left_out = [f"left out here, see Tables 1 and 2 (model, data): {elsewhere}"] if elsewhere else []
+    for world in worlds:
         here = [row for row in rows if row.world == world]
         bases = [row for row in here if row.name == "none"]
         main = [row for row in here if row.name in PAPER_ROWS and "stage" not in row.settings]
@@ -137,7 +146,7 @@ def _table_3(runs: Sequence[Run]) -> Table | None:
             blocks.append(Block(f"controls, beyond the paper (not ranked): {title}", controls))
         blocks += _differences(here, columns, title)
     return Table(3, "Ablation: which dispreferences", ("Text disprefer", "Image distortion", "row"), columns, blocks,
-                 _general(3)) if blocks else None
+                 _general(3) + left_out)
 
 
 def _comparable(world: tuple[str, str]) -> list[str]:
@@ -229,7 +238,7 @@ def _table_4(runs: Sequence[Run]) -> Table | None:
 def _by_data(number: int, title: str, printed: Sequence[PaperRow], columns: tuple[Column, ...],
              runs: Sequence[Run]) -> Table | None:
     belongs = [run for run in runs if run.world[1] != "scenes" and _data_row(run)]
-    models = sorted({run.world[0] for run in belongs})
+    models = sorted({run.world[0] for run in belongs if run.row != "none" or run.world[0] == REAL})
     blocks = []
     for model in models:
         here = [run for run in belongs if run.world[0] == model]
@@ -258,7 +267,7 @@ def _data_row(run: Run) -> str | None:
     data = run.world[1]
     if data == "povid_17k":
         return "povid" if run.row == "both" else None
-    return data if data in {"vlfeedback", "human_preference", "rlhf_v"} else None
+    return data if data in OTHER_DATA else None
 
 
 # Table 2: models ------------------------------------------------------------------------------------------------------
