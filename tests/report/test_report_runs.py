@@ -68,6 +68,15 @@ def test_the_command_line_tells_runs_apart_where_results_do_not(write, outputs):
     assert [row.difference for row in group(find_runs(outputs))] == ["stages.1.lr=1e-3", "stages.1.lr=1e-4"]
 
 
+def test_overrides_that_change_nothing_do_not_split(write, outputs):
+    for seed, more in enumerate(("logger=csv", "generation.batch_size=8", "logger.mode=offline", "hydra.job.num=3",
+                                 "stages@stages.2=image", "init_from=elsewhere", "noise.step=300")):
+        hydra = write("text", seed) / ".hydra"
+        hydra.mkdir()
+        (hydra / "overrides.yaml").write_text(f"- seed={seed}\n- {more}\n")
+    assert [len(row.runs) for row in group(find_runs(outputs))] == [7]
+
+
 def test_a_seed_run_twice_counts_once_by_its_newest_run(write, outputs):
     write("text", 0, started="2026-01-01", folder="old")
     write("text", 0, 3.0, started="2026-02-01", folder="new")

@@ -218,6 +218,36 @@ def test_what_the_corrected_rule_gives_stands_beside_the_official_score(write, o
         "pope: official rule; corrected 81.50"]
 
 
+def test_a_run_without_a_correction_counts_with_its_official_score(write, outputs):
+    """Official 80 and 60, corrected 82 in the first run only: the corrected mean is (82 + 60) / 2 = 71."""
+    write("none", 0, benchmarks={"pope": {"f1": 80.0, "corrected": {"f1": 82.0, "what": "a parser"}}})
+    write("none", 1, benchmarks={"pope": {"f1": 60.0}})
+    assert lines(table(3, find_runs(outputs)))["none"].cells["pope.f1"].notes == [
+        "pope: official rule; corrected 71.00"]
+
+
+def test_an_adapter_evaluated_without_training_is_no_base(write, outputs):
+    write("none", 0, folder="evaluated", adapters=["somewhere/stage_2/adapter"], benchmarks={
+        "chair": {"CHAIR_S": 10.0, "coverage": 20.0}})
+    write("none", 0)
+    write("both", 0)
+    made = table(3, find_runs(outputs))
+    assert lines(made)["none"].cells["chair.CHAIR_S"].summary.mean == 72.0
+    evaluated = lines(made, "control")["none"]
+    assert "adapters=" in evaluated.lead[-1] and "fell by 45.0 points" in evaluated.says_less
+    assert not lines(made)["both"].says_less
+
+
+@pytest.mark.parametrize("odd", [
+    {"stages": [1]}, {"noise": "sigmoid"}, {"curve": 5}, {"versions": "x"}, {"started": None}, {"model": {"name": "m"}},
+    {"benchmarks": {"chair": 5, "pope": None}}, {"stage": None}, {"data": None}, {"decoding": ["greedy"]},
+])
+def test_odd_results_break_nothing(write, outputs, odd):
+    write("none", 0)
+    write("both", 0, **odd)
+    assert len(write_tables(outputs)) >= 4
+
+
 def test_markdown_dashes_have_reasons_and_marks(sweep):
     text = render.markdown(table(3, find_runs(sweep)))
     row = next(line for line in text.splitlines() if "| both, n = 2" in line)

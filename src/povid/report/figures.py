@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from povid.report.runs import PAPER_ROWS, Row, Run, group, lookup
+from povid.report.runs import PAPER_ROWS, Row, Run, group, is_number, lookup
 from povid.report.tables import COLLAPSE
 
 if TYPE_CHECKING:
@@ -80,9 +80,10 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
 def _draw_row(axes: Axes, row: Row, ink: str) -> None:
     points = _points(row)
     for run in row.runs:
-        way = [(step.get("coverage"), step.get("CHAIR_I")) for step in run.results.get("curve") or ()
-               if isinstance(step, dict)]
-        way = [(x, y) for x, y in way if _number(x) and _number(y)]
+        curve = run.results.get("curve")
+        way = [(step.get("coverage"), step.get("CHAIR_I")) for step in curve if isinstance(step, dict)] \
+            if isinstance(curve, list) else []
+        way = [(x, y) for x, y in way if is_number(x) and is_number(y)]
         axes.plot([x for x, _ in way], [y for _, y in way], color=ink, alpha=0.45, lw=1, marker=".", ms=3, zorder=1)
     axes.scatter([x for x, _ in points], [y for _, y in points], s=14, color=ink, alpha=0.45, lw=0, zorder=2)
     x, y = _mean([x for x, _ in points]), _mean([y for _, y in points])
@@ -94,7 +95,7 @@ def _draw_row(axes: Axes, row: Row, ink: str) -> None:
 
 def _points(row: Row) -> list[tuple[float, float]]:
     pairs = [(lookup(run.benchmarks, "chair.coverage"), lookup(run.benchmarks, "chair.CHAIR_I")) for run in row.runs]
-    return [(x, y) for x, y in pairs if _number(x) and _number(y)]
+    return [(x, y) for x, y in pairs if is_number(x) and is_number(y)]
 
 
 def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
@@ -188,10 +189,6 @@ def _float(text: object) -> float | None:
 def _column(names: Sequence[str], logged: set[str]) -> str | None:
     """The logged name; Lightning adds ``_step`` where a value is logged by step and by epoch."""
     return next((found for name in names for found in (name, f"{name}_step") if found in logged), None)
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _mean(values: Sequence[float]) -> float:

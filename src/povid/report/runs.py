@@ -21,16 +21,17 @@ from povid.fault import Fault
 
 PAPER_ROWS = ("none", "text", "noise", "both")
 LAST_STAGE = {"text": "1", "noise": "2", "both": "2"}
-RECORDED = ("objective", "noise", "model", "data", "experiment", "decoding", "settings")
+RECORDED = ("objective", "noise", "model", "data", "experiment", "decoding", "adapters", "settings")
 # Of what a stage records, the settings; the rest (losses, times, folders) differs between seeds and says nothing.
 STAGE_SETTINGS = {"steps", "max_steps", "epochs", "lr", "learning_rate", "projector_lr", "batch", "batch_size",
                   "effective_batch", "accumulate", "accumulate_grad_batches", "precision", "alpha", "beta", "beta1",
                   "beta2", "records", "triples", "examples", "dispreference", "dispreferences", "lora", "warmup",
                   "weight_decay", "objective", "settings"}
 # Overrides that results.json repeats, or that cannot change what is learnt or scored.
-OVERRIDES_ELSEWHERE = {"seed", "ablation", "stage", "model", "data", "objective", "noise", "experiment", "init_from",
-                       "benchmarks", "logger", "hydra", "name", "group", "tags", "output", "outputs", "launcher",
-                       "adapter", "judge", "progress"}
+OVERRIDES_ELSEWHERE = {"seed", "row", "ablation", "stage", "model", "data", "objective", "noise", "experiment",
+                       "benchmarks", "init_from", "outputs", "resume", "samples", "generation.batch_size",
+                       "data.workers", "data.cache_mb", "trainer.log_every_n_steps", "trainer.enable_progress_bar"}
+GROUPS_ELSEWHERE = {"hydra", "logger", "launcher", "judge"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Run:
     @property
     def world(self) -> tuple[str, str]:
         """(model, data): rows are only ever compared within one."""
-        return self.settings.get("model", "?"), self.settings.get("data", "?")
+        return tuple(self.settings.get(key) or self.settings.get(f"{key}.name", "?") for key in ("model", "data"))
 
 
 @dataclass
@@ -74,6 +75,11 @@ class Row:
     @property
     def settings(self) -> dict[str, str]:
         return self.runs[0].settings
+
+    @property
+    def whole(self) -> bool:
+        """Whether this is the row that its name says: all stages of its ablation, and no adapter merged before."""
+        return "stage" not in self.settings and "adapters" not in self.settings
 
 
 def find_runs(outputs: Path) -> list[Run]:
@@ -116,15 +122,16 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
     flat: dict[str, str] = {}
     for key in RECORDED:
         _flatten(results.get(key), key, flat)
-    for number, stage in (results.get("stages") or {}).items():
+    stages = results.get("stages")
+    for number, stage in stages.items() if isinstance(stages, dict) else ():
         if isinstance(stage, dict):
             _flatten({key: value for key, value in stage.items() if key in STAGE_SETTINGS}, f"stages.{number}", flat)
     for override in _overrides(file.parent):
         name, _, value = override.lstrip("+~").partition("=")
-        if name in OVERRIDES_ELSEWHERE or name.split(".")[0].split("/")[0] in {"hydra", "logger", "paths"}:
-            continue
-        flat.setdefault(name.replace("/", "."), value)
-    last, stage = LAST_STAGE.get(row), str(results.get("stage", "all"))
+        name = (name.partition("@")[2] or name).replace("/", ".")  # a group mounted at a key: stages@stages.1
+        if name not in OVERRIDES_ELSEWHERE and name.split(".")[0] not in GROUPS_ELSEWHERE:
+            flat.setdefault(name, value)
+    last, stage = LAST_STAGE.get(str(results.get("ablation", row))), str(results.get("stage", "all"))
     if last and stage not in ("all", last, "None"):
         flat["stage"] = stage
     untouched = {"none": ("objective", "noise", "experiment", "stages", "trainer"),
@@ -134,10 +141,11 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
 
 
 def _flatten(value: Any, key: str, into: dict[str, str]) -> None:
+    """Leaves as text under their dotted names; null and empty lists, which mean "not set", are left out."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _flatten(inner, f"{key}.{name}", into)
-    elif value is not None:
+    elif value is not None and value != []:
         into[key] = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
@@ -229,14 +237,19 @@ def lookup(scores: Any, path: str) -> Any:
     return scores
 
 
-def summarise(row: Row, score: str) -> Summary:
-    """Mean and spread over the seeds of ``row`` of the score named ``benchmark.score`` (its place in results.json)."""
+def summarise(row: Row, score: str, corrected: bool = False) -> Summary:
+    """Mean and spread over the seeds of ``row`` of the score named ``benchmark.score`` (its place in results.json).
+
+    ``corrected``: by the rule without the official script's mistake, which a run holds where it makes a difference.
+    """
     benchmark, _, key = score.partition(".")
     values, reasons, tests = [], [], defaultdict(set)
     for run in row.runs:
         found = run.benchmarks.get(benchmark)
         value = lookup(found, key)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+        if corrected and is_number(lookup(found, f"corrected.{key}")):
+            value = lookup(found, f"corrected.{key}")
+        if is_number(value):
             values.append(float(value))
             for part in SAME_TEST.get(benchmark, ()):
                 tests[part].add(str(lookup(found, part)))
@@ -253,6 +266,10 @@ def summarise(row: Row, score: str) -> Summary:
     sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1)) if values[1:] else math.nan
     remark = f"{benchmark}: {len(values)} of {len(row.runs)} runs ({'; '.join(reasons)})" if reasons else ""
     return Summary(mean, sd, sd / math.sqrt(len(values)), len(values), remark=remark)
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _reason(benchmark: str, key: str, found: Any, value: Any) -> str:

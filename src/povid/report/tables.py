@@ -130,8 +130,8 @@ def _table_3(runs: Sequence[Run]) -> Table:
     left_out = [f"left out here, see Tables 1 and 2 (model, data): {elsewhere}"] if elsewhere else []
     for world in worlds:
         here = [row for row in rows if row.world == world]
-        bases = [row for row in here if row.name == "none"]
-        main = [row for row in here if row.name in PAPER_ROWS and "stage" not in row.settings]
+        bases = _bases(here)
+        main = [row for row in here if row.name in PAPER_ROWS and row.whole]
         lines = [(row, _ours(row, columns, MARKS[row.name], bases)) for row in main]
         _rank([line for _, line in lines], columns)
         printed = _paper_lines(paper.TABLE_3, columns, lambda row: MARKS[row.key])
@@ -167,13 +167,13 @@ def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list
     The error of a difference is the root of both rows' squared standard errors; bold is better by more than two of it.
     """
     blocks = []
-    bases = [row for row in rows if row.name == "none"]
+    bases = _bases(rows)
     for name in ("none", "preferred_only"):
-        against = [row for row in rows if row.name == name]
+        against = [row for row in rows if row.name == name and row.whole]
         if len(against) != 1:
             continue
         lines = []
-        for row in (row for row in rows if row.name not in ("none", name)):
+        for row in (row for row in rows if row is not against[0] and row not in bases):
             warning = _says_less(row, bases)
             cells = {column.key: _difference(row, against[0], column, bool(warning)) for column in columns}
             if any(cell.summary.mean is not None for cell in cells.values()):
@@ -215,6 +215,10 @@ def _descending(scores: dict[str, float]) -> str:
     return " > ".join(sorted(scores, key=lambda name: -scores[name]))
 
 
+def _bases(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.name == "none" and row.whole]
+
+
 def _no_base(bases: list[Row]) -> list[str]:
     if bases:
         return []
@@ -245,7 +249,7 @@ def _by_data(number: int, title: str, printed: Sequence[PaperRow], columns: tupl
         # What the base model scores does not depend on the data set that it was not trained on.
         rows = group((run for run in here if run.row == "none"), ignore=("data",))
         rows += group(run for run in here if run.row != "none")
-        bases = [row for row in rows if row.name == "none"]
+        bases = _bases(rows)
         theirs = _paper_lines(printed, columns, lambda row: (row.name,))
         lines = [(row, _ours(row, columns, (theirs[_data_row(row.runs[0])].lead[0],), bases)) for row in rows]
         _rank([line for _, line in lines], columns)
@@ -260,10 +264,10 @@ def _by_data(number: int, title: str, printed: Sequence[PaperRow], columns: tupl
 
 def _data_row(run: Run) -> str | None:
     """The row of Tables 1 and 4 that a run belongs to: the base, POVID in full, or another data set's preferences."""
+    if run.row not in PAPER_ROWS or "stage" in run.settings or "adapters" in run.settings:
+        return None
     if run.row == "none":
         return "none"
-    if run.row not in PAPER_ROWS or "stage" in run.settings:
-        return None
     data = run.world[1]
     if data == "povid_17k":
         return "povid" if run.row == "both" else None
@@ -278,7 +282,7 @@ def _table_2(runs: Sequence[Run]) -> Table | None:
     keys = paper.HALLUCINATION + ranks[:1] + paper.COMPREHENSIVE + ranks[1:]
     columns = tuple(COLUMNS[key] for key in keys)
     belongs = [run for run in runs if run.world[1] != "scenes" and "scenes" not in run.world[0]
-               and (run.row == "none" or _data_row(run) == "povid" and run.world[0] == REAL)]
+               and (_data_row(run) == "none" or _data_row(run) == "povid" and run.world[0] == REAL)]
     if not belongs:
         return None
     rows = group((run for run in belongs if run.row == "none"), ignore=("data",))
@@ -355,10 +359,10 @@ def _named(row: Row) -> str:
 
 def _corrected(row: Row, column: Column, summary: Summary) -> list[str]:
     """Where the official rule is a plain mistake, what the corrected rule gives, if that shows."""
-    benchmark, _, key = column.key.partition(".")
-    if summary.mean is None:
+    if summary.mean is None or column.better is None:
         return []
-    corrected = summarise(row, f"{benchmark}.corrected.{key}")
+    benchmark = column.key.partition(".")[0]
+    corrected = summarise(row, column.key, corrected=True)
     if corrected.mean is None or f"{corrected.mean:.{column.decimals}f}" == f"{summary.mean:.{column.decimals}f}":
         return []
     return [f"{benchmark}: official rule; corrected {corrected.mean:.{column.decimals}f}"]
@@ -366,7 +370,7 @@ def _corrected(row: Row, column: Column, summary: Summary) -> list[str]:
 
 def _says_less(row: Row, bases: list[Row]) -> str:
     """The warning that a row earns by naming fewer of the true objects than the base, or ""."""
-    if row.name == "none" or not bases:
+    if row in bases or not bases:
         return ""
     agreed = [sum(base.settings.get(key) == value for key, value in row.settings.items()) for base in bases]
     base = bases[agreed.index(max(agreed))]
