@@ -1,0 +1,76 @@
+"""Makes the base model anew, saves it as it is shipped, and measures it beside the shipped one."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from povid.fault import Fault
+from povid.scenes.architecture import FOLDER, make_model, make_processor, tune_malloc
+from povid.scenes.measure import answers_of, measure
+from povid.scenes.scene import BASE_PARTNER
+from povid.scenes.training import Course, teach
+from povid.scenes.world import prepare
+
+PICTURES = 300  # of each split that is measured
+
+
+def build(folder: Path, seed: int = 0, course: Course | None = None) -> dict[str, dict[str, float]]:
+    """Trains the base model, writes it with its figures to ``folder`` (which must not exist) and prints them.
+
+    Returns the figures on the tuning split (``tuning``) and on new scenes of the kind it learnt from (``habitual``).
+    """
+    if folder.exists():
+        raise Fault(f"{folder} exists already; remove it or choose another folder for the base model")
+    tune_malloc()
+    started = time.monotonic()
+    processor = make_processor()
+    torch.manual_seed(seed)
+    model = make_model(processor.tokenizer)
+    for _ in teach(processor, model, seed, course or Course(), lambda line: print(line, flush=True)):
+        pass
+    print(f"trained in {(time.monotonic() - started) / 60:.1f} minutes")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        save(model, processor, draft)
+        figures = measure_base(draft)
+        (draft / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        draft.chmod(0o755)
+        os.rename(draft, folder)
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    shipped = json.loads((FOLDER / "figures.json").read_text(encoding="utf-8"))
+    for split, values in figures.items():
+        print(f"{split:12} {'made':>8} {'shipped':>8}")
+        for name, value in values.items():
+            print(f"  {name:20} {value:7.1f} {shipped[split][name]:8.1f}")
+    print(f"the model is in {folder}")
+    return figures
+
+
+def save(model: torch.nn.Module, processor, folder: Path) -> None:
+    """Writes model and processor, the weights rounded to float16; whoever loads them gets float32."""
+    rounded = {name: weight.half() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
+    model.config.dtype = torch.float32
+    model.save_pretrained(folder, state_dict=rounded)
+    (folder / "model.safetensors").chmod(0o644)
+    processor.save_pretrained(folder)
+
+
+def measure_base(folder: Path) -> dict[str, dict[str, float]]:
+    """Figures of a saved model: on the tuning split and on as many scenes with the partners it is used to."""
+    answers = answers_of(folder)
+    with tempfile.TemporaryDirectory() as worlds:
+        figures = {}
+        for name, settings in (("tuning", {}), ("habitual", {"partner": BASE_PARTNER})):
+            world = prepare(Path(worlds) / name, preferences=0, tuning=PICTURES, evaluation=0, **settings)
+            figures[name] = {key: round(value, 2) for key, value in
+                             measure(answers, world / "tuning").items()}
+    return figures

@@ -1,0 +1,178 @@
+"""Writes the embedded world as ordinary files: POVID preferences, CHAIR and POPE files, pictures.
+
+    folder/preferences.json, images/                      800 records <image, preferred, dispreferred>
+    folder/{tuning,evaluation}/images/
+    folder/{tuning,evaluation}/objects.json, synonyms.txt                         CHAIR
+    folder/{tuning,evaluation}/coco_pope_{random,popular,adversarial}.json        POPE
+
+Everything is drawn from one seed, every split from a stream of its own; the same settings give the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from povid.fault import Fault
+from povid.scenes.hallucination import draw_answer_pair, draw_caption_pair
+from povid.scenes.language import CAPTION_PROMPT, question
+from povid.scenes.painter import paint
+from povid.scenes.scene import BASE_PARTNER, HARD_PARTNER, Scene, draw_scene
+from povid.scenes.vocabulary import NAMES, synonyms_file
+
+VERSION = 1  # of what is drawn from a seed
+_STREAMS = {"preferences": 1, "tuning": 2, "evaluation": 3}
+POPE_SPLITS = ("random", "popular", "adversarial")
+
+
+def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning: int = 300, evaluation: int = 500,
+            yes_no_share: float = 0.25, swap_share: float = 0.7, partner: float = HARD_PARTNER) -> Path:
+    """Writes the world to ``folder`` unless it is there already, and returns ``folder``.
+
+    Args:
+        seed: of all draws; at least 0.
+        preferences: number of preference records; ``tuning`` and ``evaluation``: numbers of pictures, 6 POPE
+            questions each and split.
+        yes_no_share: share of the records that ask a yes/no question, in [0, 1].
+        swap_share: share of co-occurrence hallucinations that swap a true object for an absent one, in [0, 1]; with 1
+            preferred and dispreferred always have the same number of words.
+        partner: P(partner | anchor) in all three splits, in [0, 1].
+
+    Raises:
+        Fault: a setting is out of range, ``folder`` holds something else, or the disk cannot be written.
+    """
+    folder = Path(folder)
+    settings = {"version": VERSION, "seed": seed, "preferences": preferences, "tuning": tuning,
+                "evaluation": evaluation, "yes_no_share": yes_no_share, "swap_share": swap_share, "partner": partner}
+    for key in ("seed", "preferences", "tuning", "evaluation"):
+        if settings[key] < 0:
+            raise Fault(f"{key} of the embedded world is {settings[key]}; it must not be negative")
+    for key in ("yes_no_share", "swap_share", "partner"):
+        if not 0 <= settings[key] <= 1:
+            raise Fault(f"{key} of the embedded world is {settings[key]}; it must lie between 0 and 1")
+    if _complete(folder, settings):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            _write_preferences(draft, _scenes(seed, "preferences", preferences, partner),
+                               np.random.default_rng([seed, _STREAMS["preferences"], 1]), yes_no_share, swap_share)
+            for split, number in (("tuning", tuning), ("evaluation", evaluation)):
+                _write_benchmarks(draft / split, split, _scenes(seed, split, number, partner),
+                                  np.random.default_rng([seed, _STREAMS[split], 1]))
+            _write_json(draft / "manifest.json", settings)
+            draft.chmod(0o755)
+            _settle(draft, folder, settings)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
+    except OSError as error:
+        raise Fault(f"the embedded world cannot be written to {folder}: {error.strerror or error}; free space or "
+                    "choose another folder") from error
+    return folder
+
+
+def _settle(draft: Path, folder: Path, settings: dict) -> None:
+    try:
+        os.rename(draft, folder)
+    except OSError:
+        if not _complete(folder, settings):  # else another process was faster, with the same bytes
+            raise
+
+
+def _complete(folder: Path, settings: dict) -> bool:
+    """Whether the folder holds the world of these settings; an empty folder or none holds nothing yet."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return False
+    try:
+        found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise Fault(f"{folder} is not empty and holds no embedded world (no readable manifest.json); choose another "
+                    "folder or remove it") from None
+    if found != settings:
+        other = found if isinstance(found, dict) else {}
+        differing = sorted(key for key in {*settings, *other} if settings.get(key) != other.get(key))
+        raise Fault(f"{folder} holds an embedded world with other settings ({', '.join(differing) or 'unreadable'}); "
+                    "choose another folder or remove it")
+    return True
+
+
+def _scenes(seed: int, split: str, number: int, partner: float) -> list[Scene]:
+    rng = np.random.default_rng([seed, _STREAMS[split], 0])
+    return [draw_scene(rng, partner) for _ in range(number)]
+
+
+def _write_json(file: Path, content: object) -> None:
+    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_pictures(folder: Path, split: str, scenes: Sequence[Scene]) -> list[str]:
+    """Paints the scenes into ``folder`` and returns their file names."""
+    folder.mkdir(parents=True)
+    files = [f"{split}_{number:06d}.png" for number in range(1, len(scenes) + 1)]
+    for file, scene in zip(files, scenes):
+        paint(scene).save(folder / file)
+    return files
+
+
+def _write_preferences(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator, yes_no_share: float,
+                       swap_share: float) -> None:
+    records = []
+    questions = set(rng.permutation(len(scenes))[: round(yes_no_share * len(scenes))].tolist())
+    for number, (file, scene) in enumerate(zip(_write_pictures(folder / "images", "preferences", scenes), scenes)):
+        pair = draw_answer_pair(rng, scene) if number in questions else \
+            draw_caption_pair(rng, scene, CAPTION_PROMPT, swap_share)
+        asked = {"from": "human", "value": f"<image>\n{pair.prompt}"}
+        records.append({
+            "id": Path(file).stem, "image": f"images/{file}",
+            "conversations": [asked, {"from": "gpt", "value": pair.preferred}],
+            "rejected_conversations": [asked, {"from": "gpt", "value": pair.dispreferred}],
+            "cause": pair.cause, "edit": pair.edit, "objects": list(scene.names)})
+    _write_json(folder / "preferences.json", records)
+
+
+def _write_benchmarks(folder: Path, split: str, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
+    files = _write_pictures(folder / "images", split, scenes)
+    _write_json(folder / "objects.json", {Path(file).stem: sorted(scene.names) for file, scene in zip(files, scenes)})
+    (folder / "synonyms.txt").write_text(synonyms_file(), encoding="utf-8")
+    asked = [rng.permutation(sorted(scene.names))[:3].tolist() for scene in scenes]
+    known = [draw_scene(rng, BASE_PARTNER).names for _ in range(1000)]
+    for pope in POPE_SPLITS:
+        rows = pope_rows(rng, files, [scene.names for scene in scenes], asked, known, pope)
+        (folder / f"coco_pope_{pope}.json").write_text("".join(json.dumps(row) + "\n" for row in rows),
+                                                       encoding="utf-8")
+
+
+def pope_rows(rng: np.random.Generator, files: Sequence[str], objects: Sequence[Sequence[str]],
+              asked: Sequence[Sequence[str]], known: Sequence[Sequence[str]], split: str) -> list[dict]:
+    """POPE's questions (Li et al. 2023, section 5): every picture's three ``asked`` objects, each followed by a
+    negative.
+
+    ``random`` draws the negative from all absent objects, ``popular`` takes the absent object that most pictures
+    contain, ``adversarial`` the absent object that shares most pictures with the object just asked for; none is asked
+    twice of a picture. Pictures are counted in ``known``, scenes of the kind that the model learnt from, as COCO's
+    counts are those of what models learnt from: there the missing partner is what usually goes with an anchor.
+    """
+    frequency = Counter(name for names in known for name in names)
+    together = Counter((a, b) for names in known for a in names for b in names if a != b)
+    rows: list[dict] = []
+    for file, present, positives in zip(files, objects, asked):
+        absent = [name for name in NAMES if name not in present]
+        for positive in positives:
+            if split == "random":
+                negative = absent[rng.integers(len(absent))]
+            elif split == "popular":
+                negative = max(absent, key=lambda name: frequency[name])
+            else:
+                negative = max(absent, key=lambda name: together[positive, name])  # noqa: B023
+            absent.remove(negative)
+            for name, label in ((positive, "yes"), (negative, "no")):
+                rows.append({"question_id": len(rows) + 1, "image": file, "text": question(name), "label": label})
+    return rows
