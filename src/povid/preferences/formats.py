@@ -139,6 +139,8 @@ def _povid(record: Any, images: Path | None, place: str, source: str) -> Iterato
         preferred=_turns(member(record, "conversations", at), at, "conversations"),
         dispreferred=_turns(member(record, "rejected_conversations", at), at, "rejected_conversations"),
         source=source,
+        meta={key: value for key, value in record.items()
+              if key not in ("id", "image", "conversations", "rejected_conversations")},
     )
 
 
@@ -445,6 +447,7 @@ def write_trl(triples: Iterable[Triple], path: Path) -> None:
                     if entry["bytes"] is None:
                         entry.update(bytes=Path(entry["path"]).read_bytes(), path=Path(entry["path"]).name)
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
+        os.chmod(name, 0o644)
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
@@ -464,6 +467,7 @@ def write_atomically(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        os.chmod(name, 0o644)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)
