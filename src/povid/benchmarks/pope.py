@@ -29,14 +29,14 @@ def load(
     data: Path,
     images: Path | None = None,
     *,
-    suffix: str = SHORT_ANSWER,
+    suffix: str | None = None,
     splits: Sequence[str] | None = None,
 ) -> list[Question]:
     """Questions of the split files in ``data``, those about one image side by side over all splits.
 
-    ``images`` is by default ``data/images``; ``suffix`` is appended to every question; ``splits`` is by default every
-    split whose file is there. ``meta`` holds split, position in the split, question_id, label, image name and the bare
-    question. Raises Fault for a missing or broken file.
+    ``images`` is by default ``data/images``; ``suffix`` is appended to every question (None: SHORT_ANSWER, which
+    LLaVA-1.5 is asked with); ``splits`` is by default every split whose file is there. ``meta`` holds split, position
+    in the split, question_id, label, image name and the bare question. Raises Fault for a missing or broken file.
     """
     data, folder = Path(data), Path(images) if images else Path(data) / "images"
     chosen = list(splits) if splits else present(data)
@@ -52,7 +52,7 @@ def load(
             if split in unified and position < len(unified[split]):
                 meta["llava_id"] = unified[split][position]
             question = Question(f"{split}/{row['question_id']}", coco.picture(folder, row["image"]),
-                                row["text"] + suffix, meta)
+                                row["text"] + (SHORT_ANSWER if suffix is None else suffix), meta)
             by_image.setdefault(row["image"], []).append(question)
     return [question for questions in by_image.values() for question in questions]
 

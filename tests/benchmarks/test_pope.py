@@ -1,0 +1,274 @@
+"""POPE against the official script's figures, its parser's quirks, and answers that do not fit their questions."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from povid.benchmarks import pope
+from povid.fault import Fault
+
+GOLDEN = Path(__file__).resolve().parents[2] / "../shared/golden"
+OBJECTS = {"random": ["cat", "orange", "dog", "car"], "popular": ["cat", "person", "dog", "chair"],
+           "adversarial": ["cat", "fork", "dog", "truck"]}
+
+
+def write_lines(file: Path, rows: Iterable[Any]) -> Path:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def question_rows(split: str) -> list[dict[str, Any]]:
+    """Two images, two questions each; yes and no alternate as officially."""
+    return [{"question_id": i + 1, "image": f"COCO_val2014_{1 + i // 2:012d}.jpg", "label": ("yes", "no")[i % 2],
+             "text": f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"}
+            for i, name in enumerate(OBJECTS[split])]
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "data").mkdir()
+    for split in OBJECTS:
+        write_lines(tmp_path / "data" / f"coco_pope_{split}.json", question_rows(split))
+    return tmp_path / "data"
+
+
+def test_every_official_figure_of_the_golden_answers(tmp_path: Path) -> None:
+    if not (GOLDEN / "pope_answers_adversarial.json").is_file():
+        pytest.skip("the shared golden results are not here")
+    case = json.loads((GOLDEN / "pope_answers_adversarial.json").read_text())
+    (tmp_path / "coco_pope_adversarial.json").write_text((GOLDEN / "coco_pope_adversarial.json").read_text())
+    file = write_lines(tmp_path / "answers.jsonl", case["answers"])
+    questions = pope.load(tmp_path)
+    score = pope.score(questions, pope.read_answers(file, questions))
+    got, expected = score.scores["adversarial"], case["expected"]
+    for key, name in (("accuracy", "Accuracy"), ("precision", "Precision"), ("recall", "Recall"), ("f1", "F1 score"),
+                      ("yes_ratio", "Yes ratio")):
+        assert got[key] == pytest.approx(100 * expected[name], abs=1e-12)
+        assert score.scores[key] == got[key]  # one split: the mean is its figure
+    assert [got[key] for key in ("tp", "fp", "tn", "fn")] == [expected[key] for key in ("tp", "fp", "tn", "fn")]
+    assert got["questions"] == len(score.records) == 3000
+
+
+@pytest.mark.parametrize(
+    ("answer", "official", "corrected"),
+    [
+        ("Yes", False, False), ("No", True, True), ("no", True, True), ("No.", True, True), ("No, no dog", True, True),
+        ("NO", False, True), ("No\n", False, True), ("none", False, True), ("Nope", False, True), ("", False, True),
+        ("There isn't a dog", False, True), ("There isn’t one", False, True), ("I cannot see one", False, True),
+        ("Yes, it is not hard to see", True, False), ("There is a dog. No cat", False, False),
+        ("There is no dog", True, True), ("no,thing", False, True), ("Not sure", False, True), ("  no", True, True),
+        ("There is a snowboard and a knot", False, False), ("yes\nno", False, False), ("Yes no", True, False),
+        ("There is\tno dog", False, True), ("ok.no", False, False), (", No", True, True), ("!", False, True),
+    ],
+)
+def test_parsers(answer: str, official: bool, corrected: bool) -> None:
+    assert pope.says_no(answer) is official
+    assert pope.says_no_corrected(answer) is corrected
+
+
+def slow_parser(text: str) -> bool:
+    """The official rule letter by letter."""
+    kept, words, word = "", [], ""
+    for letter in text:
+        if letter == ".":
+            break
+        kept += "" if letter == "," else letter
+    for letter in kept + " ":
+        if letter == " ":
+            words.append(word)
+            word = ""
+        else:
+            word += letter
+    return any(word == "No" or word == "no" or word == "not" for word in words)
+
+
+@given(st.one_of(st.text(alphabet="Nnot ,.\ny", max_size=12),
+                 st.lists(st.sampled_from(["No", "no", "not", "NO", "yes", ",", ".", " ", "\n"])).map("".join)))
+def test_parser_agrees_with_a_slow_reading(text: str) -> None:
+    assert pope.says_no(text) == slow_parser(text)
+
+
+def test_questions_of_one_image_stand_together_over_the_splits(data: Path) -> None:
+    questions = pope.load(data)
+    images = [question.image for question in questions]
+    assert len(questions) == 12 and images == [images[0]] * 6 + [images[6]] * 6
+    assert len({question.id for question in questions}) == 12
+    assert questions[0].text == "Is there a cat in the image?\nAnswer the question using a single word or phrase."
+    assert pope.load(data, suffix="")[0].text == "Is there a cat in the image?"
+
+
+def test_score_by_hand(data: Path) -> None:
+    """Labels yes no yes no in every split.
+
+    random: y n n n → tp 1, fn 1, tn 2: accuracy 75, precision 100, recall 50, F1 2/3, yes 25.
+    popular: all yes → tp 2, fp 2: accuracy 50, precision 50, recall 100, F1 2/3, yes 100.
+    adversarial: all no → accuracy 50, precision and F1 of nothing are 0, yes 0.
+    Mean F1 (2/3 + 2/3 + 0) / 3 = 4/9.
+    """
+    said = {"random": ["Yes", "no", "No.", "not at all"], "popular": ["Yes"] * 4, "adversarial": ["no"] * 4}
+    questions = pope.load(data)
+    answers = [said[question.meta["split"]][question.meta["position"]] for question in questions]
+    scores = pope.score(questions, answers).scores
+    assert scores["f1"] == pytest.approx(400 / 9)
+    assert scores["accuracy"] == pytest.approx((75 + 50 + 50) / 3)
+    assert scores["precision"] == pytest.approx(50) and scores["recall"] == pytest.approx(50)
+    assert scores["yes_ratio"] == pytest.approx(125 / 3)
+    assert scores["random"] == pytest.approx({"accuracy": 75, "precision": 100, "recall": 50, "f1": 200 / 3,
+                                              "yes_ratio": 25, "questions": 4, "tp": 1, "fp": 0, "tn": 2, "fn": 1})
+    assert list(scores)[5:8] == ["random", "popular", "adversarial"]
+    assert scores["adversarial"]["precision"] == scores["adversarial"]["f1"] == 0.0
+    assert scores["corrected"]["f1"] == scores["f1"]
+
+
+def test_records_tell_what_was_parsed(data: Path) -> None:
+    questions = pope.load(data, splits=["random"])
+    records = pope.score(questions, ["Yes", "NO", "not", "no"]).records
+    assert records[1] == {"split": "random", "question_id": 2, "image": "COCO_val2014_000000000001.jpg", "label": "no",
+                          "parsed": "yes", "correct": False, "parsed_corrected": "no"}
+    assert [record["correct"] for record in records] == [True, False, False, True]
+
+
+def llava_rows(data: Path) -> tuple[list[dict], list[dict]]:
+    """LLaVA's one question file over the splits in its own order, and answers that tell split and position."""
+    asked, given = [], []
+    for split in ("adversarial", "popular", "random"):
+        for position, row in enumerate(question_rows(split)):
+            text = row["text"] + pope.SHORT_ANSWER
+            asked.append({"question_id": len(asked), "image": row["image"], "text": text, "category": split})
+            given.append({"question_id": len(given), "prompt": text, "text": f"{split} {position}", "answer_id": "x",
+                          "model_id": "m", "metadata": {}})
+    return asked, given
+
+
+def told(questions: list) -> list[str]:
+    return [f"{question.meta['split']} {question.meta['position']}" for question in questions]
+
+
+@pytest.mark.parametrize("way", ["question file", "prompts", "shuffled", "folder", "own", "category"])
+def test_answers_of_all_splits_find_their_questions(data: Path, tmp_path: Path, way: str) -> None:
+    asked, given = llava_rows(data)
+    file = tmp_path / "answers.jsonl"
+    if way in ("question file", "shuffled"):
+        write_lines(data / "llava_pope_test.jsonl", asked)
+    if way == "shuffled":
+        random.Random(0).shuffle(given)
+    if way == "question file":
+        given = [{"question_id": row["question_id"], "text": row["text"]} for row in given]
+    if way == "category":
+        given = [{"category": row["text"].split()[0], "text": row["text"]} for row in given]
+    questions = pope.load(data)
+    if way == "folder":
+        file = tmp_path / "answers"
+        file.mkdir()
+        for split in OBJECTS:
+            rows = [{"question": row["prompt"], "answer": row["text"]} for row in given if split in row["text"]]
+            write_lines(file / f"coco_{split}_answers.json", rows)
+    elif way == "own":
+        file = pope.write_official(questions, told(questions), tmp_path / "official")
+        (data / "llava_pope_test.jsonl").write_text((tmp_path / "official" / "llava_pope_test.jsonl").read_text())
+        questions = pope.load(data)
+    else:
+        write_lines(file, given)
+    assert pope.answered_splits(file, data) == ["random", "popular", "adversarial"]
+    assert pope.read_answers(file, questions) == told(questions)
+
+
+def test_official_files_per_split_are_what_the_official_script_reads(data: Path, tmp_path: Path) -> None:
+    questions = pope.load(data)
+    pope.write_official(questions, told(questions), tmp_path / "official")
+    lines = (tmp_path / "official" / "coco_pope_popular_answers.json").read_text().splitlines()
+    assert json.loads(lines[1]) == {"question": "Is there a person in the image?", "answer": "popular 1"}
+    file = tmp_path / "official" / "coco_pope_popular_answers.json"
+    assert pope.answered_splits(file, data) == ["popular"]
+    assert pope.read_answers(file, pope.load(data, splits=["popular"])) == [f"popular {i}" for i in range(4)]
+
+
+def test_one_split_is_recognised_by_what_it_answers(data: Path, tmp_path: Path) -> None:
+    rows = [{"question": row["text"].lower(), "answer": "yes"} for row in question_rows("adversarial")]
+    assert pope.answered_splits(write_lines(tmp_path / "mine.jsonl", rows), data) == ["adversarial"]
+    with pytest.raises(Fault, match="mine.jsonl has 4 answers and does not say of which split"):
+        pope.answered_splits(write_lines(tmp_path / "mine.jsonl", [{"text": "yes"}] * 4), data)
+
+
+def test_ids_in_another_order_are_put_in_order(data: Path, tmp_path: Path) -> None:
+    rows = [{"question_id": i, "text": f"answer {i}"} for i in (3, 1, 4, 2)]
+    questions = pope.load(data, splits=["random"])
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    assert pope.read_answers(file, questions) == [f"answer {i}" for i in (1, 2, 3, 4)]
+
+
+def test_spelling_of_older_questions_does_not_matter(data: Path, tmp_path: Path) -> None:
+    rows = [{"question": row["text"].replace("an orange in the image", "an orange in the imange"), "answer": "yes"}
+            for row in question_rows("random")]
+    questions = pope.load(data, splits=["random"])
+    assert pope.read_answers(write_lines(tmp_path / "a.jsonl", rows), questions) == ["yes"] * 4
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"text": "yes"}] * 3, "a.jsonl has 3 answers, but coco_pope_random.json has 4 questions; every question"),
+        ([{"text": "yes"}] * 5, "a.jsonl has 5 answers, but coco_pope_random.json has 4 questions"),
+        ([{"text": "yes"}] * 2910, "has 2910 answers, but coco_pope_random.json has 4 questions (2910 is the older"),
+        ([{"question_id": i, "text": "yes"} for i in (1, 2, 2, 4)], "line 3 answers question_id 2 a second time"),
+        ([{"question_id": i, "text": "yes"} for i in (11, 12, 14, 13)], "line 4 has question_id 13 after 14"),
+        ([{"question": f"Is there a {name} in the image?", "answer": "no"} for name in ("cat", "orange", "car", "dog")],
+         "line 3 answers 'Is there a car in the image?', but question 3 of coco_pope_random.json asks"),
+        ([{"question_id": 1, "answer": 5}], 'line 1 has no answer: "answer" (POPE) or "text" (LLaVA)'),
+        (["yes"], "line 1 has no answer"),
+    ],
+)
+def test_answers_that_do_not_fit_are_refused(data: Path, tmp_path: Path, rows: list, sentence: str) -> None:
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    with pytest.raises(Fault) as caught:
+        pope.read_answers(file, pope.load(data, splits=["random"]))
+    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_all_splits_of_another_version_are_refused(data: Path, tmp_path: Path) -> None:
+    file = write_lines(tmp_path / "a.jsonl", [{"text": "yes"}] * 11)
+    with pytest.raises(Fault, match="a.jsonl has 11 answers and does not say of which split, .* random 4, popular 4"):
+        pope.answered_splits(file, data)
+    with pytest.raises(Fault, match="a.jsonl has 11 answers, but the splits have random 4, popular 4, adversarial 4"):
+        pope.read_answers(file, pope.load(data))
+    with pytest.raises(Fault, match="line 1 begins answers whose split cannot be told"):
+        pope.read_answers(write_lines(tmp_path / "a.jsonl", [{"text": "yes"}] * 12), pope.load(data))
+
+
+def test_a_folder_needs_one_file_per_split(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "given").mkdir()
+    write_lines(tmp_path / "given" / "random.json", [{"text": "yes"}] * 4)
+    assert pope.answered_splits(tmp_path / "given", data) == ["random"]
+    with pytest.raises(Fault, match="given has 0 files with 'popular' in their names"):
+        pope.read_answers(tmp_path / "given", pope.load(data))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"question_id": 1}], "coco_pope_random.json line 1 is no POPE question"),
+        ([{"question_id": 1, "image": "a.jpg", "text": "?", "label": "Yes"}], "has label 'Yes'"),
+        ([{"question_id": 1, "image": "a.jpg", "text": "?", "label": "yes"}] * 2, "line 2 repeats question_id 1"),
+        ([], "holds no question"),
+    ],
+)
+def test_bad_question_files_are_told_in_one_sentence(tmp_path: Path, rows: list, sentence: str) -> None:
+    write_lines(tmp_path / "coco_pope_random.json", rows)
+    with pytest.raises(Fault) as caught:
+        pope.load(tmp_path)
+    assert sentence in str(caught.value)
+
+
+def test_missing_files_name_the_command(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match="holds none of coco_pope_.* fetch pope"):
+        pope.load(tmp_path)
+    with pytest.raises(Fault, match="POPE has no split 'rnadom'"):
+        pope.load(tmp_path, splits=["rnadom"])
