@@ -1,0 +1,93 @@
+"""The answer file of all LLaVA evaluation scripts (JSON Lines), and answers brought into the order of the questions."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from povid.benchmarks.answer_file import read_records, write_text
+from povid.benchmarks.question import Question
+from povid.fault import Fault
+
+
+def by_question_id(file: Path, questions: Sequence[Question]) -> list[str]:
+    """Answers of a JSON Lines file (or list) of {"question_id", "text"}, in the order of the questions."""
+    return in_order(file, texts(file), questions)
+
+
+def texts(file: Path, *, key: str = "question_id", text: str = "text") -> Iterable[tuple[str, str, Any]]:
+    """(place, id as text, answer) of every record; Fault for a record that is no object or lacks one of the keys."""
+    for place, record in read_records(file):
+        if not isinstance(record, dict) or key not in record or text not in record:
+            has = f"the keys {', '.join(sorted(record))}" if isinstance(record, dict) else f"{record!r:.60}"
+            raise Fault(f"{place} has {has}, and an answer needs {key!r} and {text!r}; mend that record.")
+        yield place, str(record[key]), record[text]
+
+
+def in_order(file: Path, found: Iterable[tuple[str, str, Any]], questions: Sequence[Question],
+             key: Callable[[Question], str] = lambda question: str(question.id)) -> list[str]:
+    """Answers in the order of the questions, whatever their order in the file.
+
+    Raises Fault for an answer that is no text, a question answered twice, one that the benchmark does not have, and
+    one without an answer.
+    """
+    position = {key(question): number for number, question in enumerate(questions)}
+    answers: list[str | None] = [None] * len(questions)
+    places: dict[int, str] = {}
+    for place, name, answer in found:
+        if name not in position:
+            raise Fault(f"{place} answers question {name!r:.200}, which is none of the {len(questions)} questions "
+                        "here; give the answers and the data of the same version.")
+        number = position[name]
+        if number in places:
+            raise Fault(f"{place} answers question {name!r:.200} a second time, first at {places[number]}; keep one.")
+        if not isinstance(answer, str):
+            raise Fault(f"{place} has {answer!r:.60} as its answer where text was expected; mend that record.")
+        answers[number], places[number] = answer, place
+    open_ones = [str(question.id) for question, answer in zip(questions, answers) if answer is None]
+    if open_ones:
+        raise Fault(f"{file} answers {len(places)} of {len(questions)} questions, missing "
+                    f"{', '.join(open_ones[:3])}{' and others' if len(open_ones) > 3 else ''}; "
+                    "answer all questions before scoring.")
+    return [answer for answer in answers if answer is not None]
+
+
+def records(questions: Sequence[Question], answers: Sequence[str], model: str = "povid") -> list[dict[str, Any]]:
+    """The records that LLaVA's scripts write; ``prompt`` shows the image marker only where they do."""
+    return [{"question_id": question.meta.get("question_id", question.id), "prompt": question.text, "text": answer,
+             "answer_id": hashlib.sha1(f"{question.id}\n{answer}".encode()).hexdigest()[:22], "model_id": model,
+             "metadata": {}} for question, answer in zip(questions, answers, strict=True)]
+
+
+def write_jsonl(file: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
+    """One JSON object per line, the file whole or not at all."""
+    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def needed(data: Path, names: Sequence[str], benchmark: str) -> Path:
+    """The first of ``names`` that lies in ``data``; Fault with the command that cures it where none does."""
+    for name in names:
+        if (data / name).exists():
+            return data / name
+    raise Fault(f"{data} holds no {' or '.join(names)}, which {benchmark} needs; "
+                f"run `python -m povid.benchmarks fetch {benchmark} --data {data}`.")
+
+
+def fields(place: str, record: Any, *names: str) -> list[Any]:
+    """The values of ``names``; Fault naming the record and the key that it lacks."""
+    if not isinstance(record, Mapping):
+        raise Fault(f"{place} is {record!r:.60} where an object was expected; fetch the file again.")
+    for name in names:
+        if name not in record:
+            raise Fault(f"{place} lacks {name!r}; fetch the file again.")
+    return [record[name] for name in names]
+
+
+def picture(folders: Iterable[Path | None], names: Iterable[str]) -> Path:
+    """The first file that is there, each name tried in each folder, or the path where it was expected first."""
+    places = [folder / name for folder in folders if folder is not None for name in names]
+    return next((place for place in places if place.is_file()), places[0])

@@ -1,0 +1,137 @@
+"""ScienceQA: multiple-choice questions of school science; the reported accuracy is that of questions with an image."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from povid.benchmarks import llava_format
+from povid.benchmarks.answer_file import read_records
+from povid.benchmarks.question import Decoding, Question, Score
+from povid.fault import Fault
+
+DECODING = Decoding(max_new_tokens=1024)
+OFFICIAL = "haotian-liu/LLaVA llava/eval/eval_science_qa.py"
+FILES = ("problems.json", "pid_splits.json", "images/test/", "llava_test_CQM-A.json (optional: the prompts themselves)")
+SUFFIX = "Answer with the option's letter from the given choices directly."
+LETTERS = "ABCDE"
+
+
+def load(data: Path, images: Path | None = None, split: str = "test") -> list[Question]:
+    """Questions of a split in its order; prompts from llava_test_CQM-A.json where it lies in ``data``, else built.
+
+    Raises Fault for files that are missing or broken and for a split that pid_splits.json does not have.
+    """
+    data = Path(data)
+    problems = _object(llava_format.needed(data, ["problems.json"], "science_qa"))
+    splits = _object(llava_format.needed(data, ["pid_splits.json"], "science_qa"))
+    if split not in splits:
+        raise Fault(f"{data / 'pid_splits.json'} has no split {split!r}; choose one of {', '.join(splits)}.")
+    prompts = _prompts(data / f"llava_{split}_CQM-A.json")
+    questions = []
+    for name in splits[split]:
+        if name not in problems:
+            raise Fault(f"{data / 'problems.json'} lacks question {name} of pid_splits.json; fetch both again.")
+        problem = problems[name]
+        picture = problem.get("image")
+        image = None
+        if picture:
+            folders = [images, data / "images" / split, data / "images", data / split]
+            image = llava_format.picture(folders, [f"{name}/{picture}"])
+        choices, answer, *_ = llava_format.fields(f"problems.json question {name}", problem, "choices", "answer",
+                                                  "question", "hint")
+        text = f"{prompts.get(name) or cqm(problem)}\n{SUFFIX}"
+        questions.append(Question(name, image, text, {"choices": choices, "answer": answer,
+                                                      "subject": problem.get("subject", "")}))
+    return questions
+
+
+def cqm(problem: dict[str, Any]) -> str:
+    """Context, question, options: the CQM-A prompt of LLaVA's scripts/convert_sqa_to_llava_base_prompt.py."""
+    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
+    context = problem["hint"].strip() or "N/A"
+    return f"Context: {context}\nQuestion: {problem['question']}\nOptions: {options}\n".replace("  ", " ").strip()
+
+
+def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
+    """LLaVA's JSON Lines. A file that answers the image questions alone is taken too: the others count as failed."""
+    file = Path(file)
+    found = list(llava_format.texts(file))
+    names, with_image = {name for _, name, _ in found}, [question for question in questions if question.image]
+    if with_image and names == {str(question.id) for question in with_image}:
+        answers = iter(llava_format.in_order(file, found, with_image))
+        return [next(answers) if question.image else "" for question in questions]
+    return llava_format.in_order(file, found, questions)
+
+
+def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+    """The JSON Lines that eval_science_qa.py scores; it tells image questions by "<image>" in the saved prompt."""
+    lines = llava_format.records(questions, answers)
+    for line, question in zip(lines, questions):
+        line["prompt"] = f"<image>\n{line['prompt']}" if question.image else line["prompt"]
+    return llava_format.write_jsonl(Path(folder) / "science_qa_answers.jsonl", lines)
+
+
+def parse(answer: str) -> str | None:
+    """The letter that the official script reads: "B", "B. ...", or exactly one "The answer is B" + any character."""
+    if len(answer) == 1 and answer in LETTERS:
+        return answer
+    if len(answer) >= 3 and answer[0] in LETTERS and answer[1:3] == ". ":
+        return answer[0]
+    found = re.findall(r"The answer is ([A-Z]).", answer)
+    return found[0] if len(found) == 1 else None
+
+
+def parse_corrected(answer: str) -> str | None:
+    """As ``parse``, but "B.", "(B)", "(B) ...", "B) ...", "B: ..." and "the answer is B" at the end are read too."""
+    start = re.match(r"\s*(?:\(([A-E])\)|([A-E])(?=[.):,]|\s*$))", answer)
+    if start:
+        return start[1] or start[2]
+    found = set(re.findall(r"[Tt]he answer is:? \(?([A-E])\b", answer))
+    return found.pop() if len(found) == 1 else None
+
+
+def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
+    """Accuracies in percent: of the questions with an image (the paper's number) and of all.
+
+    A letter beyond the number of choices is wrong. "corrected" reads forms of a letter that the official rules miss.
+    """
+    records = []
+    for question, answer in zip(questions, answers, strict=True):
+        letters = LETTERS[: len(question.meta["choices"])]
+        truth = LETTERS[question.meta["answer"]]
+        parsed, corrected = parse(answer), parse_corrected(answer)
+        records.append({"id": question.id, "image": bool(question.image), "answer": answer, "parsed": parsed,
+                        "truth": truth, "correct": parsed == truth and parsed in letters,
+                        "corrected": corrected == truth and corrected in letters})
+    scores = _accuracies(records, "correct")
+    scores["failed_to_parse"] = sum(record["parsed"] is None for record in records)
+    if any(record["correct"] != record["corrected"] for record in records):
+        scores["corrected"] = _accuracies(records, "corrected")
+    return Score(scores, records)
+
+
+def _accuracies(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    image = [record[key] for record in records if record["image"]]
+    return {"img_accuracy": 100 * sum(image) / len(image) if image else None,
+            "accuracy": 100 * sum(record[key] for record in records) / len(records),
+            "img_questions": len(image), "questions": len(records)}
+
+
+def _object(file: Path) -> dict[str, Any]:
+    found = read_records(file)
+    if len(found) != 1 or not isinstance(found[0][1], dict):
+        raise Fault(f"{file} holds no single JSON object; fetch it again.")
+    return found[0][1]
+
+
+def _prompts(file: Path) -> dict[str, str]:
+    if not file.exists():
+        return {}
+    prompts = {}
+    for place, record in read_records(file):
+        name, turns = llava_format.fields(place, record, "id", "conversations")
+        prompts[str(name)] = turns[0]["value"].replace("<image>", "").strip()
+    return prompts

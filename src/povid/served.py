@@ -1,0 +1,41 @@
+"""A model behind an OpenAI-compatible server as an answerer: Qwen-VL-Chat, mPLUG-Owl2, or anything else served."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from povid.benchmarks.question import Answerer, Decoding, Question
+from povid.endpoint import Endpoint, NoReply, Request, image_part
+from povid.fault import Fault
+
+
+def answerer(endpoint: Endpoint, *, max_side: int = 1024, system: str | None = None) -> Answerer:
+    """Asks ``endpoint`` every question: the picture first (longest side ``max_side`` pixels), then the text.
+
+    Answers come in the order in which the server gives them. A question that stays without an answer does not stop the
+    others; when they are all there, NoReply names it. An absent or broken picture raises Fault naming the question.
+    """
+
+    def request(question: Question, decoding: Decoding) -> Request:
+        parts = [{"type": "text", "text": question.text}]
+        if question.image is not None:
+            try:
+                parts.insert(0, image_part(question.image, max_side))
+            except Fault as fault:
+                raise Fault(f"question {question.id}: {fault}") from fault
+        first = [{"role": "system", "content": system}] if system else []
+        return Request([*first, {"role": "user", "content": parts}], temperature=decoding.temperature,
+                       max_tokens=decoding.max_new_tokens, name=f"question {question.id}")
+
+    def answer(questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
+        unanswered: list[NoReply] = []
+        for index, reply in endpoint.ask_all(request(question, decoding) for question in questions):
+            if isinstance(reply, NoReply):
+                unanswered.append(reply)
+            else:
+                yield index, reply.text.strip()
+        if unanswered:
+            raise NoReply(f"{len(unanswered)} of {len(questions)} questions got no answer, the first: "
+                          f"{unanswered[0]}") from unanswered[0]
+
+    return answer

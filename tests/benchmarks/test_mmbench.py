@@ -1,0 +1,137 @@
+"""MMBench on a small table in the official form."""
+
+from __future__ import annotations
+
+import base64
+import json
+import random
+
+import openpyxl
+import pandas
+import pytest
+from servers import ChatServer, Say
+
+from povid.benchmarks import mmbench
+from povid.benchmarks.judge import Judge
+from povid.fault import Fault
+
+COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
+           "comment", "split"]
+PICTURE = base64.b64encode(b"jpeg").decode()
+
+
+def row(index, a, b, answer, *, c="", hint="", category="cat1", image=PICTURE):
+    return [index, "What is it?", hint, a, b, c, "", answer, category, image, "web", f"l2 {category}", "", "dev"]
+
+
+ROWS = [row(2, "cat", "dog", "A", hint="Look."), row(5, "red", "blue", "B", c="green", category="cat2"),
+        row(1_000_002, "dog", "cat", "B"), row(1_000_005, "blue", "green", "A", c="red", category="cat2"),
+        row(2_000_005, "green", "red", "C", c="blue", category="cat2")]
+
+
+def table(folder, rows=ROWS, columns=COLUMNS):
+    pandas.DataFrame(rows, columns=columns).to_csv(folder / "mmbench_dev_20230712.tsv", sep="\t", index=False)
+    return folder
+
+
+def test_prompt_options_and_picture(tmp_path):
+    questions = mmbench.load(table(tmp_path))
+    assert questions[0].text == ("Look.\nWhat is it?\nA. cat\nB. dog\n"
+                                 "Answer with the option's letter from the given choices directly.")
+    assert questions[1].text.startswith("What is it?\nA. red\nB. blue\nC. green\nAnswer")
+    assert questions[0].image == b"jpeg" and [q.id for q in questions] == [2, 5, 1000002, 1000005, 2000005]
+
+
+def test_newer_tables_keep_one_picture_for_all_rotations(tmp_path):
+    rows = [row(2, "cat", "dog", "A"), row(1_000_002, "dog", "cat", "B", image="2")]
+    assert [question.image for question in mmbench.load(table(tmp_path, rows))] == [b"jpeg", b"jpeg"]
+
+
+@pytest.mark.parametrize("answer, option", [
+    ("A", "A"), ("B.", "B"), ("(C)", "C"), ("C).", "C"), (":B", "B"), ("the answer is B", "B"), ("A cat", "A"),
+    ("A small grey cat", None), ("The option is B not C", None), ("It is a red thing", "A"), ("red or blue", None),
+    ("It is RED.", "A"), ("E", "E"), ("b", None), ("", None), ("nan", None), ("Answer: B.", "B"), ("[B]", None),
+    ("It is A. in this picture here", "A"),
+])
+def test_rules(answer, option):
+    assert mmbench.parse(answer, {"A": "red", "B": "blue", "C": "green"}) == option
+
+
+def test_score_by_hand(tmp_path):
+    """Base 2 (A, then B): "A" and "dog"... both right is needed: "A" and "It is a cat" (text of B): hit.
+    Base 5 (B, A, C): right, right, wrong: no hit. Accuracy 1/2; cat1 100, cat2 0."""
+    questions = mmbench.load(table(tmp_path))
+    score = mmbench.score(questions, ["A", "B", "It is a cat", "A. blue", "green"])
+    assert score.scores["accuracy"] == 50.0
+    assert score.scores["by_category"] == {"cat1": 100.0, "cat2": 0.0}
+    assert score.scores["by_l2_category"] == {"l2 cat1": 100.0, "l2 cat2": 0.0}
+    assert (score.scores["questions"], score.scores["rows"], score.scores["judge"]) == (2, 5, None)
+    assert [record["parsed"] for record in score.records] == ["A", "B", "B", "A", "A"]
+    assert "no judge" in score.scores["note"] and "corrected" not in score.scores
+
+
+def test_without_a_judge_an_unmatched_answer_is_wrong(tmp_path):
+    score = mmbench.score(mmbench.load(table(tmp_path)), ["A", "B", "a pet", "A", "C"])
+    assert score.scores["accuracy"] == 50.0 and score.records[2]["correct"] is False
+
+
+def test_the_judge_matches_the_rest_and_is_spared_where_a_rotation_is_wrong_already(tmp_path):
+    """Base 2: "a pet" is matched to B by the judge: hit. Base 5 is lost by its first answer: "sky" is not asked."""
+    questions = mmbench.load(table(tmp_path))
+    with ChatServer(lambda body, n: Say("Your output: B")) as server:
+        judge = Judge(tmp_path / "r.jsonl", base_url=server.url)
+        score = mmbench.score(questions, ["A", "A", "a pet", "sky", "C"], judge)
+    assert score.scores["accuracy"] == 50.0 and score.scores["matched_by_judge"] == 1 and len(server.requests) == 1
+    assert (server.requests[0]["model"], server.requests[0]["temperature"]) == ("gpt-3.5-turbo-0613", 0.0)
+    assert "Question: What is it??\nOptions: There are several options:\nA. dog\nB. cat\nAnswer: a pet" in str(
+        server.requests[0]["messages"][0]["content"])
+    assert score.records[2]["by"] == "judge"
+
+
+def test_after_three_unreadable_replies_an_option_is_drawn_and_the_corrected_score_has_none(tmp_path):
+    """The official seed 2680 is drawn from once for each unmatched answer, in the order of the questions."""
+    chance = random.Random(2680)
+    first, second = ("ABCDE"[chance.randint(0, 4)] for _ in range(2))
+    rows = [row(index, "cat", "dog", drawn if drawn in "AB" else "A") for index, drawn in ((2, first), (5, second))]
+    questions = mmbench.load(table(tmp_path, rows))
+    with ChatServer(lambda body, n: Say("I cannot tell")) as server:
+        score = mmbench.score(questions, ["hm", "hm"], Judge(tmp_path / "r.jsonl", base_url=server.url))
+    assert len(server.requests) == 6
+    assert [record["parsed"] for record in score.records] == [first, second]
+    assert score.scores["accuracy"] == 50.0 * ((first in "AB") + (second in "AB"))
+    assert score.scores["corrected"]["accuracy"] == 0.0 and score.scores["random"] == 2
+
+
+def test_submission_sheet_column_for_column_and_back(tmp_path):
+    questions = mmbench.load(table(tmp_path))
+    answers = ["A", "B\x01", "It is a cat", "nan", ""]
+    file = mmbench.write_official(questions, answers, tmp_path / "out")
+    rows = list(openpyxl.load_workbook(file).active.iter_rows(values_only=True))
+    assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
+    assert rows[1] == (2, "What is it?", "cat", "dog", None, None, "A", "A", "dev") and len(rows) == 6
+    assert mmbench.read_answers(file, questions) == ["A", "B", "It is a cat", "nan", ""]
+    llava = [json.loads(line) for line in (tmp_path / "out" / "mmbench_answers.jsonl").read_text().splitlines()]
+    assert llava[1]["option_char"] == ["A", "B", "C"] and llava[1]["options"] == ["red", "blue", "green"]
+    assert mmbench.read_answers(tmp_path / "out" / "mmbench_answers.jsonl", questions)[1] == "B\x01"
+
+
+def test_bad_answers_and_bad_tables(tmp_path):
+    questions = mmbench.load(table(tmp_path))
+    (tmp_path / "a.xlsx").write_bytes(b"PK")
+    with pytest.raises(Fault, match="a.xlsx is no sheet"):
+        mmbench.read_answers(tmp_path / "a.xlsx", questions)
+    pandas.DataFrame({"index": [2, 5]}).to_excel(tmp_path / "b.xlsx", index=False)
+    with pytest.raises(Fault, match="b.xlsx has the columns index, and index and prediction"):
+        mmbench.read_answers(tmp_path / "b.xlsx", questions)
+    pandas.DataFrame({"index": [2, 5], "prediction": ["A", "B"]}).to_excel(tmp_path / "c.xlsx", index=False)
+    with pytest.raises(Fault, match="c.xlsx answers 2 of 5 questions, missing 1000002"):
+        mmbench.read_answers(tmp_path / "c.xlsx", questions)
+    for rows, sentence in [([row(2, "cat", "dog", "C")], "index 2 has the answer 'C' and the options A, B"),
+                           ([row(2, "cat", "dog", "A", image="@@")], "index 2 has no picture"),
+                           ([row(1_000_002, "cat", "dog", "A")], "rotated copy of index 2 and not index 2 itself")]:
+        with pytest.raises(Fault, match=sentence):
+            mmbench.load(table(tmp_path, rows))
+    with pytest.raises(Fault, match="lacks the column 'answer'"):
+        mmbench.load(table(tmp_path, [[*ROWS[0][:7], *ROWS[0][8:]]], [name for name in COLUMNS if name != "answer"]))
+    with pytest.raises(Fault, match="fetch mmbench"):
+        mmbench.load(tmp_path / "out" if (tmp_path / "out").mkdir() is None else tmp_path)
