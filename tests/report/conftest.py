@@ -25,7 +25,8 @@ def results(row: str, seed: int, shift: float = 0.0, **changes) -> dict:
             "pope": {"f1": f1 + shift, "yes_ratio": yes, "random": {"f1": f1}},
             "mmhal": {"missing": "no judge is set", "cure": "export POVID_JUDGE_MODEL=..."},
         },
-        "decoding": {"max_new_tokens": 64, "temperature": 0.0}, "versions": {"torch": "2.13.0"},
+        "adapters": [] if row == "none" else [f"runs/{row}/{seed}/stage_1/adapter"],
+        "decoding": {"chair": {"max_new_tokens": 64, "temperature": 0.0}}, "versions": {"torch": "2.13.0"},
         "timings": {"fit": 20.0 + seed}, "started": f"2026-01-01T00:00:0{seed}",
         "stages": {"1": {"init_from": f"x{seed}", "adapter": "a", "steps": 25}}, **changes}
 

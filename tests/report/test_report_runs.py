@@ -35,7 +35,7 @@ def test_one_run_has_no_spread(write, outputs):
     ("noise", {"noise": {"schedule": "sigmoid", "step": 600, "space": "normalized"}}, "noise.step=600"),
     ("text", {"stages": {"1": {"steps": 75}}}, "stages.1.steps=75"),
     ("both", {"experiment": "table3"}, "experiment=table3"),
-    ("text", {"decoding": {"max_new_tokens": 64, "temperature": 0.2}}, "decoding.temperature=0.2"),
+    ("text", {"decoding": {"chair": {"max_new_tokens": 64, "temperature": 0.2}}}, "decoding.chair.temperature=0.2"),
     ("both", {"stage": 1}, "stage 1 only"),
 ])
 def test_runs_that_differ_in_more_than_the_seed_are_two_rows(write, outputs, row, changes, shown):
@@ -66,6 +66,38 @@ def test_the_command_line_tells_runs_apart_where_results_do_not(write, outputs):
         hydra.mkdir()
         (hydra / "overrides.yaml").write_text(f"- ablation=text\n- seed={seed}\n- {override}\n")
     assert [row.difference for row in group(find_runs(outputs))] == ["stages.1.lr=1e-3", "stages.1.lr=1e-4"]
+
+
+def settings(lr=1e-3, alpha=0.1, stages=("1", "2")):
+    return {"settings": {"objective": {"name": "paper", "alpha": alpha}, "noise": {"schedule": "sigmoid", "step": 500},
+                         "stages": {number: {"name": "text", "lr": lr} for number in stages}},
+            "stages": {number: {"steps": 25, "fingerprint": str(lr), "seconds": lr} for number in stages}}
+
+
+def test_settings_are_told_by_the_names_of_the_command_line(write, outputs):
+    write("both", 0, **settings(), adapters=["a/0"])
+    write("both", 1, **settings(), adapters=["a/1"])
+    write("both", 2, folder="a", **settings(lr=0.01), adapters=["b/2"])
+    assert [(row.difference, len(row.runs), row.whole) for row in group(find_runs(outputs))] == [
+        ("stages.1.lr=0.001, stages.2.lr=0.001", 2, True), ("stages.1.lr=0.01, stages.2.lr=0.01", 1, True)]
+
+
+def test_a_second_stage_alone_is_a_row_of_its_own_but_a_whole_one(write, outputs):
+    write("both", 0, **settings())
+    write("both", 1, stage=2, **settings(stages=("2",)))
+    rows = group(find_runs(outputs))
+    assert [(row.difference, row.whole) for row in rows] == [("", True), ("stage 1 of another run", True)]
+
+
+def test_runs_with_fewer_benchmarks_join_the_others(write, outputs):
+    greedy = {"temperature": 0.0}
+    write("none", 0, decoding={"chair": greedy, "pope": greedy})
+    write("none", 1, decoding={"chair": greedy})
+    (row,) = group(find_runs(outputs))
+    assert summarise(row, "chair.CHAIR_S").n == 2
+    write("none", 2, decoding={"chair": {"temperature": 0.2}})
+    assert [row.difference for row in group(find_runs(outputs))] == ["decoding.chair.temperature=0.0",
+                                                                     "decoding.chair.temperature=0.2"]
 
 
 def test_overrides_that_change_nothing_do_not_split(write, outputs):

@@ -21,7 +21,7 @@ from povid.fault import Fault
 
 PAPER_ROWS = ("none", "text", "noise", "both")
 LAST_STAGE = {"text": "1", "noise": "2", "both": "2"}
-RECORDED = ("objective", "noise", "model", "data", "experiment", "decoding", "adapters", "settings")
+RECORDED = ("objective", "noise", "model", "data", "experiment", "decoding")
 # Of what a stage records, the settings; the rest (losses, times, folders) differs between seeds and says nothing.
 STAGE_SETTINGS = {"steps", "max_steps", "epochs", "lr", "learning_rate", "projector_lr", "batch", "batch_size",
                   "effective_batch", "accumulate", "accumulate_grad_batches", "precision", "alpha", "beta", "beta1",
@@ -61,20 +61,20 @@ class Run:
 
 @dataclass
 class Row:
-    """Runs that differ in the seed alone, newest per seed. ``difference`` sets it apart from rows of the same name."""
+    """Runs that differ in the seed alone, newest per seed, and the ``settings`` that they share.
+
+    ``difference`` sets it apart from rows of the same name.
+    """
 
     name: str
     runs: list[Run]
+    settings: dict[str, str]
     difference: str = ""
     remarks: list[str] = field(default_factory=list)
 
     @property
     def world(self) -> tuple[str, str]:
         return self.runs[0].world
-
-    @property
-    def settings(self) -> dict[str, str]:
-        return self.runs[0].settings
 
     @property
     def whole(self) -> bool:
@@ -122,6 +122,11 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
     flat: dict[str, str] = {}
     for key in RECORDED:
         _flatten(results.get(key), key, flat)
+    settings = results.get("settings")
+    for key, value in settings.items() if isinstance(settings, dict) else ():
+        _flatten(value, key, flat)
+    for key in [key for key in flat if key == "objective.name" or key.startswith("stages.") and key.endswith(".name")]:
+        del flat[key]
     stages = results.get("stages")
     for number, stage in stages.items() if isinstance(stages, dict) else ():
         if isinstance(stage, dict):
@@ -131,7 +136,12 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
         name = (name.partition("@")[2] or name).replace("/", ".")  # a group mounted at a key: stages@stages.1
         if name not in OVERRIDES_ELSEWHERE and name.split(".")[0] not in GROUPS_ELSEWHERE:
             flat.setdefault(name, value)
-    last, stage = LAST_STAGE.get(str(results.get("ablation", row))), str(results.get("stage", "all"))
+    ablation = str(results.get("ablation", row))
+    if ablation == "none":  # a trained run's adapters are its own; one that was only evaluated is somebody else's
+        _flatten(results.get("adapters"), "adapters", flat)
+    if ablation == "both" and isinstance(stages, dict) and "2" in stages and "1" not in stages:
+        flat["stage 1"] = "of another run"
+    last, stage = LAST_STAGE.get(ablation), str(results.get("stage", "all"))
     if last and stage not in ("all", last, "None"):
         flat["stage"] = stage
     untouched = {"none": ("objective", "noise", "experiment", "stages", "trainer"),
@@ -165,23 +175,30 @@ def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
     A seed that was run twice with the same settings counts once, by its newest run, and the row says so.
     """
     groups: dict[tuple, list[Run]] = defaultdict(list)
+    runs = list(runs)
     for run in runs:
-        settings = {key: value for key, value in run.settings.items() if key not in ignore}
+        settings = {key: value for key, value in run.settings.items() if key not in ignore
+                    and not (key.startswith("decoding.") and _only_some(key, run, runs))}
         groups[run.row, tuple(sorted(settings.items()))].append(run)
-    rows = [_row(name, members) for (name, _), members in groups.items()]
+    rows = [_row(name, members, dict(settings)) for (name, settings), members in groups.items()]
     _label(rows, ignore)
     order = {name: place for place, name in enumerate(PAPER_ROWS)}
     return sorted(rows, key=lambda row: (row.world, order.get(row.name, len(order)), row.name, row.difference))
 
 
-def _row(name: str, runs: list[Run]) -> Row:
+def _only_some(key: str, run: Run, runs: list[Run]) -> bool:
+    """Whether runs of the same row lack this setting: one that answered fewer benchmarks decoded nothing otherwise."""
+    return any(key not in other.settings for other in runs if (other.row, other.world) == (run.row, run.world))
+
+
+def _row(name: str, runs: list[Run], settings: dict[str, str]) -> Row:
     newest: dict[Any, Run] = {}
     older = 0
     for run in sorted(runs, key=lambda run: (run.started, str(run.file))):
         key = run.file if run.seed is None else str(run.seed)
         older += key in newest
         newest[key] = run
-    row = Row(name, sorted(newest.values(), key=lambda run: (str(run.seed).zfill(12), str(run.file))))
+    row = Row(name, sorted(newest.values(), key=lambda run: (str(run.seed).zfill(12), str(run.file))), settings)
     if older:
         row.remarks.append(f"{older} older run{'s' * (older > 1)} with the same seed and settings left out")
     versions: dict[str, set[str]] = defaultdict(set)
@@ -202,10 +219,12 @@ def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
     for row in rows:
         siblings[row.name, row.world if "data" not in ignore else row.world[0]].append(row)
     for members in siblings.values():
-        keys = sorted({key for row in members for key in row.settings if key not in ignore})
+        keys = sorted({key for row in members for key in row.settings})
         apart = [key for key in keys if len({row.settings.get(key) for row in members}) > 1]
         for row in members:
-            parts = [f"{key}={row.settings.get(key, 'default')}" for key in apart if key != "stage"]
+            parts = [f"{key}={row.settings.get(key, 'default')}" for key in apart if key != "stage"
+                     and not ("stage 1" in apart and key.startswith("stages.1."))]
+            parts = [part.replace("stage 1=", "stage 1 ") for part in parts if part != "stage 1=default"]
             if "stage" in row.settings:
                 parts.append(f"stage {row.settings['stage']} only")
             row.difference = ", ".join(parts)
@@ -253,6 +272,8 @@ def summarise(row: Row, score: str, corrected: bool = False) -> Summary:
             values.append(float(value))
             for part in SAME_TEST.get(benchmark, ()):
                 tests[part].add(str(lookup(found, part)))
+            decoding = lookup(run.results, f"decoding.{benchmark}")
+            tests["decoding"].add(json.dumps(decoding, sort_keys=True))
         else:
             reasons.append(_reason(benchmark, key, found, value))
     apart = [f"{part.replace('.', ' ')} {' and '.join(sorted(kinds))}" for part, kinds in tests.items()
