@@ -1,0 +1,130 @@
+"""The data check and the commands around it."""
+
+from __future__ import annotations
+
+import json
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from povid.preferences.__main__ import main
+from povid.preferences.check import check, picture_fault
+from povid.preferences.formats import read
+from povid.preferences.triple import Triple, Turn
+
+
+def triple(image: Path | bytes, id: str = "a", good: str = "A red bus.", bad: str = "A blue bus.") -> Triple:
+    asked = Turn("user", "What is it?")
+    return Triple(id, image, (asked, Turn("assistant", good)), (asked, Turn("assistant", bad)))
+
+
+@pytest.fixture
+def sound(tmp_path: Path) -> Path:
+    Image.effect_noise((64, 48), 60).convert("RGB").save(tmp_path / "sound.png")
+    return tmp_path / "sound.png"
+
+
+def bomb(path: Path) -> Path:
+    """A PNG of 60 bytes whose header promises 60,000 x 60,000 pixels."""
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    return path
+
+
+def test_sound_pictures_of_every_kind_pass(tmp_path, sound):
+    assert picture_fault(sound) is None
+    assert picture_fault(sound.read_bytes()) is None
+    for mode, name in (("RGBA", "a.png"), ("L", "g.png"), ("P", "p.gif"), ("CMYK", "c.jpg"), ("1", "b.bmp")):
+        Image.new(mode, (9, 7)).save(tmp_path / name)
+        assert picture_fault(tmp_path / name) is None, name
+
+
+def test_each_fault_of_a_picture_is_told(tmp_path, sound):
+    (tmp_path / "cut.png").write_bytes(sound.read_bytes()[:-900])
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty.jpg").touch()
+    assert "cannot be decoded" in picture_fault(tmp_path / "cut.png")
+    assert "cannot be decoded" in picture_fault(tmp_path / "text.jpg")
+    assert "cannot be decoded" in picture_fault(tmp_path / "empty.jpg")
+    assert "does not exist" in picture_fault(tmp_path / "none.jpg")
+    assert "does not exist" in picture_fault(tmp_path)
+    assert "too many" in picture_fault(bomb(tmp_path / "bomb.png"))
+    assert "cannot be decoded" in picture_fault(b"\xff\xd8\xff\xe0 no more")
+
+
+def test_a_picture_just_beyond_the_limit_is_not_decoded(tmp_path, monkeypatch):
+    """48 x 64 = 3072 pixels against a limit of 3000."""
+    Image.new("RGB", (48, 64)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    with pytest.warns(Image.DecompressionBombWarning):
+        assert "48 x 64 pixels" in picture_fault(tmp_path / "a.png")
+
+
+def test_the_report_lists_faults_by_record(tmp_path, sound):
+    triples = [triple(sound, "ok"), triple(tmp_path / "none.jpg", "lost"), triple(sound, "alike", "A bus.", "a  bus!"),
+               triple(sound, "long"), triple(sound, "long"), triple(sound, "marks", "?", "!")]
+    report = check(triples, tokens=lambda t: 1024 if t.id == "long" else 1023, limit=1024)
+    assert [(f.record, f.kind) for f in report.findings] == [("lost", "image"), ("alike", "equal"), ("long", "prompt"),
+                                                             ("long", "prompt")]
+    assert not report.sound and report.bad == {"lost", "alike", "long"} and report.duplicates == 1
+    assert report.lines()[-1] == ("6 of 6 records checked: 4 faults (equal 1, image 1, prompt 2); 1 ids are used more "
+                                  "than once")
+
+
+def test_a_sample_looks_at_some_and_always_the_same(tmp_path, sound):
+    triples = [triple(tmp_path / f"{n}.jpg", str(n)) for n in range(50)]
+    first, second = check(triples, sample=5, seed=1), check(triples, sample=5, seed=1)
+    assert first.checked == 5 and len(first.findings) == 5 and first.bad == second.bad
+    assert check(triples, sample=5, seed=2).bad != first.bad
+    assert check([triple(sound)], sample=5).checked == 1
+
+
+def row(id: str, image: str, bad: str = "A blue bus.") -> dict:
+    asked = {"from": "human", "value": "<image>\nWhat is it?"}
+    return {"id": id, "image": image, "conversations": [asked, {"from": "gpt", "value": "A red bus."}],
+            "rejected_conversations": [asked, {"from": "gpt", "value": bad}]}
+
+
+def test_the_command_lists_records_and_ends_with_2(tmp_path, sound, capsys):
+    (tmp_path / "cut.png").write_bytes(sound.read_bytes()[:-900])
+    rows = [row("ok", "sound.png"), row("gone", "gone.png"), row("cut", "cut.png"),
+            row("same", "sound.png", "A red bus.")]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    assert main(["check", str(tmp_path / "data.json"), "--images", str(tmp_path)]) == 2
+    printed = capsys.readouterr().out
+    assert "entry 1: record 'gone'" in printed and "record 'cut': picture" in printed
+    assert "entry 3: record 'same'" in printed
+    assert printed.splitlines()[-1] == "4 of 4 records checked: 3 faults (image 1, unreadable 2)"
+
+    (tmp_path / "data.json").write_text(json.dumps(rows[:1]))
+    assert main(["check", str(tmp_path / "data.json")]) == 0
+
+
+def test_a_mistake_at_the_command_line_is_one_sentence():
+    command = [sys.executable, "-m", "povid.preferences", "check", "absent.json"]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2 and ended.stdout == ""
+    assert ended.stderr == "error: absent.json does not exist; give the file that holds the records\n"
+
+
+def test_convert_there_and_back(tmp_path, sound, capsys):
+    (tmp_path / "data.json").write_text(json.dumps([row("a", "sound.png"), row("b", "gone.png")]))
+    trl, povid = str(tmp_path / "out.parquet"), tmp_path / "again" / "out.json"
+    assert main(["convert", str(tmp_path / "data.json"), "--to", "trl", "--out", trl]) == 2
+    assert "1 pictures are not in" in capsys.readouterr().err
+    assert main(["convert", str(tmp_path / "data.json"), "--to", "trl", "--out", trl, "--skip-bad"]) == 0
+    assert "skipped 1 records" in capsys.readouterr().err
+    assert main(["convert", trl, "--to", "trl", "--format", "trl", "--out", trl]) == 2
+    assert "exists" in capsys.readouterr().err
+    povid.parent.mkdir()
+    assert main(["convert", trl, "--format", "trl", "--to", "povid", "--out", str(povid), "--images",
+                 str(povid.parent)]) == 0
+    back, = read("povid", povid, povid.parent)
+    assert back.image.read_bytes() == sound.read_bytes() and back.preferred[1].text == "A red bus."

@@ -1,0 +1,115 @@
+"""The page of triples: what is marked, that nothing of the data is taken for HTML, that damage is shown."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from povid.fault import Fault
+from povid.preferences.__main__ import main
+from povid.preferences.differences import changes, objects, overlap, segments
+from povid.preferences.show import marked, write_page
+from povid.preferences.triple import Triple, Turn
+
+SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "real_sample"
+
+
+def triple(image, id="a", good="A red bus.", bad="A blue bus and a dog.") -> Triple:
+    asked = Turn("user", "What <b>is</b> it?")
+    return Triple(id, image, (asked, Turn("assistant", good)), (asked, Turn("assistant", bad)))
+
+
+def test_marks_are_on_words_that_differ():
+    assert marked("A red bus.", "A blue bus & a dog.") == (
+        'A <mark class="good">red</mark> bus.',
+        'A <mark class="bad">blue</mark> bus<mark class="bad"> &amp; a dog</mark>.')
+
+
+def test_segments_join_to_both_texts():
+    first, second = "Zwei  Käfer,\nrot_weiß — 3!", "Drei Käfer; rot 💥 weiß"
+    pieces = list(segments(first, second))
+    assert "".join(a for a, _, _ in pieces) == first and "".join(b for _, b, _ in pieces) == second
+
+
+@pytest.mark.parametrize(("good", "bad", "kinds", "added"), [
+    ("A red bus.", "A blue bus.", {"attribute"}, ()),
+    ("A red bus.", "Two red buses.", {"count"}, ()),
+    ("A bus.", "A bus and a fire hydrant.", {"object"}, ("fire hydrant",)),
+    ("A cup left of a plate.", "A cup right of a plate.", {"relation"}, ()),
+    ("Yes.", "No.", {"relation"}, ()),
+    ("A unicorn.", "Two unicorns.", {"count"}, ()),
+    ("A man holds a knife.", "A man holds a zither.", {"object"}, ()),
+    ("It is good.", "It is well.", set(), ()),
+])
+def test_kinds_of_hallucination(good, bad, kinds, added):
+    found = changes(good, bad)
+    assert (set(found.kinds), found.objects) == (kinds, added)
+
+
+def test_objects_by_their_coco_name():
+    assert objects("Two men with wine glasses, puppies and a hot dog on the dining table.") == [
+        "person", "wine glass", "dog", "hot dog", "dining table"]
+
+
+def test_overlap_counts_words_in_order():
+    """Words a b c d and a x c d: 3 of 4 in common, 2 * 3 / 8 = 0.75."""
+    assert overlap("a b c d", "A x, c d") == 0.75
+
+
+class Balanced(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen = [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_shows_nothing_but_text(tmp_path):
+    Image.new("RGBA", (900, 600), "red").save(tmp_path / "a.png")
+    evil = "</p></main><script>alert(1)</script><img src=x onerror=alert(1)>"
+    triples = [triple(tmp_path / "a.png", evil, "A.", evil), triple(b"broken", "b"), triple(tmp_path / "gone.png", "c")]
+    write_page(triples, tmp_path / "page.html", title=evil, noise_steps=(500,))
+    page = (tmp_path / "page.html").read_text()
+    reader = Balanced()
+    reader.feed(page)
+    assert not reader.open
+    assert "script" not in reader.seen and reader.seen.count("img") == 2 and reader.seen.count("article") == 3
+    assert "picture of 6 bytes cannot be decoded" in page and "gone.png cannot be decoded" in page
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+
+
+def test_several_questions_and_a_draw_by_seed(tmp_path):
+    turns = [Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2")]
+    triples = [Triple(f"id{n}", b"x", (*turns, Turn("assistant", "yes")), (*turns, Turn("assistant", "no")))
+               for n in range(30)]
+    pages = []
+    for seed in (1, 1, 2):
+        write_page(triples, tmp_path / "p.html", title="t", count=4, seed=seed)
+        pages.append(re.findall("<b>(id[0-9]+)</b>", (tmp_path / "p.html").read_text()))
+    assert pages[0] == pages[1] != pages[2] and len(pages[0]) == 4
+    assert (tmp_path / "p.html").read_text().count('class="question"') == 8
+
+
+def test_no_record_and_no_room(tmp_path):
+    with pytest.raises(Fault, match="no record"):
+        write_page([], tmp_path / "p.html", title="t")
+    with pytest.raises(Fault, match="cannot be written"):
+        write_page([triple(b"x")], tmp_path / "absent" / "p.html", title="t")
+
+
+def test_the_command_on_the_real_sample(tmp_path, capsys):
+    if not SAMPLE.is_dir():
+        pytest.skip("the sample of eight photographs is not beside the project")
+    assert main(["show", str(SAMPLE / "preferences.json"), "--out", str(tmp_path / "p.html"), "--count", "2"]) == 0
+    page = (tmp_path / "p.html").read_text()
+    assert page.count("noised, step 500") == 4 and page.count("<article>") == 2
