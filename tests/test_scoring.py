@@ -83,7 +83,7 @@ def test_score_and_gradients_equal_the_plain_way(
 ):
     policy, template = loaded(dtype, projector)
     examples, batch = batch_of(folder, tmp_path, template, which, text=text, noise=noise)
-    # RMSNorm and the rotary embedding work in float32 whatever the model's dtype, so float64 gains two digits, not nine.
+    # RMSNorm and the rotary embedding work in float32 whatever the dtype, so float64 gains two digits, not nine.
     tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-6}
     terms = frozenset(t for t, used in (("text", text), ("noise", noise)) if used)
     stage = StageSettings("stage", tuple(terms), 1, 1e-4, 1e-4, 1)

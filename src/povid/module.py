@@ -90,12 +90,12 @@ class POVIDModule(L.LightningModule):
         )
 
     def _log(self, outcome: Objective, examples: int) -> None:
-        values: dict[str, Tensor] = {"loss": outcome.loss_B, "reward/preferred": outcome.reward_preferred_B}
+        values: dict[str, Tensor] = {"loss": outcome.loss_B, "reward_preferred": outcome.reward_preferred_B}
         for kind, reward_B in (("text", outcome.reward_text_B), ("noise", outcome.reward_noise_B)):
             if reward_B is not None:
                 margin_B = outcome.reward_preferred_B - reward_B
-                values |= {f"reward/{kind}": reward_B, f"margin/{kind}": margin_B,
-                           f"accuracy/{kind}": (margin_B > 0).float()}
+                values |= {f"reward_{kind}": reward_B, f"margin_{kind}": margin_B,
+                           f"accuracy_{kind}": (margin_B > 0).float()}
         means = {f"train/{name}": value_B.detach().float().mean() for name, value_B in values.items()}
         self.log_dict(means, batch_size=examples, on_step=True, on_epoch=False, sync_dist=True)
         self.log("loss", means["train/loss"], prog_bar=True, logger=False, batch_size=examples)
