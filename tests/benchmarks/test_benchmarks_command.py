@@ -1,0 +1,120 @@
+"""``python -m povid.benchmarks``: somebody else's answers scored in one command, mistakes told in one sentence."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from povid.benchmarks import __main__ as command
+
+GOLDEN = Path(__file__).resolve().parents[2] / "../shared/golden"
+
+
+def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command_line = [sys.executable, "-m", "povid.benchmarks", *map(str, arguments)]
+    return subprocess.run(command_line, capture_output=True, text=True)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    (tmp_path / "synonyms.txt").write_text("cat, kitten\ndog, puppy\n")
+    (tmp_path / "objects.json").write_text('{"000000000001": ["cat"], "2": ["dog"], "3": ["kitten"], "4": []}')
+    return tmp_path
+
+
+def answer_file(data: Path, *captions: str) -> Path:
+    rows = [json.dumps({"image_id": i, "caption": text}) for i, text in enumerate(captions, 1)]
+    (data / "answers.jsonl").write_text("\n".join(rows))
+    return data / "answers.jsonl"
+
+
+def test_chair_prints_a_table_and_writes_every_decision(data: Path) -> None:
+    """Captions: cat, dog of which dog is not there; nothing; empty. CHAIR_S 1/2, CHAIR_I 1/2, coverage 1/2."""
+    file = answer_file(data, "A cat and a dog.", "Grass.", "")
+    done = run("chair", "--answers", file, "--data", data, "--json", data / "new" / "out.json")
+    assert done.returncode == 0, done.stderr
+    lines = dict(line.split()[:2] for line in done.stdout.splitlines()[1:7])
+    assert (lines["CHAIR_S"], lines["CHAIR_I"], lines["coverage"]) == ("50.0", "50.0", "50.0")
+    assert "note: 1 empty captions left out, as the official to_chair.py does; the first is of image 3." in done.stderr
+    assert "note: 1 images of objects.json have no caption" in done.stderr
+    written = json.loads((data / "new" / "out.json").read_text())
+    assert written["scores"]["CHAIR_S"] == 50.0
+    assert written["records"] == [
+        {"image_id": 1, "objects": ["cat", "dog"], "hallucinated": ["dog"], "counted": True},
+        {"image_id": 2, "objects": [], "hallucinated": [], "counted": True},
+        {"image_id": 3, "objects": [], "hallucinated": [], "counted": False},
+    ]
+
+
+def test_pope_golden_answers(tmp_path: Path) -> None:
+    if not (GOLDEN / "pope_answers_adversarial.json").is_file():
+        pytest.skip("the shared golden results are not here")
+    case = json.loads((GOLDEN / "pope_answers_adversarial.json").read_text())
+    (tmp_path / "coco_pope_adversarial.json").write_text((GOLDEN / "coco_pope_adversarial.json").read_text())
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in case["answers"]))
+    done = run("pope", "--answers", tmp_path / "mine.jsonl", "--data", tmp_path, "--json", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["scores"]["f1"] == pytest.approx(100 * case["expected"]["F1 score"], abs=1e-12)
+    assert sum(record["correct"] for record in written["records"]) == case["expected"]["tp"] + case["expected"]["tn"]
+
+
+def test_help_lists_the_benchmarks() -> None:
+    done = run("--help")
+    assert done.returncode == 0
+    text = " ".join(done.stdout.split())
+    assert "Benchmarks: chair, pope, mmhal, science_qa, mme, mmbench, mm_vet, llava_bench." in text
+    assert "fetch NAME --data DIR" in text
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"name": "pop"}, "error: There is no benchmark 'pop'; did you mean 'pope'?"),
+        ({"name": "bleu"}, "error: There is no benchmark 'bleu'; choose among chair, pope, mmhal"),
+        ({"answers": "none.jsonl"}, "none.jsonl: no such file; give the answers to be scored."),
+        ({"data": "nowhere"}, "nowhere is no folder; give the folder of the official files, or run"),
+        ({"name": "pope"}, "holds none of coco_pope_{random,popular,adversarial}.json"),
+        ({"name": "mmhal"}, "error: mmhal is scored by a judge; name its model with --judge-model."),
+        ({"content": '{"image_id": 1, "caption": "a"}\n{"image_id": 1, "caption": "b"}'},
+         "answers.jsonl line 2 describes image 1 again, after answers.jsonl line 1; keep one caption for each image."),
+        ({"content": '{"image_id": 8, "caption": "a"}'}, "error: Image 8 (1 of 1 images) is not in"),
+        ({"content": b"\xff\xfe"}, "answers.jsonl cannot be read"),
+        ({"json": "."}, "error: "),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_2(
+    data: Path, capsys: pytest.CaptureFixture[str], change: dict, sentence: str
+) -> None:
+    file = answer_file(data, "A cat.", "A dog.")
+    if isinstance(content := change.get("content"), bytes):
+        file.write_bytes(content)
+    elif content is not None:
+        file.write_text(content)
+    arguments = [change.get("name", "chair"), "--answers", str(data / change.get("answers", "answers.jsonl")),
+                 "--data", str(data / change.get("data", ""))]
+    if "json" in change:
+        arguments += ["--json", str(data / change["json"])]
+    assert command.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1 and error.startswith("error: ")
+
+
+def test_status_2_reaches_the_shell(data: Path) -> None:
+    done = run("chiar", "--answers", answer_file(data, "A cat."), "--data", data)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: There is no benchmark 'chiar'; did you mean 'chair'?\n"
+
+
+def test_fetch_refuses_an_unknown_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["fetch", "chiar", "--data", str(data)]) == 2
+    assert capsys.readouterr().err == "error: There is no benchmark 'chiar'; did you mean 'chair'?\n"
+
+
+def test_table_shows_groups_and_gaps() -> None:
+    assert command.table({"a": 1.25, "long": None, "group": {"n": 3}}) == (
+        "a         1.2\nlong        -\ngroup:\n  n        3")
