@@ -78,7 +78,8 @@ def check(cfg: DictConfig) -> Checked:
     try:
         tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
-        raise Fault(f"configuration: {str(error).splitlines()[0]}; give {error.full_key or 'that key'} a value") from None
+        said = str(error).splitlines()[0]
+        raise Fault(f"configuration: {said}; give {error.full_key or 'that key'} a value") from None
 
     ablation = _bind(AblationSettings, tree.get("ablation"), "ablation", faults)
     model = _bind(ModelSettings, tree.get("model"), "model", faults)

@@ -29,7 +29,7 @@ from povid.fault import Fault
 from povid.generation import Answers
 from povid.machine import keep_freed_memory, packages, versions
 from povid.module import POVIDModule
-from povid.policy import ModelSettings, Policy, load_processor
+from povid.policy import ModelSettings, Policy
 from povid.preferences.datamodule import PreferenceDataModule
 from povid.preferences.formats import read
 from povid.preferences.template import Template

@@ -9,8 +9,8 @@ import sys
 from importlib.metadata import distributions, version
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-NAMED = ("torch", "lightning", "transformers", "peft", "hydra-core", "omegaconf", "diffusers", "wandb", "numpy", "pillow",
-         "povid")
+NAMED = ("torch", "lightning", "transformers", "peft", "hydra-core", "omegaconf", "diffusers", "wandb", "numpy",
+         "pillow", "povid")
 
 
 def keep_freed_memory() -> None:
