@@ -95,7 +95,7 @@ def test_after_three_unreadable_replies_an_option_is_drawn_and_the_corrected_sco
     rows = [row(index, "cat", "dog", drawn if drawn in "AB" else "A") for index, drawn in ((2, first), (5, second))]
     questions = mmbench.load(table(tmp_path, rows))
     with ChatServer(lambda body, n: Say("I cannot tell")) as server:
-        score = mmbench.score(questions, ["hm", "hm"], Judge(tmp_path / "r.jsonl", base_url=server.url))
+        score = mmbench.score(questions, ["hm", "ah"], Judge(tmp_path / "r.jsonl", base_url=server.url))
     assert len(server.requests) == 6
     assert [record["parsed"] for record in score.records] == [first, second]
     assert score.scores["accuracy"] == 50.0 * ((first in "AB") + (second in "AB"))

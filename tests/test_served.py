@@ -1,0 +1,59 @@
+"""A served model as an answerer."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from PIL import Image
+from servers import ChatServer, Say, Silence, last_text
+
+from povid.benchmarks.question import Decoding, Question
+from povid.endpoint import Endpoint, NoReply
+from povid.fault import Fault
+from povid.served import answerer
+
+
+def picture() -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def endpoint(server, folder):
+    return Endpoint("m", folder / "replies.jsonl", base_url=server.url, timeout=0.2, retries=1, backoff=0.001)
+
+
+def test_answers_with_picture_text_and_decoding(tmp_path):
+    questions = [Question(n, picture(), f"Q{n}?", {}) for n in range(5)] + [Question("text", None, "Alone?", {})]
+    with ChatServer(lambda body, n: Say(f" {last_text(body)} yes\n")) as server:
+        answer = answerer(endpoint(server, tmp_path), system="Be brief.")
+        answers = dict(answer(questions, Decoding(max_new_tokens=7, temperature=0.2)))
+    assert answers == {**{n: f"Q{n}? yes" for n in range(5)}, 5: "Alone? yes"}
+    body = server.requests[0]
+    assert (body["max_tokens"], body["temperature"], body["messages"][0]["content"]) == (7, 0.2, "Be brief.")
+    assert [part["type"] for part in body["messages"][1]["content"]] == ["image_url", "text"]
+
+
+def test_a_question_that_times_out_is_named_after_all_others_were_answered_and_asked_alone_next_time(tmp_path):
+    questions = [Question(f"q{n}", None, f"Q{n}?", {}) for n in range(4)]
+    stuck = [True]
+    got = {}
+    with ChatServer(lambda body, n: Silence() if last_text(body) == "Q1?" and stuck else Say("yes")) as server:
+        answer = answerer(endpoint(server, tmp_path))
+        with pytest.raises(NoReply, match="1 of 4 questions got no answer, the first: question q1: .*no answer within"):
+            for index, text in answer(questions, Decoding(5)):
+                got[index] = text
+        assert sorted(got) == [0, 2, 3]
+        stuck.clear()
+        before = len(server.requests)
+        assert dict(answer(questions, Decoding(5))) == dict.fromkeys(range(4), "yes")
+        assert len(server.requests) == before + 1
+
+
+def test_a_broken_picture_names_the_question(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"broken")
+    with ChatServer(lambda body, n: Say("yes")) as server:
+        answer = answerer(endpoint(server, tmp_path))
+        with pytest.raises(Fault, match="question 3: .*a.png: this is no image"):
+            list(answer([Question(3, tmp_path / "a.png", "Q?", {})], Decoding(5)))
