@@ -82,6 +82,16 @@ def test_settings_are_told_by_the_names_of_the_command_line(write, outputs):
         ("stages.1.lr=0.001, stages.2.lr=0.001", 2, True), ("stages.1.lr=0.01, stages.2.lr=0.01", 1, True)]
 
 
+def test_a_long_difference_becomes_a_number_with_a_remark(write, outputs):
+    write("both", 0, **settings())
+    write("both", 1, folder="a", experiment="released", objective="released", **settings(lr=0.01, alpha=0.2))
+    first, second = group(find_runs(outputs))
+    assert (first.label, second.label) == ("both (setting 1)", "both (setting 2)")
+    assert second.remarks == ["setting 2 is experiment=released, objective=released, objective.alpha=0.2, "
+                              "stages.1.lr=0.01, stages.2.lr=0.01"]
+    assert "experiment=default" in first.remarks[0]
+
+
 def test_a_second_stage_alone_is_a_row_of_its_own_but_a_whole_one(write, outputs):
     write("both", 0, **settings())
     write("both", 1, stage=2, **settings(stages=("2",)))

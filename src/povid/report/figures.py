@@ -87,7 +87,7 @@ def _draw_row(axes: Axes, row: Row, ink: str) -> None:
         axes.plot([x for x, _ in way], [y for _, y in way], color=ink, alpha=0.45, lw=1, marker=".", ms=3, zorder=1)
     axes.scatter([x for x, _ in points], [y for _, y in points], s=14, color=ink, alpha=0.45, lw=0, zorder=2)
     x, y = _mean([x for x, _ in points]), _mean([y for _, y in points])
-    label = _name(row) + (f" (n = {len(points)})" if len(points) > 1 else "")
+    label = row.label + (f" (n = {len(points)})" if len(points) > 1 else "")
     axes.errorbar([x], [y], xerr=[_error([x for x, _ in points])], yerr=[_error([y for _, y in points])], color=ink,
                   marker=MARKERS.get(row.name, "D"), ms=9, mec="white", mew=1, capsize=3, lw=1.3, ls="none", zorder=3,
                   label=label)
@@ -105,14 +105,17 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
     logged any.
     """
     columns: list[tuple[str, list[dict[str, list[tuple[float, float]]]]]] = []
-    for row in group(runs):
+    rows = group(runs)
+    several = len({row.world for row in rows}) > 1
+    for row in rows:
         stages: dict[str, list] = defaultdict(list)
         for run in row.runs:
             for folder in sorted(run.folder.glob("stage_*")):
                 series = _metrics(folder)
                 if series:
                     stages[folder.name.removeprefix("stage_")].append(series)
-        columns += [(f"{_name(row)}, stage {stage}", found) for stage, found in sorted(stages.items())]
+        where = f"\n{row.world[0]}, {row.world[1]}" if several else ""
+        columns += [(f"{row.label}, stage {stage}{where}", found) for stage, found in sorted(stages.items())]
     logged = {name for _, found in columns for series in found for name in series}
     panels = [panel for panel in PANELS if any(_column(names, logged) for _, names, _ in panel[1])]
     if not panels:
@@ -201,10 +204,6 @@ def _error(values: Sequence[float]) -> float:
         return 0.0
     mean = _mean(values)
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
-
-
-def _name(row: Row) -> str:
-    return f"{row.name} ({row.difference})" if row.difference else row.name
 
 
 def _inks(rows: Sequence[Row]) -> list[str]:

@@ -31,6 +31,7 @@ STAGE_SETTINGS = {"steps", "max_steps", "epochs", "lr", "learning_rate", "projec
 OVERRIDES_ELSEWHERE = {"seed", "row", "ablation", "stage", "model", "data", "objective", "noise", "experiment",
                        "benchmarks", "init_from", "outputs", "resume", "samples", "generation.batch_size",
                        "data.workers", "data.cache_mb", "trainer.log_every_n_steps", "trainer.enable_progress_bar"}
+LONG = 60  # letters of a difference that still fit into a label
 GROUPS_ELSEWHERE = {"hydra", "logger", "launcher", "judge"}
 
 
@@ -63,13 +64,15 @@ class Run:
 class Row:
     """Runs that differ in the seed alone, newest per seed, and the ``settings`` that they share.
 
-    ``difference`` sets it apart from rows of the same name.
+    ``difference`` sets it apart from rows of the same name; ``label`` is its name with the difference, or with a number
+    that a remark explains where the difference is long.
     """
 
     name: str
     runs: list[Run]
     settings: dict[str, str]
     difference: str = ""
+    label: str = ""
     remarks: list[str] = field(default_factory=list)
 
     @property
@@ -228,6 +231,12 @@ def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
             if "stage" in row.settings:
                 parts.append(f"stage {row.settings['stage']} only")
             row.difference = ", ".join(parts)
+        short = all(len(row.difference) <= LONG for row in members)
+        for number, row in enumerate(sorted(members, key=lambda row: row.difference), 1):
+            apart_by = row.difference if short else f"setting {number}"
+            row.label = f"{row.name} ({apart_by})" if row.difference else row.name
+            if not short:
+                row.remarks.insert(0, f"{apart_by} is {row.difference}")
 
 
 @dataclass(frozen=True)

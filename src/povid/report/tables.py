@@ -177,7 +177,7 @@ def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list
             warning = _says_less(row, bases)
             cells = {column.key: _difference(row, against[0], column, bool(warning)) for column in columns}
             if any(cell.summary.mean is not None for cell in cells.values()):
-                lead = (*MARKS.get(row.name, ("", "")), f"{_named(row)} less {name}")
+                lead = (*MARKS.get(row.name, ("", "")), f"{row.label} less {name}")
                 lines.append(Line(row.name, "difference", lead, cells, says_less=warning))
         if lines:
             blocks.append(Block(f"difference from {name} ± its standard error over seeds (bold: better by more than "
@@ -350,11 +350,7 @@ def _ours(row: Row, columns: Iterable[Column], lead: tuple[str, ...], bases: lis
         cells[column.key] = Cell(summary, notes=notes + _corrected(row, column, summary))
     seeds = f"n = {len(row.runs)}"
     remarks = [f"{row.name}: {remark}" for remark in row.remarks]
-    return Line(row.name, kind, (*lead, f"{_named(row)}, {seeds}"), cells, remarks, _says_less(row, bases))
-
-
-def _named(row: Row) -> str:
-    return f"{row.name} ({row.difference})" if row.difference else row.name
+    return Line(row.name, kind, (*lead, f"{row.label}, {seeds}"), cells, remarks, _says_less(row, bases))
 
 
 def _corrected(row: Row, column: Column, summary: Summary) -> list[str]:
@@ -377,7 +373,7 @@ def _says_less(row: Row, bases: list[Row]) -> str:
     before, after = summarise(base, "chair.coverage"), summarise(row, "chair.coverage")
     if before.mean is None or after.mean is None or before.mean - after.mean <= COLLAPSE:
         return ""
-    return (f"{_named(row)} says less: coverage fell by "
+    return (f"{row.label} says less: coverage fell by "
             f"{before.mean - after.mean:.1f} points (from {before.mean:.1f} to {after.mean:.1f}), so its CHAIR is no "
             "gain by itself and is not ranked")
 
