@@ -121,6 +121,17 @@ def test_difference_from_the_base_with_its_error(sweep):
     assert any(block.title.startswith("difference from preferred_only") for block in made.blocks)
 
 
+def test_each_row_is_set_against_the_base_that_was_evaluated_alike(write, outputs):
+    """Base with 300 captions at coverage 65, with 30 at 40: the row with 30 has 42 and says no less than its own."""
+    for row, size, coverage in (("none", 300, 65.0), ("none", 30, 40.0), ("text", 30, 42.0)):
+        folder = write(row, 0, folder=f"{row}{size}", benchmarks={"chair": {"CHAIR_S": 50.0, "coverage": coverage}})
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra" / "overrides.yaml").write_text(f"- data.prepare.evaluation={size}\n")
+    made = table(3, find_runs(outputs))
+    assert not lines(made)["text"].says_less
+    assert lines(made, "difference")["text"].lead[-1] == "text less none (data.prepare.evaluation=30)"
+
+
 def test_a_single_run_is_never_better_than_its_error(write, outputs):
     write("none", 0)
     write("both", 0)
@@ -203,6 +214,15 @@ def test_average_ranks_are_computed_and_printed_ones_marked(write, outputs):
     assert {name: cell.summary.mean for name, cell in ours.items()} == {
         "InstructBLIP": 1.875, "Qwen-VL-Chat": 1.875, "qwen2_5_vl": 2.25, "llava_next": None}
     assert "only rows that have all four" in ours["llava_next"].notes[0]
+
+
+def test_a_row_that_says_less_is_marked_in_every_table(write, outputs):
+    real = {"model": "llava_1_5_7b", "data": "povid_17k"}
+    scores = {"CHAIR_S": 10.0, "CHAIR_I": 5.0}
+    for row, coverage in (("none", 70.0), ("both", 50.0)):
+        write(row, 0, **real, benchmarks={"chair": scores | {"coverage": coverage}, "llava_bench": {"overall": 60.0}})
+    for number in (1, 2, 3, 4):
+        assert "† both says less: coverage fell by 20.0 points" in render.markdown(table(number, find_runs(outputs)))
 
 
 def test_table_4_is_the_breakdown(write, outputs):

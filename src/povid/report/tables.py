@@ -169,15 +169,13 @@ def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list
     blocks = []
     bases = _bases(rows)
     for name in ("none", "preferred_only"):
-        against = [row for row in rows if row.name == name and row.whole]
-        if len(against) != 1:
-            continue
+        candidates = [row for row in rows if row.name == name and row.whole]
         lines = []
-        for row in (row for row in rows if row is not against[0] and row not in bases):
-            warning = _says_less(row, bases)
-            cells = {column.key: _difference(row, against[0], column, bool(warning)) for column in columns}
+        for row in (row for row in rows if candidates and row not in candidates and row not in bases):
+            warning, against = _says_less(row, bases), _nearest(row, candidates)
+            cells = {column.key: _difference(row, against, column, bool(warning)) for column in columns}
             if any(cell.summary.mean is not None for cell in cells.values()):
-                lead = (*MARKS.get(row.name, ("", "")), f"{row.label} less {name}")
+                lead = (*MARKS.get(row.name, ("", "")), f"{row.label} less {against.label}")
                 lines.append(Line(row.name, "difference", lead, cells, says_less=warning))
         if lines:
             blocks.append(Block(f"difference from {name} ± its standard error over seeds (bold: better by more than "
@@ -289,8 +287,9 @@ def _table_2(runs: Sequence[Run]) -> Table | None:
     rows += group(run for run in belongs if run.row != "none")
     theirs = _paper_lines(paper.TABLE_2, columns, lambda row: (row.name, row.vision, row.language))
     parts = {row.key: (row.name, row.vision, row.language) for row in paper.TABLE_2}
-    lines = [(_model_row(row), _ours(row, columns, parts.get(_model_row(row), (row.world[0], "", "")), [])) for row in
-             rows]
+    lines = [(_model_row(row), _ours(row, columns, parts.get(_model_row(row), (row.world[0], "", "")),
+                                     [base for base in _bases(rows) if base.world[0] == row.world[0]]))
+             for row in rows]
     _average_ranks([line for _, line in lines])
     _average_ranks(list(theirs.values()))
     for paper_row in paper.TABLE_2:
@@ -368,14 +367,19 @@ def _says_less(row: Row, bases: list[Row]) -> str:
     """The warning that a row earns by naming fewer of the true objects than the base, or ""."""
     if row in bases or not bases:
         return ""
-    agreed = [sum(base.settings.get(key) == value for key, value in row.settings.items()) for base in bases]
-    base = bases[agreed.index(max(agreed))]
+    base = _nearest(row, bases)
     before, after = summarise(base, "chair.coverage"), summarise(row, "chair.coverage")
     if before.mean is None or after.mean is None or before.mean - after.mean <= COLLAPSE:
         return ""
     return (f"{row.label} says less: coverage fell by "
             f"{before.mean - after.mean:.1f} points (from {before.mean:.1f} to {after.mean:.1f}), so its CHAIR is no "
             "gain by itself and is not ranked")
+
+
+def _nearest(row: Row, candidates: list[Row]) -> Row:
+    """The candidate that shares most settings with ``row`` (the base that was evaluated as the row was)."""
+    return max(candidates, key=lambda other: sum(other.settings.get(key) == value
+                                                 for key, value in row.settings.items()))
 
 
 def _paper_lines(rows: Sequence[PaperRow], columns: Sequence[Column],
