@@ -110,6 +110,14 @@ def test_status_2_reaches_the_shell(data: Path) -> None:
     assert done.stderr == "error: There is no benchmark 'chiar'; did you mean 'chair'?\n"
 
 
+def test_scoring_needs_no_torch(data: Path) -> None:
+    code = "import sys; from povid.benchmarks.__main__ import main; status = main(sys.argv[1:]); " \
+           "sys.exit(9 if 'torch' in sys.modules else status)"
+    file = answer_file(data, "A cat.")
+    done = subprocess.run([sys.executable, "-c", code, "chair", "--answers", file, "--data", data], capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_fetch_refuses_an_unknown_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["fetch", "chiar", "--data", str(data)]) == 2
     assert capsys.readouterr().err == "error: There is no benchmark 'chiar'; did you mean 'chair'?\n"

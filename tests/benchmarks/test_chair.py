@@ -355,6 +355,17 @@ def test_coco_truth_is_the_union_of_instances_and_human_captions(tmp_path: Path)
         chair.load(folder, only=[9])
 
 
+def test_coco_files_without_what_they_have_are_named(tmp_path: Path) -> None:
+    folder = coco_folder(tmp_path / "coco")
+    (folder / "captions_val2014.json").write_text('{"annotations": [{"image_id": 1}]}')
+    with pytest.raises(Fault, match="captions_val2014.json has an entry without 'caption'"):
+        chair.load(folder, only=[1])
+    folder = coco_folder(tmp_path / "other")
+    (folder / "synonyms.txt").write_text("dog\n")
+    with pytest.raises(Fault, match="COCO's category 'cat' is no word of synonyms.txt"):
+        chair.load(folder, only=[1])
+
+
 def test_train_files_are_needed_only_for_train_images(tmp_path: Path) -> None:
     folder = coco_folder(tmp_path / "coco")
     (folder / "instances_train2014.json").unlink()

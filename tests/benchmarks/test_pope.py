@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +198,18 @@ def test_one_split_is_recognised_by_what_it_answers(data: Path, tmp_path: Path) 
         pope.answered_splits(write_lines(tmp_path / "mine.jsonl", [{"text": "yes"}] * 4), data)
 
 
-def test_ids_in_another_order_are_put_in_order(data: Path, tmp_path: Path) -> None:
-    rows = [{"question_id": i, "text": f"answer {i}"} for i in (3, 1, 4, 2)]
+@pytest.mark.parametrize("form", [int, str, lambda i: f"random/{i}"])
+def test_ids_in_another_order_are_put_in_order(data: Path, tmp_path: Path, form: Callable[[int], Any]) -> None:
+    rows = [{"question_id": form(i), "text": f"answer {i}"} for i in (3, 1, 4, 2)]
     questions = pope.load(data, splits=["random"])
     file = write_lines(tmp_path / "a.jsonl", rows)
     assert pope.read_answers(file, questions) == [f"answer {i}" for i in (1, 2, 3, 4)]
+
+
+def test_ids_of_another_file_count_by_position_while_they_rise(data: Path, tmp_path: Path) -> None:
+    rows = [{"question_id": i, "text": f"answer {i}"} for i in (8, 9, 10, 11)]
+    file = write_lines(tmp_path / "a.jsonl", rows)
+    assert pope.read_answers(file, pope.load(data, splits=["random"])) == [f"answer {i}" for i in (8, 9, 10, 11)]
 
 
 def test_spelling_of_older_questions_does_not_matter(data: Path, tmp_path: Path) -> None:
@@ -218,8 +225,8 @@ def test_spelling_of_older_questions_does_not_matter(data: Path, tmp_path: Path)
         ([{"text": "yes"}] * 3, "a.jsonl has 3 answers, but coco_pope_random.json has 4 questions; every question"),
         ([{"text": "yes"}] * 5, "a.jsonl has 5 answers, but coco_pope_random.json has 4 questions"),
         ([{"text": "yes"}] * 2910, "has 2910 answers, but coco_pope_random.json has 4 questions (2910 is the older"),
-        ([{"question_id": i, "text": "yes"} for i in (1, 2, 2, 4)], "line 3 answers question_id 2 a second time"),
-        ([{"question_id": i, "text": "yes"} for i in (11, 12, 14, 13)], "line 4 has question_id 13 after 14"),
+        ([{"question_id": i, "text": "yes"} for i in (1, 2, 2, 4)], "line 3 answers question_id '2' a second time"),
+        ([{"question_id": i, "text": "yes"} for i in (11, 12, 14, 13)], "line 4 has question_id '13' after '14'"),
         ([{"question": f"Is there a {name} in the image?", "answer": "no"} for name in ("cat", "orange", "car", "dog")],
          "line 3 answers 'Is there a car in the image?', but question 3 of coco_pope_random.json asks"),
         ([{"question_id": 1, "answer": 5}], 'line 1 has no answer: "answer" (POPE) or "text" (LLaVA)'),

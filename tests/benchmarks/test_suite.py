@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
 from povid.benchmarks import chair, pope, suite
-from povid.benchmarks.question import Decoding, Question
+from povid.benchmarks.question import Decoding, Question, Score
 from povid.fault import Fault
 
 TRUTH = {"a_1": ["cat"], "a_2": ["dog", "cup"], "a_3": ["cup"]}
@@ -176,10 +177,49 @@ def test_a_judged_benchmark_without_judge_keeps_its_answers(
         raise AssertionError("no judge, no scoring")
 
     monkeypatch.setattr(chair, "score", needs)
-    result = suite.run({"chair": {"data": data}}, Answers(), tmp_path / "out")["chair"]
-    assert result["missing"] == "answered, but there is no judge to score it"
+    wanted = {"chair": {"data": data}}
+    result = suite.run(wanted, Answers(), tmp_path / "out")["chair"]
+    assert result["missing"] == "answered, not judged: chair needs a judge, and none is configured"
     assert result["cure"].endswith("--judge-model MODEL")
     assert len((tmp_path / "out" / "chair" / "answers.jsonl").read_text().splitlines()) == 3
+    assert suite.check(wanted)["chair"]["missing"] == "chair needs a judge, and none is configured"
+    result = suite.run(wanted, Answers(), tmp_path / "out", judge=Keyless())["chair"]
+    assert result["missing"] == "answered, not judged: no key for gpt; set it"
+
+
+class Keyless:
+    def endpoint(self, benchmark: str) -> None:
+        raise Fault("no key for gpt; set it")
+
+
+def test_judge_and_scoring_settings_reach_the_score(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a judge only helps, one that cannot be used is none."""
+    seen: list[tuple[object, int]] = []
+
+    def helped(questions: object, answers: object, judge: object = None, runs: int = 1) -> Score:
+        seen.append((judge, runs))
+        return Score({}, [])
+
+    class Ready:
+        def endpoint(self, benchmark: str) -> None:
+            assert benchmark == "chair"
+
+    ready = Ready()
+    monkeypatch.setattr(chair, "score", helped)
+    for judge in (None, Keyless(), ready):
+        suite.run({"chair": {"data": data, "runs": 5}}, Answers(), tmp_path / "out", judge=judge)
+    assert seen == [(None, 5), (None, 5), (ready, 5)]
+    assert suite.check({"chair": {"data": data}}) == {}
+
+
+def test_shipped_settings_are_known() -> None:
+    """Every key of conf/benchmarks is one that the benchmark takes."""
+    folder = Path(__file__).resolve().parents[2] / "conf" / "benchmarks"
+    for name in suite.BENCHMARKS:
+        settings = yaml.safe_load((folder / f"{name}.yaml").read_text())
+        suite.check_settings(name, settings[name])
 
 
 def test_a_fault_while_answering_keeps_what_came_before(data: Path, tmp_path: Path) -> None:

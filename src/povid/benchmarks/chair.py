@@ -82,6 +82,8 @@ def _true_objects(
     found: coco.Annotation, synonyms: Mapping[str, str], singular: Callable[[str], str]
 ) -> frozenset[str]:
     """Node words of the instance categories, and of everything read in the human captions."""
+    if unknown := found.names - synonyms.keys():
+        raise Fault(f"COCO's category {min(unknown)!r} is no word of synonyms.txt; use CHAIR's own list.")
     read = (node for caption in found.captions for node in objects(caption, synonyms, singular))
     return frozenset(synonyms[name] for name in found.names).union(read)
 

@@ -70,25 +70,32 @@ def annotations(data: Path, wanted: Collection[int]) -> dict[int, Annotation]:
     """
     found: dict[int, Annotation] = {}
     for split in ("val", "train"):
-        missing = set(wanted) - set(found)
-        if not missing:
-            break
-        here: dict[int, Annotation] = {}
-        numbers: dict[int, set[int]] = {}
-        category: dict[int, str] = {}
-        for key, item in entries(annotation_file(data, f"instances_{split}2014.json")):
-            if key == "images" and item["id"] in missing:
-                here.setdefault(item["id"], Annotation())
-            elif key == "annotations" and item["image_id"] in missing:
+        if missing := set(wanted) - set(found):
+            found.update(_split_annotations(data, split, missing))
+    return found
+
+
+def _split_annotations(data: Path, split: str, wanted: Collection[int]) -> dict[int, Annotation]:
+    found: dict[int, Annotation] = {}
+    numbers: dict[int, set[int]] = {}
+    category: dict[int, str] = {}
+    file = annotation_file(data, f"instances_{split}2014.json")
+    try:
+        for key, item in entries(file):
+            if key == "images" and item["id"] in wanted:
+                found.setdefault(item["id"], Annotation())
+            elif key == "annotations" and item["image_id"] in wanted:
                 numbers.setdefault(item["image_id"], set()).add(item["category_id"])
             elif key == "categories":
                 category[item["id"]] = item["name"]
         for image, ids in numbers.items():
-            here.setdefault(image, Annotation()).names.update(category[number] for number in ids)
-        for key, item in entries(annotation_file(data, f"captions_{split}2014.json")):
-            if key == "annotations" and item["image_id"] in missing:
-                here.setdefault(item["image_id"], Annotation()).captions.append(item["caption"])
-        found.update(here)
+            found.setdefault(image, Annotation()).names.update(category[number] for number in ids)
+        file = annotation_file(data, f"captions_{split}2014.json")
+        for key, item in entries(file):
+            if key == "annotations" and item["image_id"] in wanted:
+                found.setdefault(item["image_id"], Annotation()).captions.append(item["caption"])
+    except (KeyError, TypeError) as error:
+        raise Fault(f"{file} has an entry without {error}, which COCO's files have; fetch the file again.") from None
     return found
 
 

@@ -197,10 +197,10 @@ def _divide(
     if len(records) != sum(map(len, splits.values())):
         raise Fault(f"{file.name} has {len(records)} answers, but the splits have {counts} questions; "
                     "an answer file made with another version of POPE cannot be scored against these labels.")
-    home = {question.meta["llava_id"]: split for split, asked in splits.items() for question in asked
+    home = {str(question.meta["llava_id"]): split for split, asked in splits.items() for question in asked
             if "llava_id" in question.meta}
     home |= {question.id: split for split, asked in splits.items() for question in asked}
-    where = [record.get("category", home.get(record.get("question_id"))) for _, record in records]
+    where = [record.get("category", home.get(str(record.get("question_id")))) for _, record in records]
     if all(split in splits for split in where):
         return {name: [pair for pair, split in zip(records, where) if split == name] for name in splits}
     divided, rest = {}, records
@@ -221,19 +221,18 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
         old = " (2910 is the older random split)" if 2910 in (len(records), len(asked)) else ""
         raise Fault(f"{file.name} has {len(records)} answers, but coco_pope_{split}.json has {len(asked)} questions"
                     f"{old}; every question needs exactly one answer, made with the same version of the questions.")
-    ids = [record.get("question_id") for _, record in records]
-    known = [[question.meta.get("llava_id") for question in asked], [question.id for question in asked],
-             [question.meta["question_id"] for question in asked]]
-    if None not in ids:
+    if all("question_id" in record for _, record in records):
+        ids = [str(record["question_id"]) for _, record in records]
+        known = [[str(question.meta.get("llava_id")) for question in asked], [str(question.id) for question in asked],
+                 [str(question.meta["question_id"]) for question in asked]]
         if len(set(ids)) < len(ids):
             twice = next(i for i, one in enumerate(ids) if one in ids[:i])
             raise Fault(f"{records[twice][0]} answers question_id {ids[twice]!r} a second time; keep one answer each.")
         order = next((order for order in known if set(order) == set(ids)), None)
         if order is not None:
             place = {one: i for i, one in enumerate(order)}
-            records = sorted(records, key=lambda pair: place[pair[1]["question_id"]])
-        elif any(type(a) is not type(b) or not a < b for a, b in zip(ids, ids[1:])):
-            wrong = next(i for i in range(1, len(ids)) if type(ids[i - 1]) is not type(ids[i]) or ids[i - 1] >= ids[i])
+            records = sorted(records, key=lambda pair: place[str(pair[1]["question_id"])])
+        elif wrong := next((i for i in range(1, len(ids)) if not _rises(ids[i - 1], ids[i])), None):
             raise Fault(f"{records[wrong][0]} has question_id {ids[wrong]!r} after {ids[wrong - 1]!r}, and "
                         f"coco_pope_{split}.json does not know these ids: answers count by position, so write them in "
                         "the order of the questions.")
@@ -243,6 +242,10 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
                         f"{question.meta['question_id']} of coco_pope_{split}.json asks {question.meta['question']!r}; "
                         "write the answers in the order of the questions.")
     return [record["answer"] for _, record in records]
+
+
+def _rises(before: str, after: str) -> bool:
+    return before.isdecimal() and after.isdecimal() and int(before) < int(after)
 
 
 def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:

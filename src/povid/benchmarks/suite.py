@@ -45,6 +45,7 @@ class Plan:
     questions: list[Question]
     decoding: Decoding
     data: Path
+    scoring: dict[str, Any]
 
 
 def check_name(name: str) -> None:
@@ -68,11 +69,20 @@ def judged(module: ModuleType) -> bool:
 
 
 def check(selection: Mapping[str, Mapping[str, Any]], judge: Any = None) -> dict[str, dict[str, str]]:
-    """What would be missing: name → {"missing", "cure"}, empty where all is there. Nothing is answered.
+    """What would be missing, files and judges: name → {"missing", "cure"}, empty where all is there.
 
-    Raises Fault for what is wrong in the configuration itself: an unknown benchmark or setting.
+    Nothing is answered. Raises Fault for what is wrong in the configuration itself: an unknown benchmark or setting.
     """
-    return {name: plan for name, plan in _plans(selection, judge).items() if isinstance(plan, dict)}
+    lacking = {}
+    for name, plan in _plans(selection).items():
+        if isinstance(plan, dict):
+            lacking[name] = plan
+        elif judged(plan.module):
+            usable, reason = _usable(judge, name)
+            if usable is None:
+                lacking[name] = {"missing": reason, "cure": "set judge.model, judge.base_url or its key; until then "
+                                                            "answers are kept and can be judged later"}
+    return lacking
 
 
 def run(
@@ -90,7 +100,7 @@ def run(
     answer files in ``official`` and scores.json; a second run goes on where the first stopped. ``model`` names who
     answers, and answers of another model, other questions or another decoding are refused.
     """
-    plans = _plans(selection, judge)
+    plans = _plans(selection)
     results: dict[str, dict[str, Any]] = {}
     for name, plan in plans.items():
         if isinstance(plan, dict):
@@ -107,11 +117,22 @@ def run(
     return results
 
 
-def _plans(selection: Mapping[str, Mapping[str, Any]], judge: Any) -> dict[str, Plan | dict[str, str]]:
+def _usable(judge: Any, name: str) -> tuple[Any, str]:
+    """The judge, or None with the reason: there is none, or it has no key."""
+    if judge is None:
+        return None, f"{name} needs a judge, and none is configured"
+    try:
+        judge.endpoint(name)
+    except Fault as fault:
+        return None, str(fault)
+    return judge, ""
+
+
+def _plans(selection: Mapping[str, Mapping[str, Any]]) -> dict[str, Plan | dict[str, str]]:
     """Every benchmark loaded, or what it lacks. Names and settings are judged first, for they are cheap to check."""
     modules = {name: module_of(name) for name in selection}
     for name, settings in selection.items():
-        _check_settings(name, modules[name], settings)
+        check_settings(name, settings)
     plans: dict[str, Plan | dict[str, str]] = {}
     for name, settings in selection.items():
         try:
@@ -125,8 +146,10 @@ def _plans(selection: Mapping[str, Mapping[str, Any]], judge: Any) -> dict[str, 
 _DECODING = ("max_new_tokens", "temperature")
 
 
-def _check_settings(name: str, module: ModuleType, settings: Mapping[str, Any]) -> None:
-    known = [*inspect.signature(module.load).parameters, *_DECODING]
+def check_settings(name: str, settings: Mapping[str, Any]) -> None:
+    """Fault for a setting that the benchmark does not have, and for one that it cannot do without."""
+    module = module_of(name)
+    known = [*inspect.signature(module.load).parameters, *_scoring_settings(module), *_DECODING]
     for key in settings:
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
@@ -136,15 +159,20 @@ def _check_settings(name: str, module: ModuleType, settings: Mapping[str, Any]) 
         raise Fault(f"Benchmark {name} has no data; set benchmarks.{name}.data to the folder of its official files.")
 
 
+def _scoring_settings(module: ModuleType) -> list[str]:
+    return [key for key in inspect.signature(module.score).parameters if key not in ("questions", "answers", "judge")]
+
+
 def _plan(name: str, module: ModuleType, settings: Mapping[str, Any]) -> Plan:
     data, images = Path(settings["data"]), settings.get("images")
     changed = {key: settings[key] for key in _DECODING if settings.get(key) is not None}
-    own = {key: value for key, value in settings.items() if key not in ("data", "images", *_DECODING)}
+    scoring = {key: settings[key] for key in _scoring_settings(module) if key in settings}
+    own = {key: value for key, value in settings.items() if key not in ("data", "images", *_DECODING, *scoring)}
     questions = module.load(data, Path(images) if images else None, **own)
     if not questions:
         raise Fault(f"{name} has no question in {data}; put its official files there.")
     _check_images(name, questions)
-    return Plan(name, module, questions, replace(module.DECODING, **changed), data)
+    return Plan(name, module, questions, replace(module.DECODING, **changed), data, scoring)
 
 
 def _check_images(name: str, questions: Sequence[Question]) -> None:
@@ -244,9 +272,10 @@ def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dic
     try:
         official = plan.module.write_official(plan.questions, answers, folder / "official")
         again = again.replace(str(folder / "official"), str(official))
-        if judged(plan.module) and judge is None:
-            return {"missing": "answered, but there is no judge to score it", "cure": again + " --judge-model MODEL"}
-        score = scored(plan.module, plan.questions, answers, judge)
+        usable, reason = _usable(judge, plan.name)
+        if judged(plan.module) and usable is None:
+            return {"missing": f"answered, not judged: {reason}", "cure": again + " --judge-model MODEL"}
+        score = scored(plan.module, plan.questions, answers, usable, **plan.scoring)
     except Exception as error:  # whatever went wrong here, the other benchmarks still deserve their scores
         if not isinstance(error, Fault):
             log.exception("scoring %s failed", plan.name)
@@ -257,8 +286,10 @@ def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dic
     return scores
 
 
-def scored(module: ModuleType, questions: Sequence[Question], answers: Sequence[str], judge: Any = None) -> Score:
+def scored(
+    module: ModuleType, questions: Sequence[Question], answers: Sequence[str], judge: Any = None, **settings: Any
+) -> Score:
     """The score of one benchmark, with the judge where it takes one."""
     if "judge" in inspect.signature(module.score).parameters:
-        return module.score(questions, answers, judge=judge)
-    return module.score(questions, answers)
+        return module.score(questions, answers, judge=judge, **settings)
+    return module.score(questions, answers, **settings)
