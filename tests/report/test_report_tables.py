@@ -150,7 +150,7 @@ def test_a_table_of_the_embedded_world_says_so(sweep, write):
     made = table(3, find_runs(sweep))
     assert "come from the embedded scenes (data=scenes, model=scenes_tiny)" in made.blocks[0].warnings[0]
     assert made.blocks[0].notes[0].endswith(
-        "ours none > noise > text > both; paper none > noise > text > both.")
+        "ours none > noise > text † > both; paper none > noise > text > both.")
     write("both", 0, folder="real", model="llava_1_5_7b", data="povid_17k")
     write("none", 0, folder="base", model="llava_1_5_7b", data="povid_17k")
     real = [block for block in table(3, find_runs(sweep)).blocks if "llava_1_5_7b" in block.title][0]
@@ -271,8 +271,8 @@ def test_odd_results_break_nothing(write, outputs, odd):
 def test_markdown_dashes_have_reasons_and_marks(sweep):
     text = render.markdown(table(3, find_runs(sweep)))
     row = next(line for line in text.splitlines() if "| both, n = 2" in line)
-    assert row.startswith("| ✓ | ✓ | both, n = 2 | **48.5 ± 0.7** | **25.5 ± 0.7** | **82.50 ± 0.71** | –<sup>1</sup>")
-    assert "- <sup>1</sup> mmhal: no judge is set; export POVID\\_JUDGE\\_MODEL=..." in text
+    assert row.startswith("| ✓ | ✓ | both, n = 2 | **48.5 ± 0.7** | **25.5 ± 0.7** | **82.50 ± 0.71** | –<sup>a</sup>")
+    assert "- <sup>a</sup> mmhal: no judge is set; export POVID\\_JUDGE\\_MODEL=..." in text
     widths = {line.count("|") - line.count("\\|") for line in text.splitlines() if line.startswith("|")}
     assert widths == {15}
 
@@ -285,6 +285,16 @@ def test_csv_holds_what_was_measured(sweep):
     assert "coverage fell by 14.0" in text["says_less"] and "no judge is set" in text["notes"]
     printed = next(row for row in rows if row["name"] == "both" and row["kind"] == "paper")
     assert printed["pope.f1"] == "86.9" and printed["pope.f1.n"] == ""
+
+
+def test_footnote_marks_go_on_after_z():
+    assert [render._letters(place) for place in (0, 25, 26, 27, 52)] == ["a", "z", "aa", "ab", "ba"]
+
+
+def test_equal_values_have_no_best(write, outputs):
+    for row in ("none", "text", "noise"):
+        write(row, 0, benchmarks={"chair": {"CHAIR_S": 50.0}})
+    assert set(places(table(3, find_runs(outputs)), "chair.CHAIR_S").values()) == {0}
 
 
 def test_latex_escapes_everything(write, outputs):

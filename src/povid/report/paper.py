@@ -102,7 +102,8 @@ GENERAL = {
     1: ("paper: neither the 31.78 % mean gain of section 4.2 (30.55 % recomputed) nor the 12.4 % of the introduction "
         "(13.18 % recomputed) follows from Table 1",
         "paper: training takes 6 hours in section 4.1 and 20 hours in appendix A.1, on the same A100"),
-    2: ("paper: the average ranks here are recomputed from the printed scores",),
+    2: ("average ranks: places over four benchmarks, ours among ours and the paper's among the paper's rows, "
+        "recomputed from its printed scores; equal scores share their places' mean",),
     3: ("paper: MME is announced in section 4.1 and reported nowhere",
         "paper: MMHal's judge is called GPT-4V; the official judge reads text only and sees no picture"),
     4: (),

@@ -107,10 +107,13 @@ def _texts(line: Line, table: Table, notes: Notes) -> list[str]:
 
 
 def _sup(marks: str) -> str:
-    return f"$^{{{marks}}}$" if marks else ""
+    return rf"$^{{\mathrm{{{marks}}}}}$" if marks else ""
 
 
 def _wrap(marked: list[tuple[str, str]], inches: float) -> list[str]:
     letters = max(60, int(inches * 72 / (SIZE - 1) * 1.85))
-    return [line for mark, text in marked
-            for line in textwrap.wrap(f"{mark} {text}".strip().replace("$", r"\$"), letters, subsequent_indent="   ")]
+    lines = []
+    for mark, text in marked:
+        first, *more = textwrap.wrap(text.replace("$", r"\$"), letters - 4, subsequent_indent="   ") or [""]
+        lines += [(f"{DAGGER} " if mark == DAGGER else f"{_sup(mark)} " if mark else "") + first, *more]
+    return lines

@@ -13,24 +13,32 @@ DAGGER = "†"
 
 
 class Notes:
-    """Footnotes of a table in order of first mention; one text has one mark, and a row that says less a dagger."""
+    """Footnotes of a table in order of first mention; one text has one mark, and a row that says less a dagger.
+
+    Marks are letters: a raised figure behind a score would read as an exponent.
+    """
 
     def __init__(self, table: Table) -> None:
-        self.numbered: dict[str, int] = {}
+        self.lettered: dict[str, str] = {}
         self.daggers: list[str] = []
         for block in table.blocks:
             for line in block.lines:
                 if line.says_less and line.says_less not in self.daggers:
                     self.daggers.append(line.says_less)
                 for text in (*line.notes, *(note for column in table.columns for note in line.cells[column.key].notes)):
-                    self.numbered.setdefault(text, len(self.numbered) + 1)
+                    self.lettered.setdefault(text, _letters(len(self.lettered)))
 
     def marks(self, texts: list[str]) -> str:
-        return ",".join(str(self.numbered[text]) for text in texts)
+        return ",".join(self.lettered[text] for text in texts)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         yield from ((DAGGER, text) for text in self.daggers)
-        yield from ((str(number), text) for text, number in self.numbered.items())
+        yield from ((letter, text) for text, letter in self.lettered.items())
+
+
+def _letters(place: int) -> str:
+    """a, b ... z, aa, ab ..."""
+    return (_letters(place // 26 - 1) if place >= 26 else "") + chr(ord("a") + place % 26)
 
 
 def markdown(table: Table) -> str:

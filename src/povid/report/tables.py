@@ -200,7 +200,7 @@ def _order(lines: list[tuple[Row, Line]]) -> list[str]:
         return []
     said = []
     for key in CHAIR:
-        ours = {row.name: line.cells[key].summary.mean for row, line in lines}
+        ours = {row.name + " †" * bool(line.says_less): line.cells[key].summary.mean for row, line in lines}
         if None in ours.values():
             continue
         theirs = {row.key: row.scores[key] for row in paper.TABLE_3}
@@ -404,7 +404,7 @@ def _shown(cell: Cell, column: Column) -> float:
 def _rank(lines: Sequence[Line], columns: Iterable[Column]) -> None:
     """Best and second best by the value as shown; equal values share a place. A row that says less has no CHAIR place.
 
-    One value alone is no best, and the last of two no second best.
+    One value alone, or many that are equal, is no best, and the last of two no second best.
     """
     for column in columns:
         if column.better is None:
@@ -412,9 +412,9 @@ def _rank(lines: Sequence[Line], columns: Iterable[Column]) -> None:
         contest = [line for line in lines if line.cells[column.key].summary.mean is not None
                    and not (line.says_less and column.key in CHAIR)]
         values = [_shown(line.cells[column.key], column) for line in contest]
-        if len(values) < 2:
-            continue
         ladder = sorted(set(values), reverse=column.better == "high")
+        if len(ladder) < 2:
+            continue
         for line, value in zip(contest, values):
             place = ladder.index(value) + 1
             line.cells[column.key] = replace(line.cells[column.key],
