@@ -69,6 +69,9 @@ class POVIDModule(L.LightningModule):
         self.policy, self.objective, self.stage, self.terms = policy, objective, stage, terms
         self.strict_loading = False  # a checkpoint holds what trains and nothing else
 
+    def on_fit_start(self) -> None:
+        self.policy.train()  # from_pretrained leaves evaluation mode, in which LoRA's dropout would do nothing
+
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         policy, reference = score(self.policy, batch, noise_on_clean_image=self.objective.name == "released")
         outcome = self.loss(policy, reference, batch)

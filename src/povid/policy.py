@@ -161,6 +161,14 @@ class Policy(nn.Module):
             target_modules=lora_targets(model), modules_to_save=saved, task_type="CAUSAL_LM",
         ))
 
+    def train(self, mode: bool = True) -> Policy:
+        """Training mode; of all dropouts LoRA's alone is active, so that the reference stays one function."""
+        super().train(mode)
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
+                module.eval()
+        return self
+
     @contextmanager
     def reference(self) -> Iterator[None]:
         """Inside, the network is the reference: adapter off, original projector, no gradient."""
