@@ -124,5 +124,12 @@ def test_fetch_refuses_an_unknown_name(data: Path, capsys: pytest.CaptureFixture
 
 
 def test_table_shows_groups_and_gaps() -> None:
-    assert command.table({"a": 1.25, "long": None, "group": {"n": 3}}) == (
-        "a         1.2\nlong        -\ngroup:\n  n        3")
+    scores = {"a": 1.25, "long": None, "group": {"n": 3}, "one": {"x": 1.0, "y": 2}, "two": {"x": 30.06, "y": 4}}
+    assert command.table(scores) == """\
+a           1.2
+long          -
+              x          y
+one         1.0          2
+two        30.1          4
+group:
+  n          3"""

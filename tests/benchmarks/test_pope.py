@@ -242,7 +242,7 @@ def test_answers_that_do_not_fit_are_refused(data: Path, tmp_path: Path, rows: l
 
 def test_all_splits_of_another_version_are_refused(data: Path, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"text": "yes"}] * 11)
-    with pytest.raises(Fault, match="a.jsonl has 11 answers and does not say of which split, .* random 4, popular 4"):
+    with pytest.raises(Fault, match="a.jsonl has 11 answers, but the splits in .* have random 4, popular 4"):
         pope.answered_splits(file, data)
     with pytest.raises(Fault, match="a.jsonl has 11 answers, but the splits have random 4, popular 4, adversarial 4"):
         pope.read_answers(file, pope.load(data))

@@ -116,16 +116,26 @@ def _notes(name: str, scores: Mapping[str, Any], records: Sequence[Mapping[str, 
 
 
 def table(scores: Mapping[str, Any], *, decimals: int = 1, indent: str = "") -> str:
-    """Lines "name  value", nested groups indented under their name."""
-    width = max((len(str(key)) for key, value in scores.items() if not isinstance(value, Mapping)), default=0)
-    lines = []
-    for key, value in scores.items():
-        if isinstance(value, Mapping):
-            lines += [f"{indent}{key}:", table(value, decimals=decimals, indent=indent + "  ")]
-        else:
-            shown = f"{value:.{decimals}f}" if isinstance(value, float) else "-" if value is None else str(value)
-            lines.append(f"{indent}{key:<{width}}  {shown:>7}")
+    """Lines "name  value"; groups indented under their name, and groups of the same figures as rows of one grid."""
+    single = {key: value for key, value in scores.items() if not isinstance(value, Mapping)}
+    groups = {key: value for key, value in scores.items() if isinstance(value, Mapping)}
+    flat = {key: list(group) for key, group in groups.items()
+            if len(group) > 1 and not any(isinstance(value, Mapping) for value in group.values())}
+    alike = [key for key in flat if list(flat.values()).count(flat[key]) > 1 and flat[key] == next(iter(flat.values()))]
+    width = max((len(key) for key in [*single, *alike]), default=0)
+    lines = [f"{indent}{key:<{width}}  {_shown(value, decimals):>9}" for key, value in single.items()]
+    if alike:
+        columns = list(groups[alike[0]])
+        lines.append(f"{indent}{'':<{width}}" + "".join(f"  {column:>9}" for column in columns))
+        lines += [f"{indent}{key:<{width}}" + "".join(f"  {_shown(value, decimals):>{max(9, len(column))}}"
+                                                      for column, value in groups[key].items()) for key in alike]
+    for key in [key for key in groups if key not in alike]:
+        lines += [f"{indent}{key}:", table(groups[key], decimals=decimals, indent=indent + "  ")]
     return "\n".join(lines)
+
+
+def _shown(value: Any, decimals: int) -> str:
+    return f"{value:.{decimals}f}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
 if __name__ == "__main__":

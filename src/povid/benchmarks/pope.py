@@ -154,6 +154,9 @@ def answered_splits(file: Path, data: Path) -> list[str]:
     if len(fitting) == 1:
         return fitting
     counts = ", ".join(f"{split} {len(asked)}" for split, asked in splits.items())
+    if len(records) not in map(len, splits.values()):
+        raise Fault(f"{file.name} has {len(records)} answers{_old(records)}, but the splits in {data} have {counts} "
+                    "questions; every question needs exactly one answer, made with the same version of the questions.")
     raise Fault(f"{file.name} has {len(records)} answers and does not say of which split, while {data} has {counts} "
                 "questions; put the split's name into the file's name, or answers of all splits into one file.")
 
@@ -214,13 +217,17 @@ def _divide(
     return divided
 
 
+def _old(*lists: Sequence[Any]) -> str:
+    return " (2910 is the older random split)" if 2910 in map(len, lists) else ""
+
+
 def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequence[Question]) -> list[str]:
     """The answers of one split in the order of its questions."""
     split = asked[0].meta["split"]
     if len(records) != len(asked):
-        old = " (2910 is the older random split)" if 2910 in (len(records), len(asked)) else ""
         raise Fault(f"{file.name} has {len(records)} answers, but coco_pope_{split}.json has {len(asked)} questions"
-                    f"{old}; every question needs exactly one answer, made with the same version of the questions.")
+                    f"{_old(records, asked)}; every question needs exactly one answer, made with the same version of the "
+                    "questions.")
     if all("question_id" in record for _, record in records):
         ids = [str(record["question_id"]) for _, record in records]
         known = [[str(question.meta.get("llava_id")) for question in asked], [str(question.id) for question in asked],
