@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 from povid.benchmarks.question import Answerer, Decoding, Question
 from povid.endpoint import Endpoint, NoReply, Request, image_part
 from povid.fault import Fault
+
+
+def open_answerer(model: str, cache: str | Path, *, max_side: int = 1024, system: str | None = None,
+                  **settings: Any) -> Answerer:
+    """``answerer`` for a new ``Endpoint(model, cache, **settings)``: what a configuration of a served model calls."""
+    return answerer(Endpoint(model, cache, **settings), max_side=max_side, system=system)
 
 
 def answerer(endpoint: Endpoint, *, max_side: int = 1024, system: str | None = None) -> Answerer:

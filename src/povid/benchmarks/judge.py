@@ -20,7 +20,6 @@ from povid.fault import Fault
 WORDING = "povid-1"
 OFFICIAL_JUDGES = {"mmhal": "gpt-4-0314", "mm_vet": "gpt-4-0613", "llava_bench": "gpt-4-0314",
                    "mmbench": "gpt-3.5-turbo-0613"}
-CURE = "set OPENAI_API_KEY, or give a server of your own: judge.base_url=http://HOST:PORT/v1 judge.model=NAME"
 
 
 class Judge:
@@ -29,11 +28,33 @@ class Judge:
     Args:
         cache: file of replies, shared by all runs so that nothing is paid for twice.
         model: the judge; None takes the official one of each benchmark (OFFICIAL_JUDGES).
-        settings: everything else that ``Endpoint`` takes (base_url, api_key_env, concurrency, prices, budget ...).
+        all others: as ``Endpoint`` takes them; nothing is opened or asked before the first judgement.
     """
 
-    def __init__(self, cache: str | Path, *, model: str | None = None, **settings: Any) -> None:
-        self._cache, self._model, self._settings = cache, model, settings
+    def __init__(
+        self,
+        cache: str | Path,
+        *,
+        model: str | None = None,
+        base_url: str | None = None,
+        api_key_env: str = "OPENAI_API_KEY",
+        concurrency: int = 8,
+        timeout: float = 120.0,
+        retries: int = 6,
+        backoff: float = 1.0,
+        requests_per_minute: float | None = None,
+        input_price: float | None = None,
+        output_price: float | None = None,
+        budget: float | None = None,
+        token_budget: int | None = None,
+        max_tokens_key: str = "max_tokens",
+    ) -> None:
+        self._cache, self._model = cache, model
+        self._settings: dict[str, Any] = {
+            "base_url": base_url, "api_key_env": api_key_env, "concurrency": concurrency, "timeout": timeout,
+            "retries": retries, "backoff": backoff, "requests_per_minute": requests_per_minute,
+            "input_price": input_price, "output_price": output_price, "budget": budget, "token_budget": token_budget,
+            "max_tokens_key": max_tokens_key}
         self._endpoints: dict[str, Endpoint] = {}
 
     def model(self, benchmark: str) -> str:
@@ -41,7 +62,9 @@ class Judge:
         return self._model or OFFICIAL_JUDGES[benchmark]
 
     def endpoint(self, benchmark: str) -> Endpoint:
-        """Where ``benchmark`` is judged; Fault where no key is set."""
+        """Where ``benchmark`` is judged; Fault where no key is set, or where the benchmark needs no judge."""
+        if benchmark not in OFFICIAL_JUDGES:
+            raise Fault(f"{benchmark} is scored without a judge; judged are {', '.join(OFFICIAL_JUDGES)}.")
         model = self.model(benchmark)
         if model not in self._endpoints:
             self._endpoints[model] = Endpoint(model, self._cache, **self._settings)
@@ -67,17 +90,6 @@ class Judge:
         spent = self.endpoint(benchmark).paid
         return {"model": self.model(benchmark), "official_model": OFFICIAL_JUDGES[benchmark], "wording": WORDING,
                 "requests": spent.requests, "tokens": spent.tokens, "cost": spent.cost}
-
-
-def lacking(benchmark: str, judge: Judge | None) -> tuple[str, str] | None:
-    """(reason, cure) if ``benchmark`` cannot be judged: no judge, or one without a key; None if it can."""
-    if judge is None:
-        return f"no judge is configured, and {benchmark} needs one (officially {OFFICIAL_JUDGES[benchmark]})", CURE
-    try:
-        judge.endpoint(benchmark)
-    except Fault as fault:
-        return str(fault), CURE
-    return None
 
 
 def unreadable(benchmark: str, judge: Judge, count: int) -> Fault:

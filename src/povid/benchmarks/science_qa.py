@@ -19,8 +19,11 @@ SUFFIX = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDE"
 
 
-def load(data: Path, images: Path | None = None, split: str = "test") -> list[Question]:
+def load(data: Path, images: Path | None = None, *, split: str = "test", image_questions_only: bool = False
+         ) -> list[Question]:
     """Questions of a split in its order; prompts from llava_test_CQM-A.json where it lies in ``data``, else built.
+
+    ``image_questions_only`` leaves out the questions without a picture, which the paper's number does not need.
 
     Raises Fault for files that are missing or broken and for a split that pid_splits.json does not have.
     """
@@ -36,6 +39,8 @@ def load(data: Path, images: Path | None = None, split: str = "test") -> list[Qu
             raise Fault(f"{data / 'problems.json'} lacks question {name} of pid_splits.json; fetch both again.")
         problem = problems[name]
         picture = problem.get("image")
+        if image_questions_only and not picture:
+            continue
         image = None
         if picture:
             folders = [images, data / "images" / split, data / "images", data / split]
@@ -96,7 +101,8 @@ def parse_corrected(answer: str) -> str | None:
 def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
     """Accuracies in percent: of the questions with an image (the paper's number) and of all.
 
-    A letter beyond the number of choices is wrong. "corrected" reads forms of a letter that the official rules miss.
+    The latter is None where only image questions were asked. A letter beyond the number of choices is wrong.
+    "corrected" reads forms of a letter that the official rules miss.
     """
     records = []
     for question, answer in zip(questions, answers, strict=True):
@@ -114,10 +120,11 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
 
 
 def _accuracies(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
+    right = [record[key] for record in records]
     image = [record[key] for record in records if record["image"]]
     return {"img_accuracy": 100 * sum(image) / len(image) if image else None,
-            "accuracy": 100 * sum(record[key] for record in records) / len(records),
-            "img_questions": len(image), "questions": len(records)}
+            "accuracy": 100 * sum(right) / len(right) if len(image) < len(right) else None,
+            "img_questions": len(image), "questions": len(right)}
 
 
 def _object(file: Path) -> dict[str, Any]:
