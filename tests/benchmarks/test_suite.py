@@ -214,6 +214,14 @@ def test_judge_and_scoring_settings_reach_the_score(
     assert suite.check({"chair": {"data": data}}) == {}
 
 
+def test_a_benchmark_without_judge_asks_for_none(data: Path, tmp_path: Path) -> None:
+    class Strict:
+        def endpoint(self, benchmark: str) -> None:
+            raise AssertionError(f"{benchmark} is not judged")
+
+    assert "CHAIR_S" in suite.run({"chair": {"data": data}}, Answers(), tmp_path / "out", judge=Strict())["chair"]
+
+
 def test_shipped_settings_are_known() -> None:
     """Every key of conf/benchmarks is one that the benchmark takes."""
     folder = Path(__file__).resolve().parents[2] / "conf" / "benchmarks"

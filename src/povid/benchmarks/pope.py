@@ -226,8 +226,8 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
     split = asked[0].meta["split"]
     if len(records) != len(asked):
         raise Fault(f"{file.name} has {len(records)} answers, but coco_pope_{split}.json has {len(asked)} questions"
-                    f"{_old(records, asked)}; every question needs exactly one answer, made with the same version of the "
-                    "questions.")
+                    f"{_old(records, asked)}; every question needs exactly one answer, made with the same version of "
+                    "the questions.")
     if all("question_id" in record for _, record in records):
         ids = [str(record["question_id"]) for _, record in records]
         known = [[str(question.meta.get("llava_id")) for question in asked], [str(question.id) for question in asked],

@@ -272,7 +272,8 @@ def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dic
     try:
         official = plan.module.write_official(plan.questions, answers, folder / "official")
         again = again.replace(str(folder / "official"), str(official))
-        usable, reason = _usable(judge, plan.name)
+        takes_judge = "judge" in inspect.signature(plan.module.score).parameters
+        usable, reason = _usable(judge, plan.name) if takes_judge else (None, "")
         if judged(plan.module) and usable is None:
             return {"missing": f"answered, not judged: {reason}", "cure": again + " --judge-model MODEL"}
         score = scored(plan.module, plan.questions, answers, usable, **plan.scoring)
