@@ -180,9 +180,12 @@ def test_requests_per_minute(tmp_path):
     assert times[-1] - times[0] >= 0.19
 
 
-def _ask_from_a_process(url, folder, names):
-    model = Endpoint("m", folder / "replies.jsonl", base_url=url, concurrency=4, token_budget=10_000)
-    list(model.ask_all(ask_for(name) for name in names))
+def _ask_from_a_process(url, folder, names, budget=10_000):
+    model = Endpoint("m", folder / "replies.jsonl", base_url=url, concurrency=4, token_budget=budget)
+    try:
+        list(model.ask_all(ask_for(name) for name in names))
+    except BudgetReached:
+        raise SystemExit(3) from None
 
 
 def test_two_processes_share_a_file_and_pay_once(tmp_path):
@@ -203,6 +206,52 @@ def test_two_processes_share_a_file_and_pay_once(tmp_path):
         assert sorted(map(last_text, server.requests)) == sorted(names)
         kept = [json.loads(line) for line in (tmp_path / "replies.jsonl").read_text().splitlines()]
         assert sorted(record["text"] for record in kept) == sorted("re " + name for name in names)
+
+
+def test_two_processes_share_a_budget(tmp_path):
+    """A request reserves 1 + 16 + 5 = 22 tokens and takes 20. Of 205, 180 + 22 = 202 fit and 200 + 22 do not: ten are
+    sent, whichever process sends them."""
+    with ChatServer(lambda body, n: time.sleep(0.005) or Say("fine", 15, 5)) as server:
+        fork = multiprocessing.get_context("spawn")
+        workers = [fork.Process(target=_ask_from_a_process, args=(server.url, tmp_path, list(map(str, numbers)), 205))
+                   for numbers in (range(100, 120), range(200, 220))]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(60)
+    assert [worker.exitcode for worker in workers] == [3, 3] and len(server.requests) == 10
+
+
+def test_a_kill_leaves_nothing_stuck_and_only_what_was_in_flight_is_asked_again(tmp_path):
+    names = [str(n) for n in range(12)]
+    gate = threading.Event()
+
+    def script(body, n):
+        if int(last_text(body)) >= 8:
+            gate.wait(20)
+        return Say("fine")
+
+    with ChatServer(script) as server:
+        worker = multiprocessing.get_context("spawn").Process(target=_ask_from_a_process,
+                                                              args=(server.url, tmp_path, names))
+        worker.start()
+        while len(server.requests) < 12:
+            time.sleep(0.01)
+        worker.kill()
+        worker.join()
+        gate.set()
+        kept = len((tmp_path / "replies.jsonl").read_bytes().splitlines())
+        assert 1 <= kept <= 8 and len(list((tmp_path / "replies.jsonl.claims").iterdir())) == 4
+        _ask_from_a_process(server.url, tmp_path, names)
+        assert len(server.requests) == 12 + 12 - kept
+        assert not list((tmp_path / "replies.jsonl.claims").iterdir())
+
+
+def test_half_characters_are_sent_and_kept(tmp_path):
+    with ChatServer(lambda body, n: Say("re\ud83d" + last_text(body))) as server:
+        assert endpoint(server, tmp_path).ask(ask_for("a\ud800")).text == "re\ud83da?"
+        assert endpoint(server, tmp_path).ask(ask_for("a\ud800")).text == "re\ud83da?"
+    assert len(server.requests) == 1
 
 
 def test_a_key_is_needed_only_without_a_server_of_ones_own(tmp_path, monkeypatch):

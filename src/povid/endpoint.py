@@ -241,7 +241,7 @@ class Endpoint:
         """sha256 of all that determines the reply; pictures count by their bytes, the server's address does not."""
         whole = {"model": self.model, "messages": list(request.messages), "temperature": request.temperature,
                  "max_tokens": request.max_tokens, "sample": request.sample, "extra": dict(request.extra)}
-        return hashlib.sha256(json.dumps(whole, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def estimate(self, request: Request) -> Reply:
         """Upper estimate of what a request takes (text empty): a token per 3 bytes, max_tokens of reply."""
@@ -250,14 +250,16 @@ class Endpoint:
             content = message["content"]
             for part in [{"text": content}] if isinstance(content, str) else content:
                 pictures += "image_url" in part
-                size += len(part.get("text", "").encode())
+                size += len(part.get("text", "").encode("utf-8", "replace"))
         prompt = size // 3 + 8 * len(request.messages) + 8 + pictures * self.image_tokens
         return Reply("", prompt, request.max_tokens, self._price(prompt, request.max_tokens), "")
 
     # ------------------------------------------------------------------ one request on the wire
 
     def _send(self, request: Request, stop: threading.Event) -> Reply:
-        arguments: dict[str, Any] = {"model": self.model, "messages": list(request.messages),
+        # half characters (lone surrogates) cannot go over the wire
+        sendable = json.loads(json.dumps(list(request.messages), ensure_ascii=False).encode("utf-8", "replace"))
+        arguments: dict[str, Any] = {"model": self.model, "messages": sendable,
                                      self.max_tokens_key: request.max_tokens, **request.extra}
         if request.temperature is not None:
             arguments["temperature"] = request.temperature
@@ -299,7 +301,8 @@ class Endpoint:
             raise _Garbled(str(text)[:120])
         guess = self.estimate(request)
         prompt = usage.prompt_tokens if usage and usage.prompt_tokens is not None else guess.prompt_tokens
-        reply = usage.completion_tokens if usage and usage.completion_tokens is not None else len(text.encode()) // 3
+        counted = usage is not None and usage.completion_tokens is not None
+        reply = usage.completion_tokens if counted else len(text.encode("utf-8", "replace")) // 3
         return Reply(text, prompt, reply, self._price(prompt, reply), choices[0].finish_reason or "")
 
     def _pace(self, stop: threading.Event) -> None:
@@ -359,7 +362,7 @@ class Endpoint:
                   "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens,
                   "cost": reply.cost, "finish_reason": reply.finish_reason,
                   "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        line = json.dumps(record, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
+        line = json.dumps(record).encode() + b"\n"
         with self._file_locked() as file:
             end = file.seek(0, os.SEEK_END)
             if end:

@@ -104,12 +104,12 @@ def test_after_three_unreadable_replies_an_option_is_drawn_and_the_corrected_sco
 
 def test_submission_sheet_column_for_column_and_back(tmp_path):
     questions = mmbench.load(table(tmp_path))
-    answers = ["A", "B\x01", "It is a cat", "nan", ""]
+    answers = ["A", "B\x01", "It is a cat", "nan", "\ud83d"]
     file = mmbench.write_official(questions, answers, tmp_path / "out")
     rows = list(openpyxl.load_workbook(file).active.iter_rows(values_only=True))
     assert rows[0] == ("index", "question", "A", "B", "C", "D", "prediction", "answer", "split")
     assert rows[1] == (2, "What is it?", "cat", "dog", None, None, "A", "A", "dev") and len(rows) == 6
-    assert mmbench.read_answers(file, questions) == ["A", "B", "It is a cat", "nan", ""]
+    assert mmbench.read_answers(file, questions) == ["A", "B", "It is a cat", "nan", "?"]
     llava = [json.loads(line) for line in (tmp_path / "out" / "mmbench_answers.jsonl").read_text().splitlines()]
     assert llava[1]["option_char"] == ["A", "B", "C"] and llava[1]["options"] == ["red", "blue", "green"]
     assert mmbench.read_answers(tmp_path / "out" / "mmbench_answers.jsonl", questions)[1] == "B\x01"

@@ -83,11 +83,11 @@ def test_sums(tmp_path):
 
 def test_official_files_and_back(data, tmp_path):
     questions = mme.load(data)
-    answers = ["Yes", "a\tb\nc", "", "Yes", "no", "no"]
+    answers = ["Yes", "a\tb\nc", "", "Yes", "no\ud83d", "no"]
     folder = mme.write_official(questions, answers, tmp_path / "out")
     lines = (folder / "existence.txt").read_text().split("\n")
     assert lines[1] == f"1.jpg\tIs there a cat? {ASK}\tNo\ta b c" and len(lines) == 5
-    assert mme.read_answers(folder, questions) == ["Yes", "a b c", "", "Yes", "no", "no"]
+    assert mme.read_answers(folder, questions) == ["Yes", "a b c", "", "Yes", "no?", "no"]
 
 
 def test_llavas_layouts_are_read(data, tmp_path):

@@ -58,14 +58,19 @@ def in_order(file: Path, found: Iterable[tuple[str, str, Any]], questions: Seque
 def records(questions: Sequence[Question], answers: Sequence[str], model: str = "povid") -> list[dict[str, Any]]:
     """The records that LLaVA's scripts write; ``prompt`` shows the image marker only where they do."""
     return [{"question_id": question.meta.get("question_id", question.id), "prompt": question.text, "text": answer,
-             "answer_id": hashlib.sha1(f"{question.id}\n{answer}".encode()).hexdigest()[:22], "model_id": model,
-             "metadata": {}} for question, answer in zip(questions, answers, strict=True)]
+             "answer_id": hashlib.sha1(whole(f"{question.id}\n{answer}").encode()).hexdigest()[:22],
+             "model_id": model, "metadata": {}} for question, answer in zip(questions, answers, strict=True)]
 
 
 def write_jsonl(file: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
     """One JSON object per line, the file whole or not at all."""
     write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
     return file
+
+
+def whole(text: str) -> str:
+    """Text that any file can hold: half characters (lone surrogates) become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def needed(data: Path, names: Sequence[str], benchmark: str) -> Path:

@@ -100,7 +100,7 @@ def write_official(questions: Sequence[Question], answers: Sequence[str], folder
          "option_char": list(question.meta["options"])}
         for record, question in zip(llava_format.records(questions, answers), questions)])
     sheet = pandas.DataFrame([question.meta["row"] for question in questions])
-    printable = ["".join(c for c in answer if c >= " " or c in "\t\n\r") for answer in answers]
+    printable = ["".join(c for c in llava_format.whole(answer) if c >= " " or c in "\t\n\r") for answer in answers]
     sheet.insert(min(6, len(sheet.columns)), "prediction", printable)
     half = folder / f".mmbench_submission.{os.getpid()}.xlsx"
     sheet.to_excel(half, index=False, engine="openpyxl")

@@ -83,7 +83,7 @@ def write_official(questions: Sequence[Question], answers: Sequence[str], folder
     lines: dict[str, list[str]] = defaultdict(list)
     for question, answer in zip(questions, answers, strict=True):
         meta = question.meta
-        cells = (meta["image"], meta["question"], meta["label"], re.sub(r"[\t\r\n]", " ", answer))
+        cells = (meta["image"], meta["question"], meta["label"], re.sub(r"[\t\r\n]", " ", llava_format.whole(answer)))
         lines[meta["subtask"]].append("\t".join(cells) + "\n")
     for subtask, rows in lines.items():
         write_text(Path(folder) / "mme_results" / f"{subtask}.txt", "".join(rows))
