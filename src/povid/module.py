@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from povid import objective as objectives
 from povid.objective import LogProbs, Objective
 from povid.policy import Policy
 from povid.preferences.datamodule import PreferenceBatch
+from povid.reference_cache import ReferenceCache, folder_key
 from povid.scoring import score
 
 
@@ -61,19 +64,49 @@ class POVIDModule(L.LightningModule):
 
     Args:
         policy: with a fresh adapter. objective, stage: settings. terms: the dispreferences in use, of "text", "noise".
+        reference_cache: folder in which the reference's log-probabilities of the pairs are kept; None keeps none.
     """
 
     def __init__(self, policy: Policy, objective: ObjectiveSettings, stage: StageSettings,
-                 terms: frozenset[str]) -> None:
+                 terms: frozenset[str], reference_cache: Path | None = None) -> None:
         super().__init__()
         self.policy, self.objective, self.stage, self.terms = policy, objective, stage, terms
+        self.reference_cache, self._cache = reference_cache, None
         self.strict_loading = False  # a checkpoint holds what trains and nothing else
 
     def on_fit_start(self) -> None:
         self.policy.train()  # from_pretrained leaves evaluation mode, in which LoRA's dropout would do nothing
+        self._cache = self._open_cache()
+
+    def _open_cache(self) -> ReferenceCache | None:
+        """Where it can help: the released noise term reads the reference's logits, and with sharded weights devices
+        that have a batch's values and devices that lack them would wait for each other."""
+        reads_logits = self.objective.name == "released" and "noise" in self.terms
+        sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
+        if self.reference_cache is None or reads_logits or sharded:
+            return None
+        data = self.trainer.datamodule
+        key = folder_key(self.policy, precision=str(self.trainer.precision), terms=sorted(self.terms), seed=data.seed,
+                         records=len(data.dataset), grouped=data.group_by_length, text=data.text,
+                         batch_size=data.batch_size, devices=self.trainer.world_size)
+        dtype = torch.float64 if next(self.policy.parameters()).dtype == torch.float64 else torch.float32
+        return ReferenceCache(self.reference_cache, key, dtype=dtype)
+
+    def on_train_epoch_start(self) -> None:
+        if self._cache is not None:
+            self._cache.load()
+
+    def on_train_epoch_end(self) -> None:
+        if self._cache is not None:
+            self._cache.flush()
+            self.trainer.strategy.barrier()  # what one device computed is read by all in the next epoch
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
-        policy, reference = score(self.policy, batch, noise_on_clean_image=self.objective.name == "released")
+        known = self._cache.find(batch) if self._cache is not None else None
+        policy, reference = score(self.policy, batch, noise_on_clean_image=self.objective.name == "released",
+                                  known_reference=known)
+        if self._cache is not None and known is None:
+            self._cache.keep(batch, reference)
         outcome = self.loss(policy, reference, batch)
         self._log(outcome, batch.pairs.examples)
         return outcome.loss_B.mean()
@@ -118,5 +151,7 @@ class POVIDModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self._cache is not None:
+            self._cache.flush()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}

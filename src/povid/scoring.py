@@ -29,27 +29,32 @@ def _sum(logps_N: Tensor, side: Side, examples: int) -> Tensor:
 
 def score(
     policy: Policy, batch: PreferenceBatch, *, noise_on_clean_image: bool = False,
-    noise_tokens_N: Tensor | None = None,
+    noise_tokens_N: Tensor | None = None, known_reference: LogProbs | None = None,
 ) -> tuple[LogProbs, LogProbs]:
     """Log-probabilities [B] under the policy (with gradient) and the reference (without).
 
     The batch decides which terms there are. The noise term is, by default, the paper's (Eq. 5): the policy's own most
     likely tokens y_l^n given x^n and the preferred prefix, scored on x^n by both. With ``noise_on_clean_image`` it is
     the released code's: policy and reference each take their own most likely tokens under x^n and score them on the
-    clean image. ``noise_tokens_N`` pins y_l^n (for comparisons, since near ties flip).
+    clean image. ``noise_tokens_N`` pins y_l^n (for comparisons, since near ties flip). ``known_reference`` holds the
+    reference's log-probabilities of the pairs and saves its forward; the released noise term reads its logits and
+    cannot do without.
     """
+    if known_reference is not None and noise_on_clean_image and batch.noised is not None:
+        raise ValueError("the released noise term needs the reference's logits on the clean image")
     seen = policy.look(batch.images)
+    noised = None if batch.noised is None else policy.look(batch.noised)
+    with policy.reference():  # before the policy, whose activations would be in memory meanwhile
+        theirs, reference_UV = (known_reference, None) if known_reference else _pairs(policy, batch, seen)
+        reference_noised_UV = None if noised is None else policy.predict(batch.preferred, noised)
+    if noise_on_clean_image and noised is not None:
+        with torch.no_grad():
+            noised_UV = policy.predict(batch.preferred, noised)
     ours, logits_UV = _pairs(policy, batch, seen)
-    with policy.reference():
-        theirs, reference_UV = _pairs(policy, batch, seen)
-    if batch.noised is None:
+    if noised is None:
         return ours, theirs
-
-    noised = policy.look(batch.noised)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and not noise_on_clean_image):
+    if not noise_on_clean_image:
         noised_UV = policy.predict(batch.preferred, noised)
-    with policy.reference():
-        reference_noised_UV = policy.predict(batch.preferred, noised)
 
     side, clean, examples = batch.preferred.preferred, batch.pairs.preferred, batch.pairs.examples
     tokens_N = most_likely(noised_UV)[side.position_N] if noise_tokens_N is None else noise_tokens_N

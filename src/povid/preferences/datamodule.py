@@ -18,6 +18,7 @@ from povid.fault import Fault
 from povid.packing import Encoded, Packed, pack
 from povid.preferences.template import Template, open_picture
 from povid.preferences.triple import Triple
+from povid.reference_cache import record_digest
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,7 @@ class NoiseSettings:
 
 
 class Example(NamedTuple):
-    """One record, ready to be packed. ``noised`` is None where the stage adds no noise."""
+    """One record, ready to be packed. ``noised`` is None where the stage adds none; ``digest`` names the content."""
 
     record: int
     name: str
@@ -58,6 +59,7 @@ class Example(NamedTuple):
     dispreferred: Encoded
     images: dict[str, Tensor]
     noised: dict[str, Tensor] | None
+    digest: str = ""
 
 
 class PreferenceBatch(NamedTuple):
@@ -76,6 +78,7 @@ class PreferenceBatch(NamedTuple):
     dispreferred: Packed | None
     images: dict[str, Tensor]
     noised: dict[str, Tensor] | None
+    digests: Sequence[str] = ()
 
 
 class PreferenceDataset(Dataset):
@@ -93,20 +96,22 @@ class PreferenceDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Example:
         record, epoch = key
         triple = self.triples[record]
-        (preferred, dispreferred), images = self._encoded(record)
-        return Example(record, triple.id, preferred, dispreferred, images, self._noised(triple, images, record, epoch))
+        (preferred, dispreferred), images, digest = self._encoded(record)
+        noised = self._noised(triple, images, record, epoch)
+        return Example(record, triple.id, preferred, dispreferred, images, noised, digest)
 
-    def _encoded(self, record: int) -> tuple[list[Encoded], dict[str, Tensor]]:
+    def _encoded(self, record: int) -> tuple[list[Encoded], dict[str, Tensor], str]:
         if record in self.cache:
             self.cache.move_to_end(record)
             return self.cache[record]
         triple = self.triples[record]
-        entry = self.template.encode((triple.preferred, triple.dispreferred), triple.image, triple.id)
-        size = sum(tensor.nbytes for tensor in entry[1].values())
+        encoded, images = self.template.encode((triple.preferred, triple.dispreferred), triple.image, triple.id)
+        entry = encoded, images, record_digest(*encoded, images)
+        size = sum(tensor.nbytes for tensor in images.values())
         if size <= self.cache_bytes:
             self.cache[record], self.cached_bytes = entry, self.cached_bytes + size
             while self.cached_bytes > self.cache_bytes:
-                _, (_, old) = self.cache.popitem(last=False)
+                _, (_, old, _) = self.cache.popitem(last=False)
                 self.cached_bytes -= sum(tensor.nbytes for tensor in old.values())
         return entry
 
@@ -136,6 +141,7 @@ def collate(examples: Sequence[Example], *, text: bool, packable: bool, padding_
         pack(dispreferred, None, padding_id=padding_id) if text and not packable else None,
         stack([example.images for example in examples]),
         stack([example.noised for example in examples]) if noised else None,
+        [example.digest for example in examples],
     )
 
 
