@@ -224,19 +224,30 @@ class PreferenceDataModule(L.LightningDataModule):
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.text, self.packable, self.group_by_length = text, packable, group_by_length
         self.padding_id = template.processor.tokenizer.pad_token_id or 0
+        self.seen = (0, 0)  # epoch and batches of it that an interrupted run had trained on
 
     def train_dataloader(self) -> DataLoader:
         """The loader of the trainer's current epoch (the trainer asks for a new one each epoch)."""
         trainer = self.trainer
+        epoch = trainer.current_epoch if trainer else 0
         batches = EpochBatches(
-            self.lengths, self.batch_size, seed=self.seed, epoch=trainer.current_epoch if trainer else 0,
+            self.lengths, self.batch_size, seed=self.seed, epoch=epoch,
             rank=trainer.global_rank if trainer else 0, world=trainer.world_size if trainer else 1,
-            group_by_length=self.group_by_length,
+            group_by_length=self.group_by_length, skip=self.seen[1] if epoch == self.seen[0] else 0,
         )
         return DataLoader(
             self.dataset, batch_sampler=batches, num_workers=self.workers, collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one, which dropout draws from, alone
         )
+
+    def state_dict(self) -> dict[str, int]:
+        """The position in the data, for checkpoints (Lightning's hook)."""
+        return {"epoch": self.trainer.current_epoch, "batches": self.trainer.fit_loop.batch_idx + 1}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Go on behind that position (Lightning's hook)."""
+        self.seen = (state["epoch"], state["batches"])
 
     def collate(self, examples: Sequence[Example]) -> PreferenceBatch:
         return collate(examples, text=self.text, packable=self.packable, padding_id=self.padding_id)
