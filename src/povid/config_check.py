@@ -196,6 +196,8 @@ def _stages(tree: dict, ablation: AblationSettings | None, faults: list[str]) ->
 
 def _values(tree: dict, ablation, stages, model, data, noise, objective) -> Iterator[str]:
     """Faults of single values."""
+    if tree.get("reference_cache") not in (None, True, False):
+        yield f"reference_cache: found {tree['reference_cache']!r}; it is true, false or null"
     seed = tree.get("seed")
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**31:
         yield f"seed: found {seed!r}, needed a whole number from 0 to {2**31 - 1}"

@@ -119,7 +119,9 @@ def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequenc
         policy, template = load_policy(checked.model, adapters, adapted=True)
         if samples and not before and number == checked.run_stages[0]:
             before += _caption(Answers(policy, template, cfg.generation.batch_size), samples)
-        module = POVIDModule(policy, checked.objective, stage, terms)
+        cached = stage.epochs > 1 if cfg.reference_cache is None else cfg.reference_cache
+        module = POVIDModule(policy, checked.objective, stage, terms,
+                             Path(cfg.outputs) / "reference_cache" if cached else None)
         noise = checked.noise if "noise" in terms and checked.objective.name != "preferred_only" else None
         data = PreferenceDataModule(
             triples, template, noise=noise, text="text" in terms and checked.objective.name != "preferred_only",
