@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from povid.endpoint import Endpoint, NoReply, Reply, Request
+from povid.endpoint import Endpoint, NoReply, Reply, Request, Spent
 from povid.fault import Fault
 
 WORDING = "povid-1"
@@ -56,6 +57,7 @@ class Judge:
             "input_price": input_price, "output_price": output_price, "budget": budget, "token_budget": token_budget,
             "max_tokens_key": max_tokens_key}
         self._endpoints: dict[str, Endpoint] = {}
+        self._used: dict[str, Spent] = defaultdict(Spent)
 
     def model(self, benchmark: str) -> str:
         """Name of the model that judges ``benchmark``."""
@@ -78,6 +80,8 @@ class Judge:
                   disable=None) as bar:
             for position, reply in endpoint.ask_all(requests):
                 replies[position] = reply
+                if isinstance(reply, Reply):
+                    self._used[benchmark].add(reply)
                 bar.update()
         open_ones = [reply for reply in replies if isinstance(reply, NoReply)]
         if open_ones:
@@ -86,10 +90,13 @@ class Judge:
         return [reply for reply in replies if isinstance(reply, Reply)]
 
     def describe(self, benchmark: str) -> dict[str, Any]:
-        """What stands beside a score: judge's model, wording of the prompts, what all replies of this process cost."""
-        spent = self.endpoint(benchmark).paid
+        """What stands beside a score: judge's model, wording of the prompts, what the replies behind it have cost.
+
+        Counted are all replies since the last call, those from disk at what they cost when they were asked.
+        """
+        used = self._used.pop(benchmark, Spent())
         return {"model": self.model(benchmark), "official_model": OFFICIAL_JUDGES[benchmark], "wording": WORDING,
-                "requests": spent.requests, "tokens": spent.tokens, "cost": spent.cost}
+                "replies": used.requests, "tokens": used.tokens, "cost": used.cost}
 
 
 def unreadable(benchmark: str, judge: Judge, count: int) -> Fault:
