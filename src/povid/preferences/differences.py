@@ -110,19 +110,40 @@ def _singular(word: str) -> str:
     return word
 
 
-def objects(text: str) -> list[str]:
-    """Objects named in a text, in order, as COCO's names where it has one; plurals count as their singular."""
+@dataclass(frozen=True, slots=True)
+class Mention:
+    """An object named at ``text[start:end]``; ``name`` is COCO's where it has one."""
+
+    start: int
+    end: int
+    name: str
+    plural: bool
+
+
+def mentions(text: str) -> list[Mention]:
+    """Objects named in a text, in order; the longest name wins, plurals count as their singular."""
+    spans = [match.span() for match in _WORD.finditer(text)]
     said, known, found, at = words(text), _names(), [], 0
     while at < len(said):
-        for length in range(_LONGEST, 0, -1):
-            name = " ".join([*said[at:at + length - 1], _singular(said[min(at + length, len(said)) - 1])])
-            if at + length <= len(said) and name in known:
-                found.append(known[name])
+        for length in range(min(_LONGEST, len(said) - at), 0, -1):
+            last = said[at + length - 1]
+            name = known.get(" ".join([*said[at:at + length - 1], _singular(last)]))
+            if name is not None:
+                plural = _singular(last) != last or last in _PLURALS
+                found.append(Mention(spans[at][0], spans[at + length - 1][1], name, plural))
                 at += length
                 break
         else:
             at += 1
     return found
+
+
+_PLURALS = frozenset("men women people children knives mice glasses cattle skis scissors couches benches buses".split())
+
+
+def objects(text: str) -> list[str]:
+    """Names of the objects in a text, in order, repeats included."""
+    return [mention.name for mention in mentions(text)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -136,8 +136,8 @@ def _povid(record: Any, images: Path | None, place: str, source: str) -> Iterato
     yield Triple(
         id=name_of(member(record, "id", at), at),
         image=picture(member(record, "image", at), images, at),
-        preferred=_turns(member(record, "conversations", at), at, "conversations"),
-        dispreferred=_turns(member(record, "rejected_conversations", at), at, "rejected_conversations"),
+        preferred=conversation_turns(member(record, "conversations", at), at, "conversations"),
+        dispreferred=conversation_turns(member(record, "rejected_conversations", at), at, "rejected_conversations"),
         source=source,
         meta={key: value for key, value in record.items()
               if key not in ("id", "image", "conversations", "rejected_conversations")},
@@ -190,7 +190,7 @@ def _human_preference(record: Any, images: Path | None, place: str, source: str)
     record = mapping(record, "record")
     at = _label(record)
     number = name_of(member(record, "id", at), at)
-    turns = _turns(member(record, "conversations", at), at, "conversations", placeholder=True)
+    turns = conversation_turns(member(record, "conversations", at), at, "conversations", placeholder=True)
     if turns[-1].role != "assistant":
         raise Fault(f"{at}: conversations must end with the gpt turn that the outputs replace, found a human turn; "
                     "mend the record or remove it")
@@ -263,8 +263,11 @@ def _single(id: str, image: Path | bytes, question: str, good: str, bad: str, so
     return Triple(id, image, (asked, Turn("assistant", good)), (asked, Turn("assistant", bad)), source, meta)
 
 
-def _turns(value: Any, at: str, key: str, *, placeholder: bool = False) -> tuple[Turn, ...]:
-    """LLaVA's ``[{"from": "human" | "gpt", "value": text}]``; with ``placeholder`` the last value may be empty."""
+def conversation_turns(value: Any, at: str, key: str, *, placeholder: bool = False) -> tuple[Turn, ...]:
+    """LLaVA's ``[{"from": "human" | "gpt", "value": text}]`` as turns without image markers.
+
+    ``at`` and ``key`` name record and place in a Fault; with ``placeholder`` the last value may be empty.
+    """
     turns = []
     value = listing(value, at, key)
     for number, turn in enumerate(value):

@@ -77,11 +77,16 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
     if path.stat().st_size > LARGEST_JSON:
         raise Fault(f"{path} has {path.stat().st_size:,} bytes, too many for one JSON list; turn it into JSON Lines "
                     "(.jsonl) or parquet")
-    value = _parse(_decode(_bytes(path), str(path)), str(path))
+    value = parse_json(path)
     if not isinstance(value, list):
         raise Fault(f"{path} must be a JSON list of records, found {_kind(value)}; put the records into one list")
     for index, record in enumerate(value):
         yield f"{path}, entry {index}", record
+
+
+def parse_json(path: Path) -> Any:
+    """What a JSON file holds. Raises Fault when it cannot be read."""
+    return _parse(_decode(_bytes(path), str(path)), str(path))
 
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:

@@ -1,0 +1,111 @@
+"""``python -m povid.dispreference input=... images=... out=...``: dispreferred answers in POVID's JSON format."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import hydra
+from omegaconf import DictConfig, OmegaConf
+
+from povid.dispreference import cooccurrence
+from povid.dispreference.gates import Gates
+from povid.dispreference.generate import (
+    Sampling,
+    claimed,
+    estimate,
+    folder_of,
+    generate,
+    identity,
+    settings_of,
+)
+from povid.dispreference.report import figures, summary, write_report
+from povid.dispreference.rows import Row, read_rows
+from povid.endpoint import Endpoint
+from povid.fault import Fault
+from povid.preferences.formats import write_povid
+
+CONF = Path(__file__).resolve().parents[3] / "conf"
+
+
+def run(config: DictConfig) -> None:
+    """Read the rows, write ``config.out`` and the report beside it.
+
+    Raises:
+        Fault: whatever a user can mend; replies that were paid for stay on disk.
+    """
+    for key in ("input", "images", "out"):
+        if not config[key]:
+            raise Fault(f"{key} is not set; give input=FILE images=FOLDER out=FILE.json")
+    out = Path(config.out)
+    if out.suffix != ".json":
+        raise Fault(f"out={out} must end in .json, since POVID's format is one JSON list")
+    skipped: list[str] | None = [] if config.skip_bad else None
+    rows = read_rows(Path(config.input), Path(config.images), kind=config.prompt, rounds=config.rounds, skipped=skipped)
+    rows = rows[: config.limit]
+    for sentence in skipped or ():
+        print(f"skipped: {sentence}", file=sys.stderr)
+    if config.dispreference.name == "cooccurrence":
+        _locally(config, rows, out)
+    else:
+        _by_endpoint(config, rows, out)
+
+
+def _by_endpoint(config: DictConfig, rows: list[Row], out: Path) -> None:
+    settings = config.dispreference
+    sampling = Sampling(**OmegaConf.to_container(settings.sampling))
+    gates = Gates(**OmegaConf.to_container(settings.gates))
+    if not settings.endpoint.model:
+        raise Fault("dispreference.endpoint.model is not set; name a vision model as the server knows it")
+    with claimed(out, identity(rows, **settings_of(sampling, gates, settings.endpoint.model))) as folder:
+        endpoint = Endpoint(cache=folder / "replies.jsonl", **OmegaConf.to_container(settings.endpoint, resolve=True))
+        print(estimate(rows, endpoint, sampling), file=sys.stderr, flush=True)
+        if config.estimate_only:
+            return
+        result = generate(rows, endpoint, sampling, gates, give_up=config.give_up)
+        numbers = figures(result.triples, result.kinds, result.rejects, result.reasons)
+        numbers |= {"replies": result.replies, "tokens": result.tokens, "cost": result.cost,
+                    "model": settings.endpoint.model}
+        write_report(folder, f"Dispreferences: {out.name}", result.triples, numbers, result.rejects)
+        _finish(config, out, result.triples, numbers)
+
+
+def _locally(config: DictConfig, rows: list[Row], out: Path) -> None:
+    settings = config.dispreference
+    if not settings.objects:
+        raise Fault("dispreference.objects is not set; give COCO's instances JSON or an objects.json")
+    known = cooccurrence.read_objects(Path(settings.objects))
+    learned = cooccurrence.learn(known, [row.answer for row in rows])
+    about = {"objects": {name: sorted(listed) for name, listed in known.items()}, "seed": config.seed}
+    with claimed(out, identity(rows, **about)) as folder:
+        triples, kinds, rejects = cooccurrence.rewrite(rows, learned, config.seed)
+        numbers = figures(triples, kinds, rejects, {})
+        write_report(folder, f"Dispreferences: {out.name}", triples, numbers, rejects)
+        _finish(config, out, triples, numbers)
+
+
+def _finish(config: DictConfig, out: Path, triples: list, numbers: dict) -> None:
+    print(summary(numbers))
+    if not triples:
+        raise Fault(f"no record could be used, so {out} was not written; see {folder_of(out)}/rejects.jsonl")
+    write_povid(triples, out, Path(config.images))
+    print(f"{out}\n{folder_of(out)}/report.html")
+
+
+@hydra.main(version_base="1.3", config_path=str(CONF), config_name="dispreference")
+def main(config: DictConfig) -> None:
+    """Run and turn a Fault into one sentence and status 2."""
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        run(config)
+    except Fault as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: stopped; all replies are kept, start again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
