@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 from servers import ChatServer, Say, Silence, last_text
 
+from povid.benchmarks import suite
 from povid.benchmarks.question import Decoding, Question
 from povid.endpoint import Endpoint, NoReply
 from povid.fault import Fault
@@ -48,6 +49,29 @@ def test_a_question_that_times_out_is_named_after_all_others_were_answered_and_a
         stuck.clear()
         before = len(server.requests)
         assert dict(answer(questions, Decoding(5))) == dict.fromkeys(range(4), "yes")
+        assert len(server.requests) == before + 1
+
+
+def test_a_benchmark_whose_served_model_times_out_is_missing_with_its_reason_and_resumes(tmp_path):
+    """Four questions of MME; the third times out in the first run and is the only one asked in the second. All answers
+    are yes, two of four right, no image twice: 50 + 0."""
+    folder = tmp_path / "data" / "MME_Benchmark_release_version" / "count"
+    folder.mkdir(parents=True)
+    for name in "ab":
+        (folder / f"{name}.png").write_bytes(picture())
+        (folder / f"{name}.txt").write_text(f"Is {name} one? Please answer yes or no.\tYes\nIs {name} two?\tNo\n")
+    selection, stuck = {"mme": {"data": str(tmp_path / "data")}}, [True]
+    with ChatServer(lambda body, n: Silence() if "Is b one?" in last_text(body) and stuck else Say("Yes")) as server:
+        def run(out):
+            return suite.run(selection, answerer(endpoint(server, out)), out, model="served-m")["mme"]
+
+        first = run(tmp_path)
+        assert "1 of 4 questions got no answer, the first: question count/b/0" in first["missing"]
+        assert len((tmp_path / "mme" / "answers.jsonl").read_text().splitlines()) == 3
+        stuck.clear()
+        (tmp_path / "replies.jsonl").unlink()  # the answers themselves are enough to go on
+        before = len(server.requests)
+        assert run(tmp_path)["subtasks"]["count"]["score"] == 50.0
         assert len(server.requests) == before + 1
 
 

@@ -76,6 +76,8 @@ def test_official_file_and_back(data):
     assert ["<image>" in line["prompt"] for line in lines] == [False, True, True, True, True]
     assert set(lines[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
     assert science_qa.read_answers(file, questions) == list("ABCAB")
+    file.write_text(json.dumps({"acc": 1.0, "results": {}, "outputs": dict.fromkeys(["12", "11", "9", "7", "4"], "A")}))
+    assert science_qa.read_answers(file, questions) == ["A"] * 5
 
 
 @pytest.mark.parametrize("lines, sentence", [

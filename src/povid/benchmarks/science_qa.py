@@ -61,9 +61,16 @@ def cqm(problem: dict[str, Any]) -> str:
 
 
 def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
-    """LLaVA's JSON Lines. A file that answers the image questions alone is taken too: the others count as failed."""
+    """LLaVA's JSON Lines, or the "outputs" of a result file that eval_science_qa.py has written.
+
+    A file that answers the image questions alone is taken too: the others count as failed.
+    """
     file = Path(file)
-    found = list(llava_format.texts(file))
+    rows = read_records(file)
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("outputs"), dict):
+        found = [(f"{file.name} outputs {name}", name, text) for name, text in rows[0][1]["outputs"].items()]
+    else:
+        found = list(llava_format.texts(file))
     names, with_image = {name for _, name, _ in found}, [question for question in questions if question.image]
     if with_image and names == {str(question.id) for question in with_image}:
         answers = iter(llava_format.in_order(file, found, with_image))
