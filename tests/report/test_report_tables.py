@@ -315,7 +315,7 @@ def test_write_tables_writes_what_belongs_and_pictures_open(sweep):
     from PIL import Image
 
     files = write_tables(sweep)
-    assert {file.name for file in files} == {"table3.md", "table3.csv", "table3.tex", "table3.png",
+    assert {file.name for file in files} == {"table3.md", "table3.txt", "table3.csv", "table3.tex", "table3.png",
                                              "chair_against_coverage.png"}
     assert {path.name for path in (sweep / "tables").iterdir()} == {file.name for file in files}  # no half file left
     for file in files:
@@ -323,6 +323,15 @@ def test_write_tables_writes_what_belongs_and_pictures_open(sweep):
             with Image.open(file) as picture:
                 low, high = picture.convert("L").getextrema()
                 assert picture.width > 800 and low < 60 and high == 255
+
+
+def test_plain_text_is_aligned_and_leaves_out_empty_columns(sweep):
+    text = render.plain(table(3, find_runs(sweep)))
+    assert "CHAIR_S" in text and "MMHal" not in text
+    head, *rows = [line for line in text.split("\n\n")[1].splitlines() if line.startswith(("Text", "✗", "✓"))]
+    end = head.index("CHAIR_S ↓") + len("CHAIR_S ↓")  # marks of best and second best stand in this place
+    assert len(rows) == 8 and {row[end] for row in rows} == {" "} and {row[end - 1] for row in rows} <= set(" *_")
+
 
 
 def test_a_table_that_no_run_belongs_to_is_a_fault(sweep):
@@ -342,7 +351,7 @@ def test_command_prints_the_table_and_imports_no_torch(sweep, tmp_path):
             "assert not {'torch', 'lightning', 'transformers', 'wandb', 'pandas'} & set(sys.modules); sys.exit(code)")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "## Table 3" in done.stdout and "table3.png" in done.stdout
+    assert "Table 3. Ablation" in done.stdout and "CHAIR_S" in done.stdout and "table3.png" in done.stdout
 
 
 def test_command_tells_a_fault_in_one_line(tmp_path, capsys):

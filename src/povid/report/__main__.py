@@ -25,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return 2
     for file in files:
-        if file.suffix == ".md":
+        if file.suffix == ".txt":
             print(file.read_text(encoding="utf-8"))
     print("\n".join(map(str, files)))
     return 0

@@ -20,7 +20,7 @@ def write_tables(outputs: Path, out: Path | None = None, only: Sequence[int] = (
                  pictures: bool = True) -> list[Path]:
     """Write Tables 1 to 4, as far as the runs below ``outputs`` belong to them, and the figures; return the files.
 
-    For each table ``tableN.md``, ``.csv``, ``.tex`` and ``.png`` in ``out`` (default ``outputs/tables``), and
+    For each table ``tableN.md``, ``.txt``, ``.csv``, ``.tex`` and ``.png`` in ``out`` (default ``outputs/tables``), and
     ``chair_against_coverage.png`` and ``training_curves.png`` where runs hold what they show. ``only`` names tables.
 
     Raises:
@@ -38,6 +38,7 @@ def write_tables(outputs: Path, out: Path | None = None, only: Sequence[int] = (
         for found in (found for found in made.values() if found):
             stem = out / f"table{found.number}"
             files += [_write(stem.with_suffix(".md"), render.markdown(found)),
+                      _write(stem.with_suffix(".txt"), render.plain(found)),
                       _write(stem.with_suffix(".csv"), render.comma_separated(found)),
                       _write(stem.with_suffix(".tex"), render.latex(found))]
             if pictures:

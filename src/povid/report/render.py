@@ -87,6 +87,34 @@ def _sup(marks: str) -> str:
     return f"<sup>{marks}</sup>" if marks else ""
 
 
+def plain(table: Table) -> str:
+    """For a terminal: aligned columns, best with *, second best with _; columns that none of ours fills are left out."""
+    notes = Notes(table)
+    parts = [f"Table {table.number}. {table.title}"]
+    for block in table.blocks:
+        ours = [line for line in block.lines if line.kind != "paper"]
+        columns = [column for column in table.columns
+                   if any(line.cells[column.key].summary.mean is not None for line in ours)]
+        rows = [[*table.lead, *(column.title + (f"_{column.subscript}" if column.subscript else "") + column.arrow
+                                for column in columns)]]
+        for line in block.lines:
+            lead = [*line.lead[:-1], line.lead[-1] + (f" {DAGGER}" if line.says_less else "")]
+            rows.append(lead + [_plain_cell(line.cells[column.key], column) for column in columns])
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        first = len(table.lead)
+        text = ["  ".join(cell.ljust(width) if i < first else cell.rjust(width)
+                          for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+        rule = "-" * max(map(len, text))
+        heading = [block.title] if block.title else []
+        parts.append("\n".join([*heading, *block.warnings, rule, text[0], rule, *text[1:], rule, *block.notes]))
+    parts += [f"{mark} {text}" for mark, text in notes if mark == DAGGER]
+    return "\n\n".join(parts) + "\n"
+
+
+def _plain_cell(cell: Cell, column: Column) -> str:
+    return cell.text(column.decimals) + {1: "*", 2: "_"}.get(cell.place, " ")
+
+
 def comma_separated(table: Table) -> str:
     """CSV for programs: unrounded mean, sd, se and n per score (empty where there is none), notes in words."""
     out = io.StringIO()

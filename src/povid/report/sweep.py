@@ -27,6 +27,6 @@ class TableAfterSweep(Callback):
             print(f"no table: {fault}")
             return
         for file in files:
-            if file.name == "table3.md":
+            if file.name == "table3.txt":
                 print(f"\n{file.read_text(encoding='utf-8')}")
         print("written:", *files, sep="\n  ")
