@@ -6,11 +6,13 @@ loaded with. Shape suffixes: B = examples, T = positions, D = width, U = predict
 
 from __future__ import annotations
 
+import inspect
 import logging
 import re
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +24,36 @@ from povid.packing import Packed
 
 log = logging.getLogger(__name__)
 
-# What differs between models: where the projector is, and whether the language model takes a packed sequence (plain
-# one-dimensional positions and a free 4-D mask). Models that are not here are trained the plain way.
-PROJECTORS = {
-    "llava": "multi_modal_projector",
-    "llava_next": "multi_modal_projector",
-    "llava_onevision": "multi_modal_projector",
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What differs between models.
+
+    Args:
+        projector: full-name ending of the module between vision tower and language model; None where it is not known.
+        packable: whether the language model takes a packed sequence, that is plain one-dimensional positions and a free
+            4-D mask. Others are scored and answer the plain way.
+        question_in_image: the image's features depend on the question, so that questions share nothing.
+    """
+
+    projector: str | None
+    packable: bool = True
+    question_in_image: bool = False
+
+
+ARCHITECTURES = {
+    "llava": Architecture("multi_modal_projector"),
+    "llava_next": Architecture("multi_modal_projector"),
+    "llava_onevision": Architecture("multi_modal_projector"),
+    "internvl": Architecture("multi_modal_projector"),
+    "idefics3": Architecture("connector"),
+    "smolvlm": Architecture("connector"),
+    "instructblip": Architecture("language_projection", question_in_image=True),
+    "qwen2_5_vl": Architecture("visual.merger", packable=False),  # positions have three axes
 }
-PACKABLE = frozenset(PROJECTORS)
+UNKNOWN = Architecture(None, packable=False)
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +75,7 @@ class ModelSettings:
         lora: adapter; train_projector: whether the projector is trained too.
         attention: transformers' attn_implementation, None for its own choice.
         gradient_checkpointing: recompute activations in the backward pass.
+        quantize: ``4bit`` keeps the language model's frozen weights in four bits (NF4, through bitsandbytes).
     """
 
     name: str
@@ -63,6 +88,7 @@ class ModelSettings:
     train_projector: bool = True
     attention: str | None = None
     gradient_checkpointing: bool = False
+    quantize: str | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
 
     @property
@@ -72,11 +98,27 @@ class ModelSettings:
         return self.path
 
 
-def load_processor(settings: ModelSettings) -> Any:
-    """The model's processor; batched generation needs left padding whatever was saved with it."""
-    from transformers import AutoProcessor
+def pictures_only(kind: type) -> type:
+    """A processor class without its video part, which would need torchvision."""
+    names = [name for name in kind.get_attributes() if name != "video_processor"]
+    return type(kind.__name__, (kind,), {"get_attributes": classmethod(lambda cls: names)})
 
-    processor = AutoProcessor.from_pretrained(settings.source)
+
+def load_processor(settings: ModelSettings) -> Any:
+    """The model's processor. Pictures are resized by Pillow, so that a machine with torchvision gets the same pixels.
+
+    Raises:
+        Fault: its files cannot be found, or transformers has no processor for that kind of model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    with _loading(settings):
+        config = AutoConfig.from_pretrained(settings.source)
+        if type(config) not in PROCESSOR_MAPPING:
+            raise Fault(f"model {settings.name!r}: transformers has no image and text processor for "
+                        f"{config.model_type!r} models; name a vision-language model, or serve it and use model=served")
+        processor = pictures_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(settings.source, backend="pil")
     processor.tokenizer.padding_side = "left"
     if processor.tokenizer.pad_token is None:
         processor.tokenizer.pad_token = processor.tokenizer.eos_token
@@ -87,25 +129,67 @@ def load_model(settings: ModelSettings, adapters: Sequence[Path] = ()) -> nn.Mod
     """The frozen model with earlier adapters merged into it, in their order.
 
     Raises:
-        Fault: the weights cannot be found, or an adapter folder holds no adapter.
+        Fault: the weights cannot be found, an adapter folder holds no adapter, or four bits are wanted where there is
+            no bitsandbytes or no GPU.
     """
-    from peft import PeftModel
-    from transformers import AutoModelForImageTextToText
-
-    options = {"attn_implementation": settings.attention} if settings.attention else {}
-    try:
-        model = AutoModelForImageTextToText.from_pretrained(
-            settings.source, dtype=getattr(torch, settings.dtype), **options
-        )
-    except OSError as error:
-        raise Fault(f"model {settings.name!r}: {settings.source!r} could not be loaded ({str(error).splitlines()[0]}); "
-                    "set model.path to a folder with its weights, or log in and go online so that they can be "
-                    "downloaded") from error
     for adapter in adapters:
         if not (adapter / "adapter_config.json").exists():
             raise Fault(f"{adapter} holds no adapter_config.json; point init_from at a run folder or adapter folder")
-        model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    if settings.quantize:
+        return _quantized(settings, adapters).requires_grad_(False)
+    model = _from_pretrained(settings, settings.source)
+    for adapter in adapters:
+        model = merge(model, adapter)
     return model.requires_grad_(False)
+
+
+def merge(model: nn.Module, adapter: Path) -> nn.Module:
+    """The model with an adapter merged into its weights, their dtype kept."""
+    from peft import PeftModel
+
+    dtype = model.dtype
+    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(dtype)
+
+
+def _from_pretrained(settings: ModelSettings, source: str, **options: Any) -> nn.Module:
+    from transformers import AutoModelForImageTextToText
+
+    if settings.attention:
+        options["attn_implementation"] = settings.attention
+    with _loading(settings):
+        return AutoModelForImageTextToText.from_pretrained(source, dtype=DTYPES[settings.dtype], **options)
+
+
+def _quantized(settings: ModelSettings, adapters: Sequence[Path]) -> nn.Module:
+    """Language model in four bits. Adapters are merged before the rounding, which would swallow what they add."""
+    from importlib.util import find_spec
+
+    if find_spec("bitsandbytes") is None:
+        raise Fault("model.quantize=4bit needs bitsandbytes, which is not installed: pip install 'povid[quantize]'")
+    if not torch.cuda.is_available():
+        raise Fault("model.quantize=4bit needs a GPU and none is to be seen; leave model.quantize at null here")
+    from transformers import AutoConfig, BitsAndBytesConfig
+
+    kind = ARCHITECTURES.get(AutoConfig.from_pretrained(settings.source).model_type, UNKNOWN)
+    kept = ["lm_head", "vision_tower", "vision_model", "visual", *([kind.projector] if kind.projector else [])]
+    plan = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=DTYPES[settings.dtype], llm_int8_skip_modules=kept)
+    options = {"quantization_config": plan, "device_map": {"": torch.cuda.current_device()}}
+    if not adapters:
+        return _from_pretrained(settings, settings.source, **options)
+    with tempfile.TemporaryDirectory() as merged:
+        load_model(replace(settings, quantize=None), adapters).save_pretrained(merged)
+        return _from_pretrained(settings, merged, **options)
+
+
+@contextmanager
+def _loading(settings: ModelSettings) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise Fault(f"model {settings.name!r}: {settings.source!r} could not be loaded ({said}); set model.path to a "
+                    "folder with its weights, or log in and go online so that they can be downloaded") from error
 
 
 def lora_targets(model: nn.Module) -> str:
@@ -127,7 +211,8 @@ class Policy(nn.Module):
         super().__init__()
         self.settings, self.processor = settings, processor
         self.model_type = model.config.model_type
-        self.packable = self.model_type in PACKABLE
+        self.architecture = ARCHITECTURES.get(self.model_type, UNKNOWN)
+        self.packable = self.architecture.packable
         if not self.packable:
             log.warning("%s: sequences of %r models cannot be packed; they are scored one by one, which is slower",
                         settings.name, self.model_type)
@@ -148,18 +233,23 @@ class Policy(nn.Module):
 
     def _adapt(self, model: nn.Module) -> nn.Module:
         from peft import LoraConfig, get_peft_model
+        from peft.utils.other import ModulesToSaveWrapper
 
         lora = self.settings.lora
         saved = None
         if self.settings.train_projector:
-            if self.model_type not in PROJECTORS:
+            if self.architecture.projector is None:
                 raise Fault(f"model {self.settings.name!r}: the projector of {self.model_type!r} models is not known; "
                             "set model.train_projector=false")
-            saved = [PROJECTORS[self.model_type]]
-        return get_peft_model(model, LoraConfig(
+            saved = [self.architecture.projector]
+        adapted = get_peft_model(model, LoraConfig(
             r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, bias="none",
             target_modules=lora_targets(model), modules_to_save=saved, task_type="CAUSAL_LM",
         ))
+        for module in adapted.modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                _train_in_float32(module.modules_to_save["default"])
+        return adapted
 
     def train(self, mode: bool = True) -> Policy:
         """Training mode; of all dropouts LoRA's alone is active, so that the reference stays one function."""
@@ -193,23 +283,27 @@ class Policy(nn.Module):
         LLaVA: features [B, P, D_vision] of the layer that is read, without class token. Other models: the image
         embeddings themselves or, if their projector is trained or they are scored the plain way, the untouched images.
         """
-        if not self.packable:
+        if not images or not self.packable:
             return images
-        if self.model_type == "llava":
+        if self._reads_one_clip_layer:
             with torch.no_grad():
-                return self._llava_features(images["pixel_values"])
+                return self._clip_features(images["pixel_values"])
         if self.settings.train_projector and self.adapted:
             return images
         with torch.no_grad():
             return self._image_embeds(images)
 
-    def _llava_features(self, pixels: Tensor) -> Tensor:
+    @property
+    def _reads_one_clip_layer(self) -> bool:
+        if self.model_type != "llava":
+            return False
+        layer, tower = self.network.config.vision_feature_layer, self.network.model.vision_tower
+        return isinstance(layer, int) and hasattr(tower, "pre_layrnorm")
+
+    def _clip_features(self, pixels: Tensor) -> Tensor:
         """Layers of the CLIP tower up to the one that is read, and not one more."""
         config, tower = self.network.config, self.network.model.vision_tower
         layer = config.vision_feature_layer
-        if not isinstance(layer, int) or not hasattr(tower, "pre_layrnorm"):
-            raise Fault(f"model {self.settings.name!r}: a LLaVA with vision_feature_layer={layer!r} on "
-                        f"{type(tower).__name__} is not supported; use one that reads one layer of a CLIP tower")
         count = layer if layer >= 0 else len(tower.encoder.layers) + 1 + layer
         hidden = tower.pre_layrnorm(tower.embeddings(pixels.to(tower.dtype)))
         for block in tower.encoder.layers[:count]:
@@ -221,11 +315,13 @@ class Policy(nn.Module):
         return embeds if isinstance(embeds, Tensor) else torch.cat(list(embeds))
 
     def embed(self, input_ids_BT: Tensor, seen: Any) -> Tensor:
-        """Token embeddings with the image's in the places of the image tokens, [B, T, D]."""
+        """Token embeddings with the image's in the places of the image tokens, [B, T, D]. ``seen`` is {} for texts."""
         embeds_BTD = self.network.get_input_embeddings()(input_ids_BT)
         if isinstance(seen, Mapping):
+            if not seen:
+                return embeds_BTD
             image = self._image_embeds(seen)
-        elif self.model_type == "llava":
+        elif self._reads_one_clip_layer:
             image = self.network.model.multi_modal_projector(seen)
         else:
             image = seen
@@ -252,7 +348,23 @@ class Policy(nn.Module):
     def _predict_plain(self, packed: Packed, images: Mapping[str, Tensor]) -> Tensor:
         """The same for models whose sequences cannot be packed: whole rows through the whole model, [U, V]."""
         inputs = {"input_ids": packed.input_ids_BT, "attention_mask": (packed.segment_BT >= 0).long(), **images}
-        if "mm_token_type_ids" in self.network.forward.__code__.co_varnames:
-            inputs["mm_token_type_ids"] = (packed.input_ids_BT == self.network.config.image_token_id).int()
+        inputs |= self.token_kinds(packed.input_ids_BT)
         hidden_BTD = self.network.model(**inputs, use_cache=False).last_hidden_state
         return self.network.get_output_embeddings()(hidden_BTD[packed.example_U, packed.column_U])
+
+    def token_kinds(self, input_ids_BT: Tensor) -> dict[str, Tensor]:
+        """What models with positions of three axes want to know of each token: 1 for an image's, 0 for text."""
+        if "mm_token_type_ids" not in inspect.signature(self.network.forward).parameters:
+            return {}
+        return {"mm_token_type_ids": (input_ids_BT == self.network.config.image_token_id).int()}
+
+
+def _train_in_float32(module: nn.Module) -> None:
+    """Float32 weights inside a model of fewer bits, where steps of 2e-5 would be rounded away."""
+    if next(module.parameters()).dtype not in (torch.bfloat16, torch.float16):
+        return
+    outside = next(module.parameters()).dtype
+    module.float()
+    module.register_forward_pre_hook(lambda _, inputs: tuple(
+        value.float() if isinstance(value, Tensor) and value.is_floating_point() else value for value in inputs))
+    module.register_forward_hook(lambda _, inputs, output: output.to(outside))
