@@ -88,7 +88,7 @@ def _sup(marks: str) -> str:
 
 
 def plain(table: Table) -> str:
-    """For a terminal: aligned columns, best with *, second best with _; columns that none of ours fills are left out."""
+    """For a terminal: aligned columns, best with *, second best with _, columns that none of ours fills left out."""
     notes = Notes(table)
     parts = [f"Table {table.number}. {table.title}"]
     for block in table.blocks:
