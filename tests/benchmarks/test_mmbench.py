@@ -102,6 +102,22 @@ def test_after_three_unreadable_replies_an_option_is_drawn_and_the_corrected_sco
     assert score.scores["corrected"]["accuracy"] == 0.0 and score.scores["random"] == 2
 
 
+def test_nothing_more_is_drawn_for_a_question_that_is_lost_already(tmp_path):
+    """The first draw misses the first rotation of question 2, so its second rotation is not drawn for, and the second
+    draw goes to question 5, where it is made to be the answer."""
+    chance = random.Random(2680)
+    first, second = ("ABCDE"[chance.randint(0, 4)] for _ in range(2))
+    assert second in "ABCD"
+    right = "A" if first != "A" else "B"
+    rows = [row(2, "cat", "dog", right), row(5, "cat", "dog", second, c="red"), row(1_000_002, "dog", "cat", "B")]
+    rows[1][6] = "blue"  # option D
+    questions = mmbench.load(table(tmp_path, rows))
+    with ChatServer(lambda body, n: Say("I cannot tell")) as server:
+        score = mmbench.score(questions, ["hm", "ah", "oh"], Judge(tmp_path / "r.jsonl", base_url=server.url))
+    assert [record["parsed"] for record in score.records] == [first, second, None]
+    assert score.scores["accuracy"] == 50.0 and score.scores["random"] == 2
+
+
 def test_submission_sheet_column_for_column_and_back(tmp_path):
     questions = mmbench.load(table(tmp_path))
     answers = ["A", "B\x01", "It is a cat", "nan", "\ud83d"]
