@@ -56,7 +56,7 @@ class Course:
     see: int = 600
     align: int = 200
     speak: int = 500
-    answer: int = 550
+    answer: int = 400
     pictures: int = 64
     spoken: int = 48  # pictures per step of the last two parts
 
