@@ -111,7 +111,7 @@ def test_on_the_real_sample_every_answer_becomes_wrong_and_nothing_true_is_injec
 def test_the_command_on_the_real_sample(tmp_path):
     sample()
     command = [sys.executable, "-m", "povid.dispreference", "dispreference=cooccurrence", f"images={SAMPLE}",
-               f"input={SAMPLE}/preferences.json", f"dispreference.objects={SAMPLE}/objects.json"]
+               f"input={SAMPLE}/preferences.json", f"objects={SAMPLE}/objects.json"]
     for name in ("a", "b"):
         ended = subprocess.run([*command, f"out={tmp_path}/{name}.json"], cwd=ROOT, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr

@@ -32,8 +32,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def command(server: ChatServer, rows: Path, out: Path, *more: str) -> list[str]:
     return [sys.executable, "-m", "povid.dispreference", f"input={rows}", f"images={rows.parent}", f"out={out}",
-            "dispreference.endpoint.model=m", f"dispreference.endpoint.base_url={server.url}",
-            "dispreference.endpoint.timeout=2", "+dispreference.endpoint.backoff=0.01", *more]
+            "endpoint.model=m", f"endpoint.base_url={server.url}",
+            "endpoint.timeout=2", "endpoint.backoff=0.01", *more]
 
 
 def start(*arguments) -> subprocess.Popen:
@@ -223,7 +223,7 @@ def test_two_commands_at_once_end_in_one_sentence_each(tmp_path):
     rows = write_rows(tmp_path / "rows", 3)
     out = tmp_path / "out.json"
     with ChatServer(lambda body, n: Silence()) as server:
-        first = start(server, rows, out, "dispreference.endpoint.timeout=60")
+        first = start(server, rows, out, "endpoint.timeout=60")
         try:
             for _ in range(1500):
                 if server.requests:
@@ -241,14 +241,16 @@ def test_two_commands_at_once_end_in_one_sentence_each(tmp_path):
 @pytest.mark.parametrize(("change", "sentence"), [
     ("input=absent.jsonl", "absent.jsonl does not exist"),
     ("out=a.txt", "must end in .json"),
+    ("dispreference=local", "choose endpoint or cooccurrence"),
+    ("dispreference=cooccurrence", "objects is not set"),
     ("prompt=captions", "prompt=captions does not exist"),
     ("images=absent", "image folder absent does not exist"),
-    ("dispreference.endpoint.model=null", "model is not set"),
+    ("endpoint.model=null", "model is not set"),
 ])
 def test_mistakes_are_one_sentence(tmp_path, change, sentence):
     rows = write_rows(tmp_path / "rows", 2)
     with initialize_config_dir(str(CONF), version_base="1.3"):
         config = compose("dispreference", [f"input={rows}", f"images={rows.parent}", f"out={tmp_path}/o.json",
-                                           "dispreference.endpoint.model=m", change])
+                                           "endpoint.model=m", change])
     with pytest.raises(Fault, match=sentence):
         run(config)

@@ -39,6 +39,8 @@ def run(config: DictConfig) -> None:
         if not config[key]:
             raise Fault(f"{key} is not set; give input=FILE images=FOLDER out=FILE.json")
     out = Path(config.out)
+    if config.dispreference not in ("endpoint", "cooccurrence"):
+        raise Fault(f"dispreference={config.dispreference} does not exist; choose endpoint or cooccurrence")
     if out.suffix != ".json":
         raise Fault(f"out={out} must end in .json, since POVID's format is one JSON list")
     skipped: list[str] | None = [] if config.skip_bad else None
@@ -46,36 +48,34 @@ def run(config: DictConfig) -> None:
     rows = rows[: config.limit]
     for sentence in skipped or ():
         print(f"skipped: {sentence}", file=sys.stderr)
-    if config.dispreference.name == "cooccurrence":
+    if config.dispreference == "cooccurrence":
         _locally(config, rows, out)
     else:
         _by_endpoint(config, rows, out)
 
 
 def _by_endpoint(config: DictConfig, rows: list[Row], out: Path) -> None:
-    settings = config.dispreference
-    sampling = Sampling(**OmegaConf.to_container(settings.sampling))
-    gates = Gates(**OmegaConf.to_container(settings.gates))
-    if not settings.endpoint.model:
-        raise Fault("dispreference.endpoint.model is not set; name a vision model as the server knows it")
-    with claimed(out, identity(rows, **settings_of(sampling, gates, settings.endpoint.model))) as folder:
-        endpoint = Endpoint(cache=folder / "replies.jsonl", **OmegaConf.to_container(settings.endpoint, resolve=True))
+    sampling = Sampling(**OmegaConf.to_container(config.sampling))
+    gates = Gates(**OmegaConf.to_container(config.gates))
+    if not config.endpoint.model:
+        raise Fault("endpoint.model is not set; name a vision model as the server knows it")
+    with claimed(out, identity(rows, **settings_of(sampling, gates, config.endpoint.model))) as folder:
+        endpoint = Endpoint(cache=folder / "replies.jsonl", **OmegaConf.to_container(config.endpoint, resolve=True))
         print(estimate(rows, endpoint, sampling), file=sys.stderr, flush=True)
         if config.estimate_only:
             return
         result = generate(rows, endpoint, sampling, gates, give_up=config.give_up)
         numbers = figures(result.triples, result.kinds, result.rejects, result.reasons)
         numbers |= {"replies": result.replies, "tokens": result.tokens, "cost": result.cost,
-                    "model": settings.endpoint.model}
+                    "model": config.endpoint.model}
         write_report(folder, f"Dispreferences: {out.name}", result.triples, numbers, result.rejects)
         _finish(config, out, result.triples, numbers)
 
 
 def _locally(config: DictConfig, rows: list[Row], out: Path) -> None:
-    settings = config.dispreference
-    if not settings.objects:
-        raise Fault("dispreference.objects is not set; give COCO's instances JSON or an objects.json")
-    known = cooccurrence.read_objects(Path(settings.objects))
+    if not config.objects:
+        raise Fault("objects is not set; give COCO's instances JSON or an objects.json (objects=FILE)")
+    known = cooccurrence.read_objects(Path(config.objects))
     learned = cooccurrence.learn(known, [row.answer for row in rows])
     about = {"objects": {name: sorted(listed) for name, listed in known.items()}, "seed": config.seed}
     with claimed(out, identity(rows, **about)) as folder:

@@ -93,8 +93,20 @@ def segments(first: str, second: str) -> Iterator[tuple[str, str, bool]]:
     """Yield (piece of first, piece of second, same), which join to both texts; words are never cut."""
     left, right = _TOKEN.findall(first), _TOKEN.findall(second)
     matcher = difflib.SequenceMatcher(None, [t.lower() for t in left], [t.lower() for t in right], autojunk=False)
+    good = bad = ""
     for kind, a, b, c, d in matcher.get_opcodes():
-        yield "".join(left[a:b]), "".join(right[c:d]), kind == "equal"
+        first, second = "".join(left[a:b]), "".join(right[c:d])
+        if kind != "equal":
+            good, bad = good + first, bad + second
+        elif (good or bad) and not first.strip() and b < len(left):  # changed words with a space between: one piece
+            good, bad = good + first, bad + second
+        else:
+            if good or bad:
+                yield good, bad, False
+                good = bad = ""
+            yield first, second, True
+    if good or bad:
+        yield good, bad, False
 
 
 @functools.cache

@@ -35,10 +35,10 @@ body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 sy
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 16px; margin: 26px 0 10px; }
 .dim { color: var(--dim); } 
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(200px, 1fr)); gap: 14px; }
+.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(208px, 1fr)); gap: 14px; }
 .box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .box h3 { margin: 0 0 8px; font-size: 13px; font-weight: 600; color: var(--dim); }
-.row { display: grid; grid-template-columns: 120px 1fr 52px; gap: 8px; align-items: center; font-size: 13px; }
+.row { display: grid; grid-template-columns: minmax(0, 1fr) 44px 42px; gap: 8px; align-items: center; font-size: 13px; }
 .row span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .row span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { background: var(--line); border-radius: 3px; height: 9px; overflow: hidden; }
