@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 from servers import ChatServer, Cut, Raw, Say, Silence, Status, last_text
 
-from povid.endpoint import BudgetReached, Endpoint, NoReply, Request, image_part
+from povid.endpoint import Endpoint, NoReply, Request, image_part
 from povid.fault import Fault
+from povid.replies import BudgetReached
 
 
 def ask_for(text: str, **more) -> Request:

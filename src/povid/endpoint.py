@@ -6,7 +6,6 @@ Judges, served models and the dispreference generator all ask through this file,
 from __future__ import annotations
 
 import base64
-import fcntl
 import hashlib
 import io
 import json
@@ -17,7 +16,6 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -28,6 +26,7 @@ import openai
 from PIL import Image, ImageOps
 
 from povid.fault import Fault
+from povid.replies import Reply, ReplyFile, Spent
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +36,6 @@ LOCAL_KEY = "none"              # servers of one's own ask for no key, the clien
 
 class NoReply(Fault):
     """The server did not answer one request, however often it was asked."""
-
-
-class BudgetReached(Fault):
-    """The next request could exceed the budget; nothing was sent."""
 
 
 class _Garbled(ValueError):
@@ -61,42 +56,6 @@ class Request:
     sample: int = 0
     name: str = "a request"
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What came back; ``cost`` in the currency of the prices (0 without prices), ``cached`` if it was on disk."""
-
-    text: str
-    prompt_tokens: int
-    completion_tokens: int
-    cost: float
-    finish_reason: str
-    cached: bool = False
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
-
-
-@dataclass(slots=True)
-class Spent:
-    """What requests have cost: their number, tokens and money."""
-
-    requests: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float = 0.0
-
-    def add(self, reply: Reply) -> None:
-        self.requests += 1
-        self.prompt_tokens += reply.prompt_tokens
-        self.completion_tokens += reply.completion_tokens
-        self.cost += reply.cost
-
-    @property
-    def tokens(self) -> int:
-        return self.prompt_tokens + self.completion_tokens
 
 
 class Endpoint:
@@ -154,25 +113,13 @@ class Endpoint:
         self.model, self.base_url, self.concurrency = model, base_url, concurrency
         self.retries, self.backoff, self.longest_wait = retries, backoff, longest_wait
         self.prices = (input_price or 0.0, output_price or 0.0)
-        self.budget, self.token_budget = budget, token_budget
         self.image_tokens, self.max_tokens_key = image_tokens, max_tokens_key
-        self.paid = Spent()   # by this process
-        self.total = Spent()  # by everybody who wrote to the cache
+        self.paid = Spent()  # by this process
         self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
         self._next_start = 0.0
         self._lock = threading.RLock()
-        self._replies: dict[str, Reply] = {}
-        self._read_to = 0
-        self._cache = Path(cache)
-        self._claims = self._cache.with_name(self._cache.name + ".claims")
-        try:
-            self._claims.mkdir(parents=True, exist_ok=True)
-            self._cache.touch()
-        except OSError as error:
-            raise Fault(f"{self._cache}: replies cannot be kept there ({error.strerror}); "
-                        "choose a file in a folder that can be written") from error
+        self._file = ReplyFile(Path(cache), budget, token_budget)
         self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
-        self._read_new()
 
     # ------------------------------------------------------------------ asking
 
@@ -184,16 +131,19 @@ class Endpoint:
     def ask(self, request: Request, stop: threading.Event | None = None) -> Reply:
         """``complete`` for a Request; a set ``stop`` ends the waiting between tries."""
         key = self.key(request)
-        if (known := self._known(key)) is not None:
+        if (known := self._file.get(key)) is not None:
             return known
-        with self._claim(key) as claim:
-            self._read_new()
-            if (known := self._known(key)) is not None:
+        with self._file.claim(key) as claim:
+            self._file.read_new()
+            if (known := self._file.get(key)) is not None:
                 return known
             stop = stop or threading.Event()
-            self._reserve(claim, request, stop)
+            self._file.reserve(claim, request.name, self.estimate(request), stop)
             reply = self._send(request, stop)
-            self._keep(key, request, reply)
+            with self._lock:
+                self.paid.add(reply)
+            self._file.keep(key, request.name, reply, {"model": self.model, "temperature": request.temperature,
+                                                       "max_tokens": request.max_tokens, "sample": request.sample})
         return reply
 
     def ask_all(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply | NoReply]]:
@@ -233,9 +183,14 @@ class Endpoint:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
+    @property
+    def total(self) -> Spent:
+        """What everybody who wrote to the cache has spent."""
+        return self._file.total
+
     def known(self, request: Request) -> Reply | None:
         """The reply that is on disk already, if there is one."""
-        return self._known(self.key(request))
+        return self._file.get(self.key(request))
 
     def key(self, request: Request) -> str:
         """sha256 of all that determines the reply; pictures count by their bytes, the server's address does not."""
@@ -321,132 +276,6 @@ class Endpoint:
 
     def _who(self) -> str:
         return f"{self.model} at {self.base_url or 'the default server'}"
-
-    # ------------------------------------------------------------------ the file of replies
-
-    def _known(self, key: str) -> Reply | None:
-        with self._lock:
-            return self._replies.get(key)
-
-    def _read_new(self) -> None:
-        """Take in the lines that this or another process has appended; a torn last line waits for its end."""
-        with self._lock:
-            with self._cache.open("rb") as file:
-                file.seek(self._read_to)
-                block = file.read()
-            block = block[:block.rfind(b"\n") + 1]
-            self._read_to += len(block)
-            for line in block.splitlines():
-                self._take(line)
-
-    def _take(self, line: bytes) -> None:
-        if not line.strip():
-            return
-        try:
-            record = json.loads(line)
-        except ValueError:  # a process was killed while writing; its request will be asked again
-            log.warning("%s: one torn line is passed over: %s", self._cache, line[:60])
-            return
-        try:
-            reply = Reply(record["text"], record["prompt_tokens"], record["completion_tokens"], record["cost"],
-                          record["finish_reason"], cached=True)
-            self._replies[record["key"]] = reply
-        except (KeyError, TypeError) as error:
-            raise Fault(f"{self._cache}: a line is no kept reply (it lacks {error}); "
-                        "name another file, this one belongs to something else") from error
-        self.total.add(reply)
-
-    def _keep(self, key: str, request: Request, reply: Reply) -> None:
-        record = {"key": key, "name": request.name, "model": self.model, "temperature": request.temperature,
-                  "max_tokens": request.max_tokens, "sample": request.sample, "text": reply.text,
-                  "prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.completion_tokens,
-                  "cost": reply.cost, "finish_reason": reply.finish_reason,
-                  "time": datetime.now(UTC).isoformat(timespec="seconds")}
-        line = json.dumps(record).encode() + b"\n"
-        with self._file_locked() as file:
-            end = file.seek(0, os.SEEK_END)
-            if end:
-                file.seek(end - 1)
-                if file.read(1) != b"\n":
-                    line = b"\n" + line  # closes a line that a killed process left open
-            try:
-                file.write(line)
-                file.flush()
-            except OSError as error:
-                raise Fault(f"{self._cache}: the reply to {request.name} could not be written ({error.strerror}); "
-                            "make room and run again") from error
-        with self._lock:
-            self.paid.add(reply)
-        self._read_new()
-
-    @contextmanager
-    def _file_locked(self) -> Iterator[Any]:
-        with self._cache.open("r+b") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield file
-
-    # ------------------------------------------------------------------ claims: a request in flight, and its reserve
-
-    @contextmanager
-    def _claim(self, key: str) -> Iterator[int]:
-        """Wait until nobody else is asking this. The lock dies with its process, so a kill leaves nothing stuck."""
-        path = self._claims / key
-        while True:
-            claim = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-            fcntl.flock(claim, fcntl.LOCK_EX)
-            try:
-                if os.stat(path).st_ino == os.fstat(claim).st_ino:
-                    break
-            except FileNotFoundError:
-                pass
-            os.close(claim)  # its last owner removed it while this process waited
-        try:
-            yield claim
-        finally:
-            path.unlink(missing_ok=True)
-            os.close(claim)
-
-    def _reserve(self, claim: int, request: Request, stop: threading.Event) -> None:
-        """Set aside what the request may cost; waits while others' reserves might still turn out smaller."""
-        if self.budget is None and self.token_budget is None:
-            return
-        need = self.estimate(request)
-        while True:
-            with self._file_locked():
-                self._read_new()
-                money, tokens = self._reserved()
-                if self._fits(need.cost + money, need.tokens + tokens):
-                    os.pwrite(claim, json.dumps([need.cost, need.tokens]).encode(), 0)
-                    return
-                if not self._fits(need.cost, need.tokens) or stop.is_set():
-                    limit = f"{self.budget:g}" if self.budget is not None else f"{self.token_budget} tokens"
-                    raise BudgetReached(
-                        f"{request.name}: stopped before the budget of {limit} would be exceeded ({self.total.cost:.4f}"
-                        f" and {self.total.tokens} tokens spent so far in {self._cache}, up to {need.cost:.4f} and "
-                        f"{need.tokens} tokens needed next); raise the budget to go on")
-            stop.wait(0.05)
-
-    def _fits(self, cost: float, tokens: int) -> bool:
-        return ((self.budget is None or self.total.cost + cost <= self.budget)
-                and (self.token_budget is None or self.total.tokens + tokens <= self.token_budget))
-
-    def _reserved(self) -> tuple[float, int]:
-        """What requests in flight, of every process, have set aside; leftovers of killed ones are cleared away."""
-        money, tokens = 0.0, 0
-        for path in self._claims.iterdir():
-            try:
-                claim = os.open(path, os.O_RDWR)
-            except FileNotFoundError:
-                continue
-            try:
-                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink(missing_ok=True)
-            except BlockingIOError:
-                if amount := os.pread(claim, 200, 0):
-                    money, tokens = money + json.loads(amount)[0], tokens + json.loads(amount)[1]
-            finally:
-                os.close(claim)
-        return money, tokens
 
 
 def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, Any]:
