@@ -5,6 +5,8 @@ Shape suffixes: R = rows (questions) of a batch, V = vocabulary.
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -13,16 +15,22 @@ import torch
 from torch import Tensor
 
 from povid.benchmarks.question import Decoding, Question
+from povid.fault import Fault
 from povid.packing import shared_length
 from povid.policy import Policy
 from povid.preferences.datamodule import stack
 from povid.preferences.template import Template
 from povid.preferences.triple import Turn
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(slots=True)
 class Group:
-    """Questions about one image: their places in the list, token ids of each prompt, and the image's tensors."""
+    """Questions about one image: their places in the list, token ids of each prompt, and the image's tensors.
+
+    Questions without an image are groups of one with no tensors.
+    """
 
     indices: list[int]
     prompts: list[list[int]]
@@ -40,7 +48,8 @@ class Answers:
     """An ``Answerer`` for a loaded policy (see ``povid.benchmarks.question``).
 
     Args:
-        policy, template: the model and how it is spoken to. batch_size: rows generated together.
+        policy, template: the model and how it is spoken to.
+        batch_size: rows generated together; on a GPU fewer, where the memory asks for it.
         seed: of sampling; a question's answer depends on the seed and its id, not on the batch it falls into.
         share_prefix: compute an image's prefix once for all questions about it (token for token the same answers).
     """
@@ -51,45 +60,71 @@ class Answers:
     seed: int = 0
     share_prefix: bool = True
 
+    @torch.inference_mode()  # as a decorator it ends at every yield
     def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
         self.policy.eval()
         batches = self._batches(questions)
-        with ThreadPoolExecutor(1) as ahead, torch.inference_mode():  # pictures are decoded while the model generates
+        with ThreadPoolExecutor(1) as ahead:  # pictures are decoded while the model generates
             future = ahead.submit(self._prepare, questions, batches[0]) if batches else None
             for number in range(len(batches)):
                 groups = future.result()
                 if number + 1 < len(batches):
                     future = ahead.submit(self._prepare, questions, batches[number + 1])
-                yield from self._answer(questions, groups, decoding)
+                for part in split(groups, self._affordable(groups, decoding)):
+                    yield from self._answer(questions, part, decoding)
 
     def _batches(self, questions: Sequence[Question]) -> list[list[list[int]]]:
-        """Batches of groups of question numbers: an image's questions together, like lengths together."""
+        """Batches of groups of question numbers: an image's questions together, like lengths together.
+
+        Questions with and without an image do not mix.
+        """
+        share = self.share_prefix and self.policy.packable and not self.policy.architecture.question_in_image
         by_image: dict[object, list[int]] = {}
         for number, question in enumerate(questions):
-            key = question.image if self.share_prefix and self.policy.packable else number
-            by_image.setdefault(key, []).append(number)
-        groups = sorted(by_image.values(), key=lambda group: max(len(questions[i].text) for i in group))
+            by_image.setdefault(question.image if share and question.image is not None else number, []).append(number)
         batches: list[list[list[int]]] = []
-        rows = self.batch_size
-        for group in groups:
-            for part in (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)):
-                if rows + len(part) > self.batch_size:
-                    batches.append([])
-                    rows = 0
-                batches[-1].append(part)
-                rows += len(part)
+        for with_image in (True, False):
+            groups = [group for group in by_image.values() if (questions[group[0]].image is not None) is with_image]
+            groups.sort(key=lambda group: max(len(questions[i].text) for i in group))
+            rows = self.batch_size
+            for group in groups:
+                for part in (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)):
+                    if rows + len(part) > self.batch_size:
+                        batches.append([])
+                        rows = 0
+                    batches[-1].append(part)
+                    rows += len(part)
         return batches
 
+    def _affordable(self, groups: list[Group], decoding: Decoding) -> int:
+        """Rows whose keys and values fit into half of the GPU's free memory (the cache is copied when it grows)."""
+        parameter = next(self.policy.parameters())
+        if parameter.device.type != "cuda":
+            return self.batch_size
+        free = torch.cuda.mem_get_info(parameter.device)[0] + (
+            torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device))
+        length = max(len(prompt) for group in groups for prompt in group.prompts) + decoding.max_new_tokens
+        return max(1, int(0.5 * free / (length * bytes_per_token(self.policy.network))))
+
     def _prepare(self, questions: Sequence[Question], batch: list[list[int]]) -> list[Group]:
+        longest = getattr(self.policy.network.config.get_text_config(), "max_position_embeddings", None)
         groups = []
         for indices in batch:
+            first = questions[indices[0]]
             conversations = [(Turn("user", questions[i].text),) for i in indices]
-            encoded, images = self.template.encode(conversations, questions[indices[0]].image, questions[indices[0]].id)
+            encoded, images = self.template.encode(conversations, first.image, first.id)
+            for i, entry in zip(indices, encoded):
+                if longest and len(entry.input_ids) >= longest:
+                    raise Fault(f"question {questions[i].id!r}: its prompt takes {len(entry.input_ids)} tokens and the "
+                                f"model reads no more than {longest}; shorten or remove the question")
             groups.append(Group(indices, [entry.input_ids for entry in encoded], images))
         return groups
 
     def _answer(self, questions: Sequence[Question], groups: list[Group], decoding: Decoding
                 ) -> Iterator[tuple[int, str]]:
+        if self.policy.architecture.needs_image and not groups[0].images:
+            raise Fault(f"question {questions[groups[0].indices[0]].id!r} has no image and {self.policy.model_type!r} "
+                        "models cannot answer without one; leave such questions out")
         device = next(self.policy.parameters()).device
         images = {key: tensor.to(device) for key, tensor in stack([group.images for group in groups]).items()}
         indices = [index for group in groups for index in group.indices]
@@ -100,8 +135,8 @@ class Answers:
             yield indices[row], self.template.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def _generator(self, question: Question) -> torch.Generator:
-        digest = sum(ord(letter) * 131**place for place, letter in enumerate(str(question.id)))
-        return torch.Generator().manual_seed((self.seed * 1_000_003 + digest) % 2**63)
+        digest = hashlib.sha256(f"{self.seed} {question.id!r} {question.text}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _generate(self, groups: list[Group], images: dict[str, Tensor], decoding: Decoding,
                   generators: list[torch.Generator]) -> Iterator[tuple[int, list[int]]]:
@@ -138,7 +173,7 @@ class Answers:
             going = []
             for place, (row, token) in enumerate(zip(alive, chosen.tolist())):
                 tokens[row].append(token)
-                if token in ends or len(tokens[row]) == decoding.max_new_tokens or self._stops(token, decoding):
+                if token in ends or len(tokens[row]) == decoding.max_new_tokens or self._stops(tokens[row], decoding):
                     yield row, tokens[row]
                 else:
                     going.append(place)
@@ -152,26 +187,63 @@ class Answers:
                 alive = [alive[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
 
-    def _stops(self, token: int, decoding: Decoding) -> bool:
-        return decoding.stop is not None and decoding.stop in self.template.processor.tokenizer.decode([token])
+    def _stops(self, tokens: list[int], decoding: Decoding) -> bool:
+        """Whether the text of ``decoding.stop`` is complete with the last token."""
+        if decoding.stop is None:
+            return False
+        last = tokens[-len(decoding.stop.encode()) - 1 :]  # a token is a byte at least
+        return decoding.stop in self.template.processor.tokenizer.decode(last, skip_special_tokens=True)
 
     def _generate_plain(self, groups: list[Group], images: dict[str, Tensor], decoding: Decoding,
                         generators: list[torch.Generator]) -> Iterator[tuple[int, list[int]]]:
         """transformers' own generation, for models whose language model needs more than tokens and positions."""
         network = self.policy.network
         device = next(self.policy.parameters()).device
-        tokenizer = self.template.processor.tokenizer
-        ids, mask = _left_pad([group.prompts[0] for group in groups], tokenizer.pad_token_id or 0, device)
-        extra = {}
-        if "mm_token_type_ids" in network.forward.__code__.co_varnames:
-            extra["mm_token_type_ids"] = (ids == network.config.image_token_id).int()
-        sampling = {"do_sample": True, "temperature": decoding.temperature} if decoding.temperature else {
-            "do_sample": False}
-        if decoding.temperature:
-            torch.manual_seed(generators[0].initial_seed())
-        output = network.generate(input_ids=ids, attention_mask=mask, **images, **extra, **sampling,
-                                  max_new_tokens=decoding.max_new_tokens, pad_token_id=tokenizer.pad_token_id)
-        yield from enumerate(output[:, ids.shape[1] :].tolist())
+        pad = self.template.processor.tokenizer.pad_token_id or 0
+        ids, mask = _left_pad([group.prompts[0] for group in groups], pad, device)
+        start = ids.shape[1]
+
+        def sampled(_: Tensor, logits_RV: Tensor) -> Tensor:
+            return _noisy(logits_RV, decoding.temperature, generators)
+
+        def stopped(ids_RT: Tensor, _: Tensor, **unused) -> Tensor:
+            return torch.tensor([self._stops(row, decoding) for row in ids_RT[:, start:].tolist()], device=device)
+
+        output = network.generate(
+            input_ids=ids, attention_mask=mask, **images, **(self.policy.token_kinds(ids) if images else {}),
+            do_sample=False, num_beams=1, repetition_penalty=1.0, temperature=None, top_p=None, top_k=None,
+            max_new_tokens=decoding.max_new_tokens, pad_token_id=pad,
+            logits_processor=[sampled] if decoding.temperature else None,
+            stopping_criteria=[stopped] if decoding.stop else None,
+        )
+        ends = _end_tokens(network, self.template)
+        for row, tokens in enumerate(output[:, start:].tolist()):
+            last = next((i + 1 for i, token in enumerate(tokens)
+                         if token in ends or self._stops(tokens[: i + 1], decoding)), len(tokens))
+            yield row, tokens[:last]
+
+
+def split(groups: list[Group], rows: int) -> Iterator[list[Group]]:
+    """Groups in parts of at most ``rows`` questions; a larger group is taken apart."""
+    part: list[Group] = []
+    for group in groups:
+        for i in range(0, len(group.indices), rows):
+            piece = Group(group.indices[i : i + rows], group.prompts[i : i + rows], group.images)
+            if part and sum(len(other.indices) for other in part) + len(piece.indices) > rows:
+                yield part
+                part = []
+            part.append(piece)
+    if part:
+        yield part
+
+
+def bytes_per_token(network: torch.nn.Module) -> int:
+    """Memory of one token's keys and values over all layers."""
+    config = network.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = next(p for p in network.parameters() if p.is_floating_point()).element_size()
+    return 2 * config.num_hidden_layers * heads * width * size
 
 
 def _end_tokens(network: torch.nn.Module, template: Template) -> set[int]:
@@ -189,9 +261,12 @@ def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Te
 
 
 def _choose(logits_RV: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:
-    """Greedy at temperature 0, else a sample by the Gumbel-max rule, each row from its own generator. [R]"""
-    if not temperature:
-        return logits_RV.argmax(-1)
+    """Greedy at temperature 0, else a sample, each row from its own generator. [R]"""
+    return (_noisy(logits_RV, temperature, generators) if temperature else logits_RV).argmax(-1)
+
+
+def _noisy(logits_RV: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:
+    """Logits whose largest entry is a sample of softmax(logits / temperature) (Gumbel-max)."""
     uniform = torch.stack([torch.rand(logits_RV.shape[1], generator=generator) for generator in generators])
     gumbel = -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
-    return (logits_RV.float() / temperature + gumbel.to(logits_RV.device)).argmax(-1)
+    return logits_RV.float() / temperature + gumbel.to(logits_RV.device)

@@ -35,11 +35,13 @@ class Architecture:
         packable: whether the language model takes a packed sequence, that is plain one-dimensional positions and a free
             4-D mask. Others are scored and answer the plain way.
         question_in_image: the image's features depend on the question, so that questions share nothing.
+        needs_image: the model cannot be asked without one.
     """
 
     projector: str | None
     packable: bool = True
     question_in_image: bool = False
+    needs_image: bool = False
 
 
 ARCHITECTURES = {
@@ -49,7 +51,7 @@ ARCHITECTURES = {
     "internvl": Architecture("multi_modal_projector"),
     "idefics3": Architecture("connector"),
     "smolvlm": Architecture("connector"),
-    "instructblip": Architecture("language_projection", question_in_image=True),
+    "instructblip": Architecture("language_projection", question_in_image=True, needs_image=True),
     "qwen2_5_vl": Architecture("visual.merger", packable=False),  # positions have three axes
 }
 UNKNOWN = Architecture(None, packable=False)
