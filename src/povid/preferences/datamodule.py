@@ -146,13 +146,13 @@ def collate(examples: Sequence[Example], *, text: bool, packable: bool, padding_
 
 
 def stack(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the image tensors of several examples; pictures of fewer tiles than others are filled with zeros."""
+    """Join the image tensors of several examples; those with fewer tiles than others are filled up with zeros."""
     joined = {}
     for key in images[0]:
         tensors = [entry[key] for entry in images]
-        if key == "pixel_values" and tensors[0].ndim == 5:
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
             most = max(tensor.shape[1] for tensor in tensors)
-            tensors = [torch.nn.functional.pad(t, (0,) * 6 + (0, most - t.shape[1])) for t in tensors]
+            tensors = [torch.cat([t, t.new_zeros(t.shape[0], most - t.shape[1], *t.shape[2:])], 1) for t in tensors]
         joined[key] = torch.cat(tensors)
     return joined
 
