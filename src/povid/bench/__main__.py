@@ -1,0 +1,221 @@
+"""``python -m povid.bench``: what a training step costs, ours beside others, on one model and the same data."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import tempfile
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from povid.bench import measure
+from povid.bench.arms import Arm, filled_cache, ours, plain, released_code
+from povid.bench.subject import SHAPES, Step, adapt, build_model, build_processor, steps
+from povid.fault import Fault
+from povid.machine import keep_freed_memory, versions
+from povid.objective import most_likely
+from povid.policy import Policy
+
+SAME = {"float32": 1e-5, "bfloat16": 2e-2}  # relative difference of losses that summation order explains
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m povid.bench", description=__doc__)
+    parser.add_argument("--model", default="proportional", choices=list(SHAPES),
+                        help="proportional (for a CPU), llava_1_5_7b (for a GPU) or smallest")
+    parser.add_argument("--random-weights", action="store_true",
+                        help="the architecture without its weights; the only way there is, and asked for by name "
+                             "because the time is real and the losses are not")
+    parser.add_argument("--repetitions", type=int, default=20)
+    parser.add_argument("--warmups", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batches", type=int, default=4, help="different batches, taken in turn")
+    parser.add_argument("--threads", type=int, default=None, help="threads of torch (CPU)")
+    parser.add_argument("--arms", default="", help="measure only the arms whose names hold this text, e.g. ours")
+    parser.add_argument("--no-trl", action="store_true", help="leave TRL out (it is the optional extra `bench`)")
+    parser.add_argument("--peak-tflops", type=float, default=790.0,
+                        help="dense rate of the device for utilisation; 790 was measured on an H100 in bf16")
+    parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
+    return parser.parse_args(arguments)
+
+
+def build_arms(policy: Policy, made: list[Step], options: argparse.Namespace, base: Any, processor: Any,
+               folder: Path) -> list[tuple[Arm, list[torch.nn.Parameter]]]:
+    """Every arm with the parameters that it trains."""
+    mine = [p for group in policy.trained_parameters() for p in group]
+    cache = filled_cache(policy, made, folder)
+    arms = [
+        ours(policy, "stage 1"), ours(policy, "stage 1", cache), plain(policy, "stage 1"),
+        ours(policy, "released"), released_code(policy), released_code(policy, checkpoint=True),
+        ours(policy, "eq5"), ours(policy, "eq5", cache), plain(policy, "eq5"), plain(policy, "eq5", checkpoint=True),
+    ]
+    built = [(arm, mine) for arm in arms]
+    if not options.no_trl:
+        from povid.bench.trl_arm import trl_dpo
+
+        built[3:3] = [trl_dpo(policy, base, processor, checkpoint=checkpoint) for checkpoint in (False, True)]
+    return [entry for entry in built if options.arms in entry[0].name]
+
+
+def check_same(arms: list[Arm], policy: Policy, step: Step, tolerance: float) -> dict[str, float]:
+    """The loss of each task; every arm must give it (y_l^n pinned, since near ties flip)."""
+    with torch.no_grad():
+        side = step.both.preferred.preferred
+        logits_UV = policy.predict(step.both.preferred, policy.look(step.both.noised))
+        pinned = most_likely(logits_UV)[side.position_N]
+    losses: dict[str, float] = {}
+    for arm in arms:
+        loss = arm.run(step, None if arm.task == "stage 1" else pinned).item()
+        expected = losses.setdefault(arm.task, loss)
+        if abs(loss - expected) > tolerance * abs(expected):
+            raise Fault(f"{arm.name} computes the loss {loss:.7f} in {arm.task} where {expected:.7f} was expected; the "
+                        "arms do not do the same work and no times are taken")
+    return losses
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    shape = SHAPES[options.model]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.model == "llava_1_5_7b" and not options.random_weights:
+        raise Fault("--model llava_1_5_7b: the benchmark loads no weights; add --random-weights to say that you know")
+    if options.model == "llava_1_5_7b" and device == "cpu":
+        raise Fault("--model llava_1_5_7b needs a CUDA device with 40 GB; this machine has none, use --model proportional")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    processor = build_processor(shape)
+    base = build_model(shape, device=device)
+    made = steps(shape, processor, count=options.batches, batch_size=options.batch_size, device=device)
+    network = base if options.no_trl else None
+    if network is None:
+        from povid.bench.subject import twin
+
+        network = twin(base)  # TRL wraps the bare model by itself
+    policy = adapt(network, processor, shape)
+    with tempfile.TemporaryDirectory(prefix="povid-bench-") as folder:
+        built = build_arms(policy, made, options, base, processor, Path(folder))
+        return measured(shape, policy, made, built, options, device)
+
+
+def measured(shape, policy: Policy, made: list[Step], built, options: argparse.Namespace,
+             device: str) -> dict[str, Any]:
+    arms = [arm for arm, _ in built]
+    losses = check_same(arms, policy, made[0], SAME[shape.dtype])
+    optimizers = {id(parameters): torch.optim.AdamW(parameters, lr=0.0) for _, parameters in built}
+
+    def one(arm: Arm, parameters: list, number: int) -> None:
+        with torch.autocast(device, torch.bfloat16, enabled=shape.dtype == "bfloat16"):
+            arm.run(made[number % len(made)], None)
+        optimizers[id(parameters)].step()
+        optimizers[id(parameters)].zero_grad()
+
+    calls = [lambda number, a=arm, p=parameters: one(a, p, number) for arm, parameters in built]
+    load_before = os.getloadavg()[0]
+    seconds = measure.interleaved(calls, warmups=options.warmups, repetitions=options.repetitions, device=device)
+    load_after = os.getloadavg()[0]
+    rows = []
+    for arm, call, times in zip(arms, calls, seconds):
+        middle, low, high = measure.spread(times)
+        cached = arm.name == "ours, reference cached"
+        floor = options.batch_size * measure.floor_flops(shape, arm.task, cached=cached)
+        least = options.batch_size * measure.floor_flops(shape, arm.task)
+        row = {"arm": arm.name, "task": arm.task, "ms": 1e3 * middle, "quartiles_ms": [1e3 * low, 1e3 * high],
+               "ms_per_example": 1e3 * middle / options.batch_size,
+               "peak_mb": measure.peak_bytes(lambda c=call: c(0), device=device) / 2**20,
+               "gflop": measure.flops(lambda c=call: c(0)) / 1e9, "floor_gflop": floor / 1e9,
+               "uncached_floor_gflop": least / 1e9}
+        if device == "cuda":
+            row["utilisation"] = floor / middle / (options.peak_tflops * 1e12)
+        rows.append(row)
+    return {
+        "model": options.model, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(), "batch_size": options.batch_size, "repetitions": options.repetitions,
+        "tokens": {"image": shape.image_tokens, "prompt": shape.prompt, "response": shape.response},
+        "losses": losses, "rows": rows, "ratios": ratios(rows),
+        "load_average": [round(load_before, 2), round(load_after, 2)],
+        "versions": versions() | {"trl": _version("trl")}, "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m povid.bench " + " ".join(sys.argv[1:]),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How many times as long another way takes as ours: ratios of medians, and of peak memory."""
+    at = {(row["task"], row["arm"]): row for row in rows}
+
+    def ratio(what: str, other: tuple[str, str], mine: list[tuple[str, str]]) -> dict[str, Any] | None:
+        if other not in at or any(key not in at for key in mine):
+            return None
+        mean = sum(at[key]["ms"] for key in mine) / len(mine)
+        peak = max(at[key]["peak_mb"] for key in mine)
+        return {"what": what, "speed": at[other]["ms"] / mean, "memory": peak / at[other]["peak_mb"]}
+
+    one, cached = ("stage 1", "ours"), ("stage 1", "ours, reference cached")
+    found = [
+        ratio("stage 1, no cache: TRL", ("stage 1", "TRL DPOTrainer"), [one]),
+        ratio("stage 1, three epochs, the cache's cost included: TRL", ("stage 1", "TRL DPOTrainer"),
+              [one, cached, cached]),
+        ratio("stage 1, no cache: TRL as it comes", ("stage 1", "TRL DPOTrainer, as it comes"), [one]),
+        ratio("stage 1, three epochs: TRL as it comes", ("stage 1", "TRL DPOTrainer, as it comes"),
+              [one, cached, cached]),
+        ratio("stage 1, no cache: plain", ("stage 1", "plain"), [one]),
+        ratio("stage 2, released objective: released code", ("released", "released code"), [("released", "ours")]),
+        ratio("stage 2, released objective: released code, checkpointing", ("released", "released code, checkpointing"),
+              [("released", "ours")]),
+        ratio("stage 2, Eq. 5: plain", ("eq5", "plain"), [("eq5", "ours")]),
+        ratio("stage 2, Eq. 5: plain, checkpointing", ("eq5", "plain, checkpointing"), [("eq5", "ours")]),
+        ratio("stage 2, Eq. 5, reference cached: plain", ("eq5", "plain"), [("eq5", "ours, reference cached")]),
+    ]
+    return [entry for entry in found if entry is not None]
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = [f"{result['model']} on {result['device']} ({result['threads']} threads), batches of "
+             f"{result['batch_size']}, median of {result['repetitions']}; image, prompt and response tokens: "
+             f"{', '.join(map(str, result['tokens'].values()))}; load average {result['load_average'][0]} before and "
+             f"{result['load_average'][1]} after", ""]
+    used = "  of peak" if "utilisation" in result["rows"][0] else ""
+    lines.append(f"{'task':9} {'arm':30} {'ms':>8} {'quartiles':>17} {'peak MiB':>9} {'GFLOP':>9} {'of floor':>8}{used}")
+    for row in result["rows"]:
+        low, high = row["quartiles_ms"]
+        share = f"  {row['utilisation']:7.1%}" if used else ""
+        lines.append(f"{row['task']:9} {row['arm']:30} {row['ms']:8.1f} {low:8.1f} {high:8.1f} {row['peak_mb']:9.1f} "
+                     f"{row['gflop']:9.2f} {row['gflop'] / row['uncached_floor_gflop']:8.2f}{share}")
+    lines += ["", f"{'others against ours':58} {'times as long':>13} {'our peak memory':>16}"]
+    lines += [f"{entry['what']:58} {entry['speed']:13.2f} {entry['memory']:16.0%}" for entry in result["ratios"]]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse(arguments)
+    for name in ("transformers", "trl", "peft", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        result = run(options)
+    except Fault as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    print(table(result))
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    draft = options.out.with_name(f".{options.out.name}.part")
+    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    os.replace(draft, options.out)
+    print(f"\nwritten to {options.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
