@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import multiprocessing
+import resource
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -113,6 +114,24 @@ def test_a_torn_line_costs_one_reply_and_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "other" / "replies.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(Fault, match="replies.jsonl: a line is no kept reply"):
         Endpoint("m", tmp_path / "other" / "replies.jsonl", base_url="http://127.0.0.1:1/v1")
+
+
+def test_a_full_disk_is_one_sentence_and_costs_one_reply(tmp_path):
+    """The limit on a file's size stands for the full disk: half of the second reply's line still fits."""
+    file, limits = tmp_path / "replies.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    with ChatServer(lambda body, n: Say("fine")) as server:
+        model = endpoint(server, tmp_path)
+        model.ask(ask_for("1"))
+        size = file.stat().st_size
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + size // 2, limits[1]))
+            with pytest.raises(Fault, match="replies.jsonl: the reply to record 2 could not be written .*make room"):
+                model.ask(ask_for("2"))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert not model.ask(ask_for("2")).cached and model.ask(ask_for("1")).cached
+        assert endpoint(server, tmp_path).ask(ask_for("2")).cached
+    assert len(server.requests) == 3
 
 
 def test_many_at_once_are_bounded_lazy_and_one_failure_is_one_failure(tmp_path):

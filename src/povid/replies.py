@@ -113,8 +113,8 @@ class ReplyFile:
                 if file.read(1) != b"\n":
                     line = b"\n" + line  # closes a line that a killed process left open
             try:
-                file.write(line)
-                file.flush()
+                while line:
+                    line = line[file.write(line):]
             except OSError as error:
                 raise Fault(f"{self.file}: the reply to {name} could not be written ({error.strerror}); "
                             "make room and run again") from error
@@ -202,6 +202,6 @@ class ReplyFile:
 
     @contextmanager
     def _locked(self) -> Iterator[Any]:
-        with self.file.open("r+b") as file:
+        with self.file.open("r+b", buffering=0) as file:  # no buffer that a full disk would fail a second time
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
