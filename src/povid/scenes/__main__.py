@@ -15,7 +15,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("python -m povid.scenes", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     settings = commands.add_parser("prepare", help="write preferences, pictures, CHAIR and POPE files to a folder")
-    settings.add_argument("folder", type=Path)
+    settings.add_argument("folder", type=Path, help="written unless it is complete already")
     for name, parameter in inspect.signature(prepare).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             settings.add_argument("--" + name.replace("_", "-"), type=type(parameter.default),

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
-    CLIPImageProcessor,
+    CLIPImageProcessorPil,
     CLIPVisionConfig,
     LlamaConfig,
     LlavaConfig,
@@ -66,8 +66,9 @@ def make_processor() -> LlavaProcessor:
         tokenizer_object=bpe, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>",
         additional_special_tokens=["<image>"], padding_side="left", model_max_length=512,
         clean_up_tokenization_spaces=False)
-    pictures = CLIPImageProcessor(
-        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    pictures = CLIPImageProcessorPil(
+        size={"height": SIDE, "width": SIDE}, crop_size=SIDE, do_center_crop=False, image_mean=[0.5] * 3,
+        image_std=[0.5] * 3)
     return LlavaProcessor(pictures, tokenizer, patch_size=PATCH, vision_feature_select_strategy="default",
                           num_additional_image_tokens=1, image_token="<image>")
 
