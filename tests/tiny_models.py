@@ -167,7 +167,7 @@ def instructblip():
     from transformers import InstructBlipConfig, InstructBlipForConditionalGeneration, InstructBlipProcessor
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
-    tokenizer = byte_level(["<image>"], image_token="<image>")
+    tokenizer = byte_level(["<image>"])
     processor = InstructBlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer,
                                       byte_level([]), num_query_tokens=4)
     vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,

@@ -6,6 +6,7 @@ loaded with. Shape suffixes: B = examples, T = positions, D = width, U = predict
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import re
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
+from povid.fused import lighten, predicting_rows
 from povid.packing import Packed
 
 log = logging.getLogger(__name__)
@@ -216,8 +218,7 @@ class Policy(nn.Module):
         self.architecture = ARCHITECTURES.get(self.model_type, UNKNOWN)
         self.packable = self.architecture.packable
         if not self.packable:
-            log.warning("%s: sequences of %r models cannot be packed; they are scored one by one, which is slower",
-                        settings.name, self.model_type)
+            _say_slower(settings.name, self.model_type)
         self.adapted = adapted
         self.model = self._adapt(model) if adapted else model
         if settings.gradient_checkpointing:
@@ -251,14 +252,17 @@ class Policy(nn.Module):
         for module in adapted.modules():
             if isinstance(module, ModulesToSaveWrapper):
                 _train_in_float32(module.modules_to_save["default"])
+        lighten(model)
         return adapted
 
     def train(self, mode: bool = True) -> Policy:
         """Training mode; of all dropouts LoRA's alone is active, so that the reference stays one function."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
         super().train(mode)
-        for name, module in self.named_modules():
-            if isinstance(module, nn.Dropout) and "lora_dropout" not in name:
-                module.eval()
+        for name, module in self.network.named_modules():
+            recomputed = self.settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
+            module.training = mode and ("lora_dropout" in name or recomputed)
         return self
 
     @contextmanager
@@ -337,15 +341,16 @@ class Policy(nn.Module):
         """
         if not self.packable:
             return self._predict_plain(packed, seen)
-        mask = packed.attention()
-        if self.network.config.get_text_config()._attn_implementation != "sdpa":
-            dtype = next(self.network.parameters()).dtype
-            mask = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        hidden_BTD = self.network.get_decoder()(
-            inputs_embeds=self.embed(packed.input_ids_BT, seen), attention_mask=mask,
-            position_ids=packed.position_ids_BT, use_cache=False,
-        ).last_hidden_state
-        return self.network.get_output_embeddings()(hidden_BTD[packed.example_U, packed.column_U])
+        decoder, embeds_BTD = self.network.get_decoder(), self.embed(packed.input_ids_BT, seen)
+        # Without a mask attention takes a faster kernel; others than sdpa may want one all the same.
+        free = packed.causal and self.network.config.get_text_config()._attn_implementation == "sdpa"
+        with predicting_rows(decoder, packed) as place_U:
+            hidden_BUD = decoder(
+                inputs_embeds=embeds_BTD, use_cache=False,
+                attention_mask=None if free else packed.additive_attention(embeds_BTD.dtype),
+                position_ids=None if free else packed.position_ids_BT,
+            ).last_hidden_state
+        return self.network.get_output_embeddings()(hidden_BUD[packed.example_U, place_U])
 
     def _predict_plain(self, packed: Packed, images: Mapping[str, Tensor]) -> Tensor:
         """The same for models whose sequences cannot be packed: whole rows through the whole model, [U, V]."""
@@ -359,6 +364,12 @@ class Policy(nn.Module):
         if "mm_token_type_ids" not in inspect.signature(self.network.forward).parameters:
             return {}
         return {"mm_token_type_ids": (input_ids_BT == self.network.config.image_token_id).int()}
+
+
+@functools.cache
+def _say_slower(name: str, model_type: str) -> None:
+    log.warning("%s: sequences of %r models cannot be packed; they are scored one by one, which is slower", name,
+                model_type)
 
 
 def _train_in_float32(module: nn.Module) -> None:
