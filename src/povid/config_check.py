@@ -35,14 +35,17 @@ class AblationSettings:
 class DataSettings:
     """A preference data set: its reader and files, and how it is loaded.
 
-    ``prepare`` is called (Hydra's ``_target_``) before the files are read; ``benchmarks`` is the folder of benchmark
-    files that belong to the data, if any; ``limit`` uses the first records alone.
+    ``root`` and ``file`` are what ``preferences`` and ``images`` are made of. ``prepare`` is called (Hydra's
+    ``_target_``) before the files are read; ``benchmarks`` is the folder of benchmark files that belong to the data,
+    if any; ``limit`` uses the first records alone.
     """
 
     name: str
     format: str
     preferences: str
     images: str
+    root: str | None = None
+    file: str | None = None
     folder: str | None = None
     benchmarks: str | None = None
     split: str | None = None

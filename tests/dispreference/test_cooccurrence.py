@@ -10,10 +10,9 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from povid.dispreference import cooccurrence
-from povid.dispreference.cooccurrence import hallucinate, key_of, learn, prepare, read_objects
+from povid.dispreference.cooccurrence import hallucinate, key_of, learn, read_objects
 from povid.dispreference.rows import Row, read_rows
 from povid.fault import Fault
 from povid.preferences.check import check
@@ -121,18 +120,3 @@ def test_the_command_on_the_real_sample(tmp_path):
     assert "8 records written, 0 set aside" in ended.stdout
     page = (tmp_path / "a.json.run" / "report.html").read_text()
     assert page.count("<article>") == 8 and page.count("<img") == 8
-
-
-def test_prepare_makes_its_data_once(tmp_path):
-    Image.new("RGB", (4, 4)).save(tmp_path / "1.png")
-    (tmp_path / "rows.json").write_text(json.dumps([{"image": "1.png", "question": "What?", "answer": "A fork."}]))
-    (tmp_path / "objects.json").write_text(json.dumps({"1": ["fork"], "2": ["fork", "knife"]}))
-    settings = {"input": tmp_path / "rows.json", "images": tmp_path, "objects": tmp_path / "objects.json"}
-    prepare(tmp_path / "made", **settings)
-    made = (tmp_path / "made" / "preferences.json").stat().st_mtime_ns
-    prepare(tmp_path / "made", **settings)
-    assert (tmp_path / "made" / "preferences.json").stat().st_mtime_ns == made
-    with pytest.raises(Fault, match="made from other settings"):
-        prepare(tmp_path / "made", seed=1, **settings)
-    triple, = read("povid", tmp_path / "made" / "preferences.json", tmp_path)
-    assert triple.preferred[1].text == "A fork." != triple.dispreferred[1].text

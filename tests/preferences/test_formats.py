@@ -72,7 +72,12 @@ def test_povid_finds_the_picture_by_its_basename_and_drops_the_marker(tmp_path, 
     )
 
 
-def test_povid_prefers_the_whole_path_to_the_basename(tmp_path, images):
+def test_povid_prefers_more_of_the_path_to_the_basename(tmp_path, images):
+    (images / "coco").mkdir()
+    shorter = images / "coco" / "COCO_train2014_000000000001.png"
+    shorter.write_bytes(encoded("green"))
+    triple, = read("povid", stored(tmp_path, [record()]), images)
+    assert triple.image == shorter
     (images / "data" / "coco").mkdir(parents=True)
     nested = images / "data" / "coco" / "COCO_train2014_000000000001.png"
     nested.write_bytes(encoded("blue"))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import bisect
 import itertools
-import json
 import random
 import re
 from collections import Counter, defaultdict
@@ -18,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from povid.dispreference.rows import Row, read_rows
+from povid.dispreference.rows import Row
 from povid.fault import Fault
 from povid.preferences.differences import (
     ATTRIBUTES,
@@ -29,7 +28,6 @@ from povid.preferences.differences import (
     objects,
     words,
 )
-from povid.preferences.formats import write_atomically, write_povid
 from povid.preferences.records import mapping, parse_json, show
 from povid.preferences.triple import Triple
 
@@ -262,24 +260,3 @@ def rewrite(rows: Sequence[Row], learned: Statistics, seed: int) -> tuple[list[T
             triples.append(row.triple(row.answer, wrong))
             kinds.append(row.kind)
     return triples, kinds, rejects
-
-
-def prepare(folder: str | Path, input: str | Path, images: str | Path, objects: str | Path, seed: int = 0) -> None:
-    """Write ``folder/preferences.json`` from correct answers, once (for ``data=cooccurrence``).
-
-    Raises:
-        Fault: about the input; or when ``folder`` holds preferences made from other settings.
-    """
-    folder = Path(folder)
-    made_from = {"input": str(input), "images": str(images), "objects": str(objects), "seed": seed}
-    out, note = folder / "preferences.json", folder / "made_from.json"
-    if out.exists():
-        if not note.exists() or json.loads(note.read_text()) != made_from:
-            raise Fault(f"{out} was made from other settings; remove {folder} or give another data.folder")
-        return
-    rows = read_rows(Path(input), Path(images))
-    learned = learn(read_objects(Path(objects)), [row.answer for row in rows])
-    triples, _, _ = rewrite(rows, learned, seed)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(note, json.dumps(made_from, indent=1).encode())
-    write_povid(triples, out, Path(images))

@@ -231,8 +231,8 @@ def picture(value: Any, images: Path | None, record: str, key: str = "image") ->
     """The picture that a record points at: a file inside ``images``, or encoded bytes.
 
     Takes a path, bytes, base64 (with or without a ``data:`` prefix), a ``{"bytes", "path"}`` object, or a list with
-    one of these. A path is looked for as ``images / path`` and then as ``images / basename``, because released files
-    carry the folders of the machine that wrote them.
+    one of these. A path is looked for in ``images`` as it is and then without its first folder, its first two and so
+    on down to its basename, because released files carry the folders of the machine that wrote them.
 
     Raises:
         MissingImage: no such file.
@@ -272,8 +272,8 @@ def image_file(name: str, images: Path | None, record: str, key: str = "image") 
     """The file that ``name`` means inside the folder ``images`` (see :func:`picture`)."""
     if images is None:
         raise Fault(f"{record}: {key} is the path {show(name)} but no image folder was given; give one")
-    if "\0" in name or len(name) > 1024:
-        what = "a NUL character" if "\0" in name else f"{len(name):,} characters"
+    if "\0" in name or len(name) > 1024 or name.count("/") > 32:
+        what = "a NUL character" if "\0" in name else f"{len(name):,} characters and {name.count('/')} folders"
         raise Fault(f"{record}: {key} is a path with {what} ({show(name)}); mend it or remove the record")
     root = os.path.realpath(images)
     posix = PurePosixPath(name)
@@ -282,7 +282,7 @@ def image_file(name: str, images: Path | None, record: str, key: str = "image") 
         outside = outside or not _within(os.path.realpath(name), root)
     if outside:
         raise Fault(f"{record}: {key} {show(name)} leads out of the image folder {images}; give a path inside it")
-    for candidate in (Path(images) / posix, Path(images) / posix.name):
+    for candidate in (Path(images).joinpath(*posix.parts[start:]) for start in range(len(posix.parts))):
         try:
             there = candidate.is_file()
         except OSError:  # a part of the name is longer than the file system allows
