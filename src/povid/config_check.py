@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from povid.benchmarks.suite import BENCHMARKS
+from povid.checkpoint import CheckpointSettings
 from povid.fault import Fault
 from povid.module import ObjectiveSettings, StageSettings
 from povid.policy import ModelSettings
@@ -69,6 +70,7 @@ class Checked:
     data: DataSettings
     noise: NoiseSettings
     objective: ObjectiveSettings
+    checkpoint: CheckpointSettings
 
 
 def check(cfg: DictConfig) -> Checked:
@@ -89,6 +91,7 @@ def check(cfg: DictConfig) -> Checked:
     data = _bind(DataSettings, tree.get("data"), "data", faults)
     noise = _bind(NoiseSettings, tree.get("noise"), "noise", faults)
     objective = _bind(ObjectiveSettings, tree.get("objective"), "objective", faults)
+    checkpoint = _bind(CheckpointSettings, tree.get("checkpoint"), "checkpoint", faults)
     stages = {}
     for key, node in (tree.get("stages") or {}).items():
         if str(key) not in ("1", "2"):
@@ -101,10 +104,16 @@ def check(cfg: DictConfig) -> Checked:
     if data and data.prepare:
         _check_target(data.prepare, "data.prepare", faults)
     faults += _values(tree, ablation, stages, model, data, noise, objective)
+    if checkpoint and (checkpoint.keep < 1 or (checkpoint.every_steps or 1) < 1 or (checkpoint.every_minutes or 0) < 0):
+        faults.append(f"checkpoint: found {tree['checkpoint']}; keep and every_steps must be at least 1 and "
+                      "every_minutes at least 0")
+    if tree.get("resume") not in (True, False):
+        faults.append(f"resume: found {tree.get('resume')!r}; it is true (with hydra.run.dir=), false or, on the "
+                      "command line of train.py, latest")
     if faults:
         count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise Fault(f"the configuration has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
-    return Checked(ablation, stages, run_stages, model, data, noise, objective)
+    return Checked(ablation, stages, run_stages, model, data, noise, objective, checkpoint)
 
 
 def _bind(kind: type, node: Any, key: str, faults: list[str]) -> Any:

@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -19,65 +19,107 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from povid.benchmarks import suite
 from povid.benchmarks.question import Decoding, Question
+from povid.checkpoint import Checkpoints, newest, step_of, sync
 from povid.config_check import Checked, check
 from povid.fault import Fault
 from povid.generation import Answers
+from povid.guards import DataCheck, FiniteLoss, full_disk_told, refuse
+from povid.loggers import MetricsFile, close, wandb_logger
 from povid.machine import keep_freed_memory, packages, versions
 from povid.module import POVIDModule
-from povid.policy import ModelSettings, Policy
+from povid.policy import ModelSettings, Policy, load_processor
+from povid.preferences.check import Report
+from povid.preferences.check import check as check_records
 from povid.preferences.datamodule import PreferenceDataModule
 from povid.preferences.formats import read
-from povid.preferences.template import Template
+from povid.preferences.template import Template, open_picture
 from povid.preferences.triple import Triple
+from povid.processes import end_children, first, leave_group, one_job, wait_for
+from povid.resume import compare
 
 log = logging.getLogger(__name__)
+
+for _chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
+    logging.getLogger(_chatty).setLevel(logging.WARNING)
+
+CHECKED_AT_START = 32  # records; the others are looked at while the first epoch trains
 
 
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the stages that the configuration asks for, answer its benchmarks, write ``folder/results.json``.
 
-    Returns what stands in results.json.
+    With ``resume`` a folder is gone on with: what is finished there stays, and a stage that was interrupted continues
+    from its newest checkpoint. Returns what stands in results.json; in the further processes of a run on several
+    devices, which only train, nothing.
 
     Raises:
         Fault: everything that a user can mend; a finished stage stays in its folder whatever happens after it.
+        Stopped: the run was told to stop and has saved what it was doing.
     """
     checked = check(cfg)
-    started = datetime.now(UTC).isoformat(timespec="seconds")
-    _claim(folder, resume=bool(cfg.resume))
-    keep_freed_memory()
-    timings: dict[str, float] = {}
-    with _timed(timings, "prepare"):
-        if checked.data.prepare:
-            instantiate(checked.data.prepare)
+    with full_disk_told(folder), one_job(folder):
+        started = datetime.now(UTC).isoformat(timespec="seconds")
+        if first():
+            _claim(folder, cfg)
+            if (folder / "results.json").exists():
+                log.info("finished already: %s", folder)
+                return json.loads((folder / "results.json").read_text())
+        keep_freed_memory()
+        timings: dict[str, float] = {}
+        with _timed(timings, "prepare"):
+            triples = _prepare(cfg, checked, folder)
+        samples = sample_questions(triples, cfg.samples)
+        adapters = _start(cfg, checked)
+        stages: dict[str, Any] = {}
+        for number in checked.run_stages:
+            done = folder / f"stage_{number}" / "stage.json"
+            if done.exists():
+                log.info("stage %d is finished already: %s", number, done.parent)
+            else:
+                train_stage(cfg, checked, number, triples, adapters, folder, timings, samples)
+            stages[str(number)] = json.loads(done.read_text())
+            adapters = [*adapters, done.parent / "adapter"]
+        if not first():
+            return {}
+        leave_group()
+        return evaluate(cfg, checked, folder, triples, samples, adapters, stages, timings, started)
+
+
+def _prepare(cfg: DictConfig, checked: Checked, folder: Path) -> list[Triple]:
+    """Data and benchmarks made ready and looked at, and the folder's record of what is run; then the triples."""
+    settled = folder / "config.yaml"
+    if not first():
+        wait_for(settled)
+    elif checked.data.prepare:
+        instantiate(checked.data.prepare)
+    if first():
         _check_benchmarks(cfg, checked)
-        triples = load_triples(checked) if checked.run_stages or cfg.samples else []
-    _write(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    _write(folder / "packages.txt", packages())
+    triples = load_triples(checked) if checked.run_stages or cfg.samples else []
+    if first():
+        if checked.run_stages and not checked.data.skip_bad:
+            refuse(check_records(triples, sample=CHECKED_AT_START, limit=checked.model.max_length,
+                                 tokens=prompt_tokens(checked.model)), checked.data.preferences)
+        _write(folder / "packages.txt", packages())
+        _write(settled, OmegaConf.to_yaml(cfg, resolve=True))
+    return triples
 
-    adapters = _start(cfg, checked)
-    samples = sample_questions(triples, cfg.samples)
-    before: list[str] = []
-    stages: dict[str, Any] = {}
-    for number in checked.run_stages:
-        done = folder / f"stage_{number}" / "stage.json"
-        if done.exists():
-            log.info("stage %d is finished already: %s", number, done.parent)
-        else:
-            train_stage(cfg, checked, number, triples, adapters, folder, timings, before, samples)
-        stages[str(number)] = json.loads(done.read_text())
-        adapters = [*adapters, done.parent / "adapter"]
 
+def evaluate(cfg: DictConfig, checked: Checked, folder: Path, triples: Sequence[Triple], samples: Sequence[Question],
+             adapters: Sequence[Path], stages: dict[str, Any], timings: dict[str, float], started: str
+             ) -> dict[str, Any]:
+    """Answer the benchmarks with what the adapters make of the model, write results.json and the page of captions."""
     with _timed(timings, "evaluate"):
         policy, template = load_policy(checked.model, adapters)
         answers = Answers(policy, template, cfg.generation.batch_size, cfg.seed)
         model = fingerprint({"model": asdict(checked.model), "adapters": [_digest(a) for a in adapters]})
         benchmarks = suite.run(_selection(cfg), answers, folder / "benchmarks", judge(cfg), model=f"povid-{model}")
         after = _caption(answers, samples)
+    before = _before(folder, samples)
     results = {
         "row": cfg.row,
         "ablation": checked.ablation.name,
@@ -98,8 +140,8 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         "timings": {name: round(seconds, 2) for name, seconds in timings.items()},
         "started": started,
     }
-    _write(folder / "results.json", json.dumps(results, indent=1) + "\n")
     _report(cfg, checked, folder, results, triples, before or after, after)
+    _write(folder / "results.json", json.dumps(results, indent=1) + "\n")
     log.info("results: %s", folder / "results.json")
     return results
 
@@ -108,7 +150,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequence[Triple], adapters: Sequence[Path],
-                folder: Path, timings: dict[str, float], before: list[str], samples: Sequence[Question]) -> None:
+                folder: Path, timings: dict[str, float], samples: Sequence[Question]) -> None:
     """Fit one stage from the policy that ``adapters`` make, which is its reference too, and save what it learnt."""
     home, stage = folder / f"stage_{number}", checked.stages[number]
     terms = frozenset(stage.dispreferences) & frozenset(checked.ablation.dispreferences)
@@ -117,8 +159,8 @@ def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequenc
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     with _timed(timings, f"stage_{number}.load"):
         policy, template = load_policy(checked.model, adapters, adapted=True)
-        if samples and not before and number == checked.run_stages[0]:
-            before += _caption(Answers(policy, template, cfg.generation.batch_size), samples)
+        if number == checked.run_stages[0] and first():
+            _before(folder, samples, Answers(policy, template, cfg.generation.batch_size))
         cached = stage.epochs > 1 if cfg.reference_cache is None else cfg.reference_cache
         module = POVIDModule(policy, checked.objective, stage, terms,
                              Path(cfg.outputs) / "reference_cache" if cached else None)
@@ -129,40 +171,90 @@ def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequenc
             cache_mb=checked.data.cache_mb, group_by_length=checked.data.group_by_length,
         )
     with _timed(timings, f"stage_{number}.fit"):
-        loggers = _loggers(cfg, checked, folder, f"stage_{number}")
-        trainer = instantiate(
-            cfg.trainer, max_epochs=stage.epochs, max_steps=stage.max_steps, accumulate_grad_batches=stage.accumulate,
-            gradient_clip_val=stage.max_grad_norm, logger=loggers, default_root_dir=str(home),
-            enable_checkpointing=False, callbacks=[TQDMProgressBar(refresh_rate=1)],
-        )
-        trainer.fit(module, data)
-    _close(loggers)
-    with _saved(home / "adapter") as draft:
-        policy.save_adapter(draft)
-    _write(home / "stage.json", json.dumps({
-        "stage": number, "ablation": checked.ablation.name, "terms": sorted(terms), "seed": cfg.seed,
-        "fingerprint": stage_fingerprint(cfg, checked, number), "init_from": [str(a) for a in adapters],
-        "adapter": str(home / "adapter"), "steps": trainer.global_step,
-        "records": len(triples), "finished": datetime.now(UTC).isoformat(),
-    }, indent=1))
+        steps = fit(cfg, checked, number, module, data, folder)
+    if first():
+        with _saved(home / "adapter") as draft:
+            policy.save_adapter(draft)
+        _write(home / "stage.json", json.dumps({
+            "stage": number, "ablation": checked.ablation.name, "terms": sorted(terms), "seed": cfg.seed,
+            "fingerprint": stage_fingerprint(cfg, checked, number), "init_from": [str(a) for a in adapters],
+            "adapter": str(home / "adapter"), "steps": steps, "records": len(triples),
+            "finished": datetime.now(UTC).isoformat(),
+        }, indent=1))
+        shutil.rmtree(home / "checkpoints", ignore_errors=True)
+    module.trainer.strategy.barrier("the stage is saved")
+
+
+def fit(cfg: DictConfig, checked: Checked, number: int, module: POVIDModule, data: PreferenceDataModule,
+        folder: Path) -> int:
+    """Train a stage, from its newest whole checkpoint if there is one. Returns the number of optimiser steps."""
+    home, stage = folder / f"stage_{number}", checked.stages[number]
+    checkpoint = newest(home / "checkpoints")
+    begin = step_of(checkpoint) if checkpoint else 0
+    if checkpoint:
+        log.info("stage %d goes on after step %d: %s", number, begin, checkpoint)
+    metrics = MetricsFile(home / "metrics.csv", begin)
+    loggers = [metrics, *_wandb(cfg, checked, folder, f"stage_{number}")]
+    callbacks = [FiniteLoss(number, home / "checkpoints"),
+                 Checkpoints(home / "checkpoints", checked.checkpoint, metrics), TQDMProgressBar(refresh_rate=1)]
+    if number == checked.run_stages[0] and not checked.data.skip_bad:
+        tokens = prompt_tokens(checked.model)
+        callbacks.insert(0, DataCheck(data.dataset.triples, checked.data.preferences, lambda triples: check_records(
+            triples, limit=checked.model.max_length, tokens=tokens)))
+    trainer = instantiate(
+        cfg.trainer, max_epochs=stage.epochs, max_steps=stage.max_steps, accumulate_grad_batches=stage.accumulate,
+        gradient_clip_val=stage.max_grad_norm, logger=loggers, default_root_dir=str(home),
+        enable_checkpointing=False, callbacks=callbacks,
+    )
+    try:
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    except BaseException:
+        end_children(trainer)
+        close(loggers, "failed")
+        raise
+    close(loggers)
+    return trainer.global_step
 
 
 def load_policy(settings: ModelSettings, adapters: Sequence[Path], *, adapted: bool = False) -> tuple[Policy, Template]:
     """Policy and template on the device that Lightning would choose."""
     policy = Policy.load(settings, adapters=adapters, adapted=adapted)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    template = Template(policy.processor, style=settings.style, system=settings.system,
-                        pad_square=settings.pad_square, max_length=settings.max_length)
-    return policy.to(device), template
+    return policy.to(device), _template(policy.processor, settings)
+
+
+def _template(processor: Any, settings: ModelSettings) -> Template:
+    return Template(processor, style=settings.style, system=settings.system, pad_square=settings.pad_square,
+                    max_length=settings.max_length)
 
 
 def load_triples(checked: Checked) -> list[Triple]:
-    """The preference records of the configuration."""
+    """The preference records of the configuration; with ``data.skip_bad`` those that can be used, the rest counted."""
     skipped: list[str] | None = [] if checked.data.skip_bad else None
     triples = read(checked.data.format, Path(checked.data.preferences), Path(checked.data.images), skipped)
-    if skipped:
-        log.warning("%d records were skipped, the first because: %s", len(skipped), skipped[0])
-    return triples[: checked.data.limit]
+    triples = triples[: checked.data.limit]
+    if skipped is not None:
+        report: Report = check_records(triples, limit=checked.model.max_length, tokens=prompt_tokens(checked.model))
+        bad = report.bad
+        triples = [triple for triple in triples if triple.id not in bad]
+        told = skipped + [finding.text for finding in report.findings]
+        if told:
+            log.warning("%d records are left out (data.skip_bad):\n  - %s", len(skipped) + len(bad),
+                        "\n  - ".join(told))
+    return triples
+
+
+def prompt_tokens(settings: ModelSettings) -> Callable[[Triple], int]:
+    """Counts the tokens of a record's prompt, image included, as training will; with a processor of its own."""
+    template = _template(load_processor(settings), settings)
+
+    def count(triple: Triple) -> int:
+        try:
+            return len(template.see(template.prompt(triple.question), template.picture(open_picture(triple.image)))[0])
+        except Fault:  # the picture's fault is told of by itself
+            return 0
+
+    return count
 
 
 def stage_fingerprint(cfg: DictConfig, checked: Checked, number: int) -> str:
@@ -257,11 +349,18 @@ def _caption(answers: Answers, samples: Sequence[Question]) -> list[str]:
     return [texts[i] for i in range(len(samples))]
 
 
+def _before(folder: Path, samples: Sequence[Question], answers: Answers | None = None) -> list[str]:
+    """The captions before training; made by ``answers`` and kept on disk, since a resumed run has no such policy."""
+    file = folder / "captions_before.json"
+    if answers is not None and samples and not file.exists():
+        _write(file, json.dumps(_caption(answers, samples)))
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
 def _report(cfg: DictConfig, checked: Checked, folder: Path, results: dict[str, Any], triples: Sequence[Triple],
             before: Sequence[str], after: Sequence[str]) -> None:
     """The dashboard's run of the evaluation: benchmark figures and the table of captions."""
     from povid.benchmarks.chair_words import objects, read_synonyms
-    from povid.preferences.template import open_picture
     from povid.report import dashboards
 
     samples = sample_questions(triples, cfg.samples)
@@ -281,63 +380,42 @@ def _report(cfg: DictConfig, checked: Checked, folder: Path, results: dict[str, 
     table = dashboards.table_rows(records, find)
     if records:
         dashboards.write_page(table, folder / "captions.html")
-    for logger in _loggers(cfg, checked, folder, "evaluate"):
-        if isinstance(logger, WandbLogger):
-            figures = {f"{name}/{key}": value for name, scores in results["benchmarks"].items()
-                       for key, value in scores.items() if isinstance(value, (int, float))}
-            logger.experiment.summary.update(figures)
-            if records:
-                dashboards.log_table(logger.experiment, table)
-            _close([logger])
+    for logger in _wandb(cfg, checked, folder, "evaluate"):
+        figures = {f"{name}/{key}": value for name, scores in results["benchmarks"].items()
+                   for key, value in scores.items() if isinstance(value, (int, float))}
+        logger.experiment.summary.update(figures)
+        if records:
+            dashboards.log_table(logger.experiment, table)
+        close([logger])
 
 
-def _loggers(cfg: DictConfig, checked: Checked, folder: Path, job: str) -> list[Logger]:
-    """metrics.csv always (but for an evaluation, which has no steps); W&B where it is wanted."""
-    loggers: list[Logger] = [] if job == "evaluate" else [CSVLogger(str(folder), name=job, version="",
-                                                                    flush_logs_every_n_steps=1)]
-    if cfg.logger.wandb:
-        multirun = folder.parent.name if (folder.parent / "multirun.yaml").exists() else folder.name
-        loggers.append(WandbLogger(
-            project=cfg.logger.project, entity=cfg.logger.entity, name=f"{folder.name}-{job}", group=multirun,
-            job_type=job, save_dir=str(folder), mode=wandb_mode(cfg.logger.mode),
-            tags=[cfg.row, checked.objective.name, checked.model.name, checked.data.name],
-            config=OmegaConf.to_container(cfg, resolve=True),
-        ))
-    return loggers
-
-
-def wandb_mode(mode: str) -> str:
-    """``auto`` is online for who has logged in (key in the environment or in netrc), offline for everybody else."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    if mode != "auto":
-        return mode
-    import wandb
-
-    return "online" if wandb.api.api_key else "offline"
-
-
-def _close(loggers: Sequence[Logger]) -> None:
-    """End W&B runs here: under a sweep the next job would otherwise go on in the same one."""
-    for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            import wandb
-
-            logger.finalize("success")
-            wandb.finish()
+def _wandb(cfg: DictConfig, checked: Checked, folder: Path, job: str) -> list[WandbLogger]:
+    """The W&B run of one job, where it is wanted."""
+    if not cfg.logger.wandb:
+        return []
+    return [wandb_logger(
+        folder, job, project=cfg.logger.project, entity=cfg.logger.entity, mode=cfg.logger.mode,
+        tags=[cfg.row, checked.objective.name, checked.model.name, checked.data.name],
+        config=OmegaConf.to_container(cfg, resolve=True),
+    )]
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _claim(folder: Path, *, resume: bool) -> None:
-    taken = [name for name in ("results.json", "stage_1", "stage_2", "benchmarks") if (folder / name).exists()]
-    if taken and not resume:
+def _claim(folder: Path, cfg: DictConfig) -> None:
+    """Make the folder this run's own, or the run that lies there this one; a requeued cluster job always goes on."""
+    taken = [name for name in ("results.json", "config.yaml", "stage_1", "stage_2", "benchmarks")
+             if (folder / name).exists()]
+    requeued = os.environ.get("SLURM_RESTART_COUNT", "0") != "0"
+    if taken and not (cfg.resume or requeued):
         raise Fault(f"{folder} holds a run already ({', '.join(taken)}); choose another hydra.run.dir, or go on with "
                     "it by resume=true")
+    if (folder / "config.yaml").exists():
+        compare(folder / "config.yaml", OmegaConf.to_container(cfg, resolve=True))
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _write(folder / ".writable", "")
+        _write(folder / ".writable", "1")
         (folder / ".writable").unlink()
     except OSError as error:
         raise Fault(f"{folder} cannot be written ({error.strerror}); free space or choose another "
@@ -347,17 +425,24 @@ def _claim(folder: Path, *, resume: bool) -> None:
 def _write(file: Path, text: str) -> None:
     """All or nothing."""
     draft = file.with_name(f".{file.name}.part")
-    draft.write_text(text, encoding="utf-8")
+    with draft.open("w", encoding="utf-8") as sink:
+        sink.write(text)
+        sink.flush()
+        os.fsync(sink.fileno())
     os.replace(draft, file)
 
 
 @contextmanager
 def _saved(folder: Path) -> Iterator[Path]:
-    """A folder that is there whole or not at all."""
+    """A folder that is there whole or not at all; what an attempt that came to no end left in its place goes."""
     draft = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(draft, ignore_errors=True)
     yield draft
+    for file in draft.rglob("*"):
+        sync(file)
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(draft, folder)
+    sync(folder.parent)
 
 
 @contextmanager

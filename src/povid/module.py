@@ -153,5 +153,7 @@ class POVIDModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._cache is not None:
             self._cache.flush()
+        if self._cache is not None:  # a resumed run must find every value that this one had
+            self._cache.flush()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
