@@ -41,6 +41,10 @@ class Packed(NamedTuple):
 
     Positions of both rests go on from the shared part. The shared part is the longest common beginning, which holds
     image and prompt and whatever the responses have in common.
+
+    ``example_U`` and ``column_U`` say where response tokens are predicted from; ``columns_BU`` holds the same columns
+    row by row (filled with column 0) and ``slot_U`` the place of each in its row. ``causal``: plain causal attention
+    is all there is to the mask.
     """
 
     input_ids_BT: Tensor
@@ -48,8 +52,11 @@ class Packed(NamedTuple):
     segment_BT: Tensor
     example_U: Tensor
     column_U: Tensor
+    columns_BU: Tensor
+    slot_U: Tensor
     preferred: Side
     dispreferred: Side | None
+    causal: bool
 
     @property
     def examples(self) -> int:
@@ -63,6 +70,11 @@ class Packed(NamedTuple):
         visible = ((key == SHARED) | (key == query)) & (key != PADDING) & causal_TT
         itself = torch.eye(length, dtype=torch.bool, device=self.segment_BT.device)
         return (visible | itself)[:, None]
+
+    def additive_attention(self, dtype: torch.dtype) -> Tensor:
+        """The same as what is added to attention's scores: 0, or the lowest number where nothing may be seen."""
+        mask = self.attention()
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def shared_length(preferred: Sequence[int], dispreferred: Sequence[int]) -> int:
@@ -106,8 +118,10 @@ def pack(preferred: Sequence[Encoded], dispreferred: Sequence[Encoded] | None, *
 
     longest = max(len(tokens) for tokens, _, _ in rows)
 
-    def padded(values: list[int], filler: int) -> list[int]:
-        return values + [filler] * (longest - len(values))
+    most = max(map(len, columns))
+
+    def padded(values: list[int], filler: int, length: int = longest) -> list[int]:
+        return values + [filler] * (length - len(values))
 
     place = {}
     for example, used_columns in enumerate(columns):
@@ -127,6 +141,9 @@ def pack(preferred: Sequence[Encoded], dispreferred: Sequence[Encoded] | None, *
         torch.tensor([padded(segments, PADDING) for _, _, segments in rows]),
         torch.tensor([example for example, _ in place], dtype=torch.long),
         torch.tensor([column for _, column in place], dtype=torch.long),
+        torch.tensor([padded(used, 0, most) for used in columns], dtype=torch.long),
+        torch.tensor([slot for used in columns for slot in range(len(used))], dtype=torch.long),
         side(sides[0]),
         None if dispreferred is None else side(sides[1]),
+        dispreferred is None and all(len(tokens) == longest for tokens, _, _ in rows),
     )
