@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 import struct
 import subprocess
 import sys
@@ -128,3 +130,27 @@ def test_convert_there_and_back(tmp_path, sound, capsys):
                  str(povid.parent)]) == 0
     back, = read("povid", povid, povid.parent)
     assert back.image.read_bytes() == sound.read_bytes() and back.preferred[1].text == "A red bus."
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_fuzz_300_damaged_pictures_are_told_or_decode(sound):
+    rng, told = random.Random(3), 0
+    with Image.open(sound) as picture:
+        kinds = []
+        for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
+            buffer = io.BytesIO()
+            picture.save(buffer, kind)
+            kinds.append(buffer.getvalue())
+    for number in range(300):
+        raw = bytearray(kinds[number % len(kinds)])
+        if number % 3 == 0:
+            del raw[rng.randrange(len(raw)):]
+        for _ in range(rng.choice((1, 4, 40)) if number % 3 else 0):
+            raw[rng.randrange(min(len(raw), 400))] = rng.randrange(256)
+        fault = picture_fault(bytes(raw))
+        if fault is None:
+            Image.open(io.BytesIO(bytes(raw))).convert("RGB")
+        else:
+            told += 1
+            assert "\n" not in fault and len(fault) < 400
+    assert 100 < told < 300

@@ -455,3 +455,55 @@ def test_fuzz_450_damaged_files_are_refused_in_one_sentence_or_read_right(tmp_pa
             assert len(kept) + len(skipped) >= 1
     assert refused > 300 and readable >= 45
     assert time.monotonic() - started < 20
+
+
+PICTURE = "COCO_train2014_000000000001.png"
+GOOD = {
+    "vlfeedback": {"id": "x", "prompt": "What?", "img_path": PICTURE, "models": ["m"] * 3, "completions": [
+        completion("A.", "4", "5", "5"), completion("B.", "3", "5", "5"), completion("C.", "N/A", "4", "5")]},
+    "human_preference": {"id": "1", "image": PICTURE, "preference": 2, "conversations": talk("<image>\nWhat?", "x"),
+                         "output_1": {"from": "gpt", "value": "A."}, "output_2": {"from": "gpt", "value": "B."}},
+    "rlhf_v": {"ds_name": "RLHF-V", "idx": 3, "image_path": PICTURE, "origin_split": "{}", "text": FIELDS},
+    "rlaif_v": {"ds_name": "RLAIF-V", "idx": 3, "image": PICTURE, "origin_split": "{}"} | FIELDS,
+    "trl": {"id": "a", "images": [{"bytes": None, "path": PICTURE}], "prompt": [
+        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}],
+        "chosen": [{"role": "assistant", "content": "A."}], "rejected": [{"role": "assistant", "content": "B."}]},
+}
+
+
+@pytest.mark.parametrize("format", GOOD)
+def test_fuzz_150_damaged_records_of_every_other_format(tmp_path, images, format):
+    rng, refused = random.Random(11), 0
+    path = tmp_path / "data.json"
+    assert len(read(format, stored(tmp_path, [GOOD[format]]), images)) == 1
+    for _ in range(150):
+        row = copy.deepcopy(GOOD[format])
+        for _ in range(rng.choice((1, 1, 2))):
+            holder, key = rng.choice(list(_spots(row)))
+            if isinstance(holder, dict) and rng.random() < 0.3:
+                holder.pop(key, None)
+            elif isinstance(holder, dict) or key < len(holder):
+                holder[key] = copy.deepcopy(rng.choice(RUBBISH))
+        path.write_text(json.dumps([row]))
+        try:
+            triples = read(format, path, images)
+        except Fault as fault:
+            sentence = str(fault)
+            assert "\n" not in sentence and len(sentence) < 1200 and str(path) in sentence, sentence
+            sentence.encode("utf-8")
+            refused += 1
+        else:
+            for triple in triples:
+                assert all(isinstance(turn.text, str) for turn in triple.preferred + triple.dispreferred)
+                assert isinstance(triple.image, bytes) or triple.image.parent == images
+    assert 30 < refused < 150
+
+
+def test_a_release_of_17184_records_is_read_in_seconds(tmp_path, images):
+    said = "A red bus waits on a street beside two cyclists, and a man with an umbrella walks past. " * 6
+    rows = [record(1 + n % 2, id=f"r{n}", conversations=talk("<image>\nWhat?", said),
+                   rejected_conversations=talk("<image>\nWhat?", said + "A dog.")) for n in range(17_184)]
+    path = stored(tmp_path, rows)
+    started = time.monotonic()
+    assert len(read("povid", path, images)) == 17_184
+    assert time.monotonic() - started < 20
