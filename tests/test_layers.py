@@ -77,6 +77,7 @@ def test_benchmarks_and_reports_never_import_torch():
 def test_lightning_and_hydra_stay_where_they_belong():
     lightning = {part(f) if part(f) != "preferences" else f.name for f in FILES
                  if any(name.split(".")[0] == "lightning" for name in imports(f))}
-    assert lightning <= {"module", "datamodule.py", "experiment", "checkpoint", "guards", "loggers", "processes", "bench"}
+    assert lightning <= {"module", "datamodule.py", "experiment", "checkpoint", "guards", "loggers", "processes",
+                         "bench"}
     hydra = {str(f.relative_to(SOURCE)) for f in FILES if any(name.split(".")[0] == "hydra" for name in imports(f))}
     assert hydra <= {"experiment.py", "processes.py", "config_check.py", "report/sweep.py", "dispreference/__main__.py"}
