@@ -68,12 +68,12 @@ def write_report(folder: Path, title: str, triples: Sequence[Triple], numbers: M
         boxes = "".join((
             bars("Hallucinations (records)", list(numbers["hallucinations"].items())),
             bars("Most injected objects", list(numbers["injected_objects"].items())[:10]),
-            bars("Prompt of Table 6", list(numbers["prompts"].items())),
             bars("Replies refused, by reason", list(numbers["replies_refused"].items())),
             bars("Records set aside, by last reason", list(numbers["set_aside_for"].items())),
         ))
         ratio = numbers["length_ratio"]
-        text = (f"{numbers['written']} written, {numbers['set_aside']} set aside. Dispreferred over preferred length: "
+        prompts = ", ".join(f"{count} {name}" for name, count in numbers["prompts"].items())
+        text = (f"{numbers['written']} written ({prompts}), {numbers['set_aside']} set aside. Dispreferred over preferred length: "
                 f"median {ratio['median']}, 90 % between {ratio['p5']} and {ratio['p95']}.")
         write_page(triples, folder / "report.html", title=title, count=SHOWN,
                    extra=f'<h2>Generation</h2><p>{escape(text)}</p><div class="facts">{boxes}</div>', noise_steps=())

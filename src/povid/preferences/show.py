@@ -38,7 +38,7 @@ h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(208px, 1fr)); gap: 14px; }
 .box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .box h3 { margin: 0 0 8px; font-size: 13px; font-weight: 600; color: var(--dim); }
-.row { display: grid; grid-template-columns: minmax(0, 1fr) 44px 42px; gap: 8px; align-items: center; font-size: 13px; }
+.row { display: grid; grid-template-columns: minmax(0, 1fr) 38px 38px; gap: 8px; align-items: center; font-size: 13px; }
 .row span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
 .row span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { background: var(--line); border-radius: 3px; height: 9px; overflow: hidden; }
@@ -130,7 +130,7 @@ def _statistics(triples: Sequence[Triple]) -> str:
         kinds.update(found.kinds)
         added.update(found.objects)
     lengths = [("preferred", statistics.mean(good)), ("dispreferred", statistics.mean(bad)),
-               ("ratio of the means", statistics.mean(bad) / (statistics.mean(good) or 1))]
+               ("ratio", statistics.mean(bad) / (statistics.mean(good) or 1))]
     steps = [(f"{low:.1f} to {low + 0.2:.1f}", sum(low <= value < low + 0.2 or (low == 0.8 and value == 1)
                                                     for value in shared)) for low in (0.0, 0.2, 0.4, 0.6, 0.8)]
     turns = Counter(len(triple.preferred) // 2 for triple in triples)
@@ -142,7 +142,7 @@ def _statistics(triples: Sequence[Triple]) -> str:
         bars("Words shared by both, in order (records)", steps),
         bars("What changed (records; one may have several)", [(kind, kinds[kind]) for kind in KINDS]),
         bars("Objects only in the dispreferred (records)", added.most_common(8)),
-        bars("Length of the conversation (records)", rounds[:8]),
+        bars("Length of the conversation (records)", rounds[:8]) if max(turns) > 1 else "",
     ))
 
 
