@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import tiny
@@ -36,8 +37,9 @@ def byte_level(special: list[str], **named: str):
                                    extra_special_tokens=named)
 
 
-def llama(special: tuple[str, ...] = ("<image>", "<pad>"), **options):
-    """transformers' own Llama tokenizer on a small vocabulary: Metaspace, byte fallback, <s> 1, </s> 2, as Llama's."""
+def llama(**options):
+    """transformers' own Llama tokenizer on a small vocabulary: Metaspace, byte fallback, <s> 1, </s> 2; then <image>
+    and <pad>."""
     from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
     from tokenizers.trainers import BpeTrainer
     from transformers import LlamaTokenizer
@@ -48,12 +50,10 @@ def llama(special: tuple[str, ...] = ("<image>", "<pad>"), **options):
                             BpeTrainer(vocab_size=200, show_progress=False))
     learnt = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt]
-    import json
-
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     tokenizer = LlamaTokenizer(vocab={name: i for i, name in enumerate(names)}, merges=merges, **options)
-    tokenizer.add_special_tokens({"pad_token": AddedToken(special[1], special=True, normalized=False)})
-    tokenizer.add_special_tokens({"extra_special_tokens": {"image_token": special[0]}})
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    tokenizer.add_special_tokens({"pad_token": AddedToken("<pad>", special=True, normalized=False)})
     return tokenizer
 
 
@@ -71,6 +71,21 @@ def clip(image: int = 32):
 
     return CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
                             image_size=image, patch_size=8)
+
+
+def llava_vicuna():
+    """LLaVA-1.5 as llava-hf lays it out: Llama's tokenizer, <image> and <pad> after its words, rows to spare."""
+    from transformers import CLIPImageProcessorPil, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+
+    tokenizer = llama()
+    images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    processor = LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                               num_additional_image_tokens=1)
+    rows = -(-len(tokenizer) // 64) * 64
+    return LlavaForConditionalGeneration(LlavaConfig(
+        vision_config=clip(), text_config=text_config(rows, bos_token_id=1, eos_token_id=2, pad_token_id=None),
+        image_token_id=processor.image_token_id, vision_feature_layer=-2,
+        vision_feature_select_strategy="default")), processor
 
 
 def llava_next():
@@ -186,11 +201,11 @@ MODELS = {"llava_next": llava_next, "llava_onevision": llava_onevision, "qwen2_5
 
 
 def save(name: str, folder: Path, *, seed: int = 0) -> Path:
-    """A random model of an architecture with its processor; ``llava`` is the one of ``tiny``."""
+    """A random model with its processor; ``llava`` is the one of ``tiny``, ``llava_vicuna`` has Llama's tokenizer."""
     if name == "llava":
         return tiny.save_tiny_llava(folder, seed=seed)
     torch.manual_seed(seed)
-    model, processor = MODELS[name]()
+    model, processor = (MODELS | {"llava_vicuna": llava_vicuna})[name]()
     for key, parameter in model.named_parameters():  # the default init is too small for anything to differ
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=1.0 if "embed" in key else 0.3)
