@@ -73,8 +73,8 @@ def write_report(folder: Path, title: str, triples: Sequence[Triple], numbers: M
         ))
         ratio = numbers["length_ratio"]
         prompts = ", ".join(f"{count} {name}" for name, count in numbers["prompts"].items())
-        text = (f"{numbers['written']} written ({prompts}), {numbers['set_aside']} set aside. Dispreferred over preferred length: "
-                f"median {ratio['median']}, 90 % between {ratio['p5']} and {ratio['p95']}.")
+        text = (f"{numbers['written']} written ({prompts}), {numbers['set_aside']} set aside. Dispreferred over "
+                f"preferred length: median {ratio['median']}, 90 % between {ratio['p5']} and {ratio['p95']}.")
         write_page(triples, folder / "report.html", title=title, count=SHOWN,
                    extra=f'<h2>Generation</h2><p>{escape(text)}</p><div class="facts">{boxes}</div>', noise_steps=())
 
