@@ -123,9 +123,13 @@ def load_processor(settings: ModelSettings) -> Any:
             raise Fault(f"model {settings.name!r}: transformers has no image and text processor for "
                         f"{config.model_type!r} models; name a vision-language model, or serve it and use model=served")
         processor = pictures_only(PROCESSOR_MAPPING[type(config)]).from_pretrained(settings.source, backend="pil")
-    processor.tokenizer.padding_side = "left"
-    if processor.tokenizer.pad_token is None:
-        processor.tokenizer.pad_token = processor.tokenizer.eos_token
+    tokenizer = processor.tokenizer
+    tokenizer.padding_side = "left"
+    first = tokenizer.bos_token_id
+    if settings.style == "vicuna_v1" and first is not None and tokenizer("a")["input_ids"][0] != first:
+        tokenizer.add_bos_token = True  # LLaVA-1.5 never saw a prompt without it
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
     return processor
 
 
