@@ -92,6 +92,13 @@ def test_size_of_one_split_leaves_the_others_alone(world, tmp_path):
     assert fingerprint(larger / "tuning") == fingerprint(world / "tuning")
 
 
+def test_preferences_may_be_more_habitual_than_the_benchmarks(world, tmp_path):
+    habitual = prepare(tmp_path / "habitual", **SMALL, preference_partner=1.0)
+    assert fingerprint(habitual / "evaluation") == fingerprint(world / "evaluation")
+    for record in records(habitual):
+        assert all(PARTNER[name] in record["objects"] for name in record["objects"] if name in PARTNER)
+
+
 @pytest.mark.parametrize("wanted", [BASE_PARTNER, HARD_PARTNER])
 def test_partners_stand_beside_their_anchors_as_often_as_promised(wanted):
     """About 4000 anchors, so one standard error is below 0.008."""

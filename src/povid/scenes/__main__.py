@@ -18,8 +18,9 @@ def main(arguments: list[str] | None = None) -> int:
     settings.add_argument("folder", type=Path, help="written unless it is complete already")
     for name, parameter in inspect.signature(prepare).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
-            settings.add_argument("--" + name.replace("_", "-"), type=type(parameter.default),
-                                  default=parameter.default, help="default %(default)s")
+            kind = float if parameter.default is None else type(parameter.default)
+            settings.add_argument("--" + name.replace("_", "-"), type=kind, default=parameter.default,
+                                  help="default %(default)s")
     build = commands.add_parser("build", help="train the base model (about 15 minutes on two cores), measure it and "
                                               "print the figures beside those of the shipped one")
     build.add_argument("folder", type=Path, nargs="?", default=Path("outputs/base"),

@@ -33,7 +33,8 @@ POPE_SPLITS = ("random", "popular", "adversarial")
 
 
 def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning: int = 300, evaluation: int = 500,
-            yes_no_share: float = 0.25, swap_share: float = 0.7, partner: float = HARD_PARTNER) -> Path:
+            yes_no_share: float = 0.25, swap_share: float = 0.7, partner: float = HARD_PARTNER,
+            preference_partner: float | None = None) -> Path:
     """Writes the world to ``folder`` unless it is there already, and returns ``folder``.
 
     Args:
@@ -44,6 +45,8 @@ def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning
         swap_share: share of co-occurrence hallucinations that swap a true object for an absent one, in [0, 1]; with 1
             preferred and dispreferred always have the same number of words.
         partner: P(partner | anchor) in all three splits, in [0, 1].
+        preference_partner: P(partner | anchor) in the preferences, if it is to differ. The nearer to 0.95, the nearer
+            the preferred captions are to what the base model has learnt already, and the less they teach alone.
 
     Raises:
         Fault: a setting is out of range, ``folder`` holds something else, or the disk cannot be written.
@@ -51,11 +54,13 @@ def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning
     folder = Path(folder)
     settings = {"version": VERSION, "seed": seed, "preferences": preferences, "tuning": tuning,
                 "evaluation": evaluation, "yes_no_share": yes_no_share, "swap_share": swap_share, "partner": partner}
+    if preference_partner is not None:
+        settings["preference_partner"] = preference_partner
     for key in ("seed", "preferences", "tuning", "evaluation"):
         if settings[key] < 0:
             raise Fault(f"{key} of the embedded world is {settings[key]}; it must not be negative")
-    for key in ("yes_no_share", "swap_share", "partner"):
-        if not 0 <= settings[key] <= 1:
+    for key in ("yes_no_share", "swap_share", "partner", "preference_partner"):
+        if key in settings and not 0 <= settings[key] <= 1:
             raise Fault(f"{key} of the embedded world is {settings[key]}; it must lie between 0 and 1")
     if _complete(folder, settings):
         return folder
@@ -63,7 +68,8 @@ def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write_preferences(draft, _scenes(seed, "preferences", preferences, partner),
+            _write_preferences(draft, _scenes(seed, "preferences", preferences,
+                                               partner if preference_partner is None else preference_partner),
                                np.random.default_rng([seed, _STREAMS["preferences"], 1]), yes_no_share, swap_share)
             for split, number in (("tuning", tuning), ("evaluation", evaluation)):
                 _write_benchmarks(draft / split, split, _scenes(seed, split, number, partner),
