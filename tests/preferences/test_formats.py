@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import errno
 import io
 import json
 import os
@@ -113,6 +114,35 @@ def test_povid_round_trip_with_pictures_as_bytes(tmp_path):
     assert [(t.id, t.preferred, t.dispreferred) for t in back] == [(t.id, t.preferred, t.dispreferred) for t in triples]
     assert [t.image.read_bytes() for t in back] == [t.image for t in triples]
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.json", "pictures"]
+
+
+@pytest.mark.parametrize("asked", ["000000000001.jpg", "coco/train2017/000000000001.jpg",
+                                   "./data/coco/COCO_train2014_000000000001.jpg"])
+@pytest.mark.parametrize("there", ["COCO_train2014_000000000001.jpg", "COCO_val2014_000000000001.jpg",
+                                   "000000000001.jpg"])
+def test_a_picture_of_coco_is_found_under_any_years_name(tmp_path, asked, there):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / there).write_bytes(encoded(kind="JPEG"))
+    triple, = read("povid", stored(tmp_path, [record(image=asked)]), tmp_path / "images")
+    assert triple.image == tmp_path / "images" / there
+
+
+@pytest.mark.parametrize("write", [lambda triple, path: write_povid([triple], path, path.parent),
+                                   lambda triple, path: write_trl([triple], path)])
+def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, write):
+    (tmp_path / "out").write_text("old")
+    triple = several_turns(encoded())
+    write_povid([triple], tmp_path / "first.json", tmp_path)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(pa.parquet.ParquetWriter, "write_batch", full)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(Fault, match="out cannot be written .No space left on device.; make room"):
+        write(triple, tmp_path / "out")
+    assert (tmp_path / "out").read_text() == "old" and sorted(tmp_path.iterdir()) == before
 
 
 # --- the other formats ---
@@ -293,6 +323,7 @@ def test_a_damaged_povid_record_is_refused_by_place_record_and_key(tmp_path, ima
     (b"{}", "must be a JSON list of records, found an object"),
     (b"[1]", "entry 0: record: the record must be an object, found a number 1"),
     (b'[{"id": "a"', "not valid JSON (Expecting"),
+    (b'{"id": 1}\n{"id": 2}', "a record per line, name it .jsonl"),
     (b'["\xff"]', "not UTF-8 (0xff at byte 2)"),
     (b"[" * 100_000, "nests lists or objects too deeply"),
     (b'[{"id": NaN}]', "a number that JSON does not allow (NaN)"),
@@ -432,7 +463,7 @@ def _spots(value):
 
 
 def test_fuzz_450_damaged_files_are_refused_in_one_sentence_or_read_right(tmp_path, images):
-    started, refused, readable = time.monotonic(), 0, 0
+    started, refused, readable = time.process_time(), 0, 0
     for name, content in variants(450, seed=5):
         path = tmp_path / name
         path.write_bytes(content)
@@ -454,7 +485,7 @@ def test_fuzz_450_damaged_files_are_refused_in_one_sentence_or_read_right(tmp_pa
         else:
             assert len(kept) + len(skipped) >= 1
     assert refused > 300 and readable >= 45
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20
 
 
 PICTURE = "COCO_train2014_000000000001.png"
@@ -504,6 +535,6 @@ def test_a_release_of_17184_records_is_read_in_seconds(tmp_path, images):
     rows = [record(1 + n % 2, id=f"r{n}", conversations=talk("<image>\nWhat?", said),
                    rejected_conversations=talk("<image>\nWhat?", said + "A dog.")) for n in range(17_184)]
     path = stored(tmp_path, rows)
-    started = time.monotonic()
+    started = time.process_time()
     assert len(read("povid", path, images)) == 17_184
-    assert time.monotonic() - started < 20
+    assert time.process_time() - started < 20

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import sys
 from pathlib import Path
@@ -44,6 +46,8 @@ def run(config: DictConfig) -> None:
     if out.suffix != ".json":
         raise Fault(f"out={out} must end in .json, since POVID's format is one JSON list")
     skipped: list[str] | None = [] if config.skip_bad else None
+    if config.limit is not None and (not isinstance(config.limit, int) or config.limit < 1):
+        raise Fault(f"limit={config.limit} takes no record; give a whole number of at least 1, or null for all")
     rows = read_rows(Path(config.input), Path(config.images), kind=config.prompt, rounds=config.rounds, skipped=skipped)
     rows = rows[: config.limit]
     for sentence in skipped or ():
@@ -77,7 +81,8 @@ def _locally(config: DictConfig, rows: list[Row], out: Path) -> None:
         raise Fault("objects is not set; give COCO's instances JSON or an objects.json (objects=FILE)")
     known = cooccurrence.read_objects(Path(config.objects))
     learned = cooccurrence.learn(known, [row.answer for row in rows])
-    about = {"objects": {name: sorted(listed) for name, listed in known.items()}, "seed": config.seed}
+    digest = hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+    about = {"objects": digest, "seed": config.seed}
     with claimed(out, identity(rows, **about)) as folder:
         triples, kinds, rejects = cooccurrence.rewrite(rows, learned, config.seed)
         numbers = figures(triples, kinds, rejects, {})

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from povid.dispreference.parse import Parsed, Unusable, parse
 from povid.dispreference.rows import Row
+from povid.fault import Fault
 from povid.preferences.differences import FUNCTION, changes, overlap, words
 
 _REFUSAL = re.compile(
@@ -37,6 +38,13 @@ class Gates:
     least_length: float = 0.4
     most_length: float = 2.5
     short: int = 6
+
+    def __post_init__(self) -> None:
+        for key, value in asdict(self).items():
+            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
+                raise Fault(f"gates.{key}: found {value!r}, needed a number of at least 0")
+        if self.least_overlap >= self.most_overlap or self.least_length >= self.most_length:
+            raise Fault("gates: each least_ must be smaller than its most_")
 
 
 def judge(row: Row, reply: str, finish_reason: str, gates: Gates) -> Parsed:

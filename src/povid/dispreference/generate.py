@@ -46,6 +46,14 @@ class Sampling:
     max_side: int = 768
     send_seed: bool = True
 
+    def __post_init__(self) -> None:
+        for key, least in (("attempts", 1), ("max_tokens", 1), ("max_side", 16)):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise Fault(f"sampling.{key}: found {value!r}, needed a whole number of at least {least}")
+        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or self.temperature < 0:
+            raise Fault(f"sampling.temperature: found {self.temperature!r}, needed a number of at least 0")
+
 
 @dataclass(slots=True)
 class Yield:

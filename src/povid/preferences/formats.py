@@ -21,6 +21,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -438,22 +439,22 @@ def write_trl(triples: Iterable[Triple], path: Path) -> None:
                  "_type": "List"} for key in ("prompt", "chosen", "rejected")},
     }}}
     schema = schema.with_metadata({"huggingface": json.dumps(features)})
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
+    with _in_place_of(Path(path)) as name, pyarrow.parquet.ParquetWriter(name, schema) as writer:
+        for batch in _batched(triples, 64):
+            rows = [to_trl(triple) for triple in batch]
+            for row in rows:
+                entry = row["images"][0]
+                if entry["bytes"] is None:
+                    entry.update(bytes=_whole(row["id"], entry["path"]), path=Path(entry["path"]).name)
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
+
+
+def _whole(record: str, picture: str) -> bytes:
     try:
-        with pyarrow.parquet.ParquetWriter(name, schema) as writer:
-            for batch in _batched(triples, 64):
-                rows = [to_trl(triple) for triple in batch]
-                for row in rows:
-                    entry = row["images"][0]
-                    if entry["bytes"] is None:
-                        entry.update(bytes=Path(entry["path"]).read_bytes(), path=Path(entry["path"]).name)
-                writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+        return Path(picture).read_bytes()
+    except OSError as error:
+        raise Fault(f"record {record!r}: picture {picture} cannot be read ({error.strerror}); put it there or remove "
+                    "the record") from None
 
 
 def _batched(items: Iterable[Triple], size: int) -> Iterator[list[Triple]]:
@@ -463,15 +464,31 @@ def _batched(items: Iterable[Triple], size: int) -> Iterator[list[Triple]]:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write ``content`` to a temporary file beside ``path`` and put it in place, so that no half file is ever seen."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Write ``content`` to a temporary file beside ``path`` and put it in place, so that no half file is ever seen.
+
+    Raises:
+        Fault: there is no room, no folder or no right to write.
+    """
+    with _in_place_of(path) as name, open(name, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextmanager
+def _in_place_of(path: Path) -> Iterator[Path]:
+    """A temporary file beside ``path`` that takes its place unless something goes wrong."""
+    temporary = None
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        temporary = Path(name)
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise Fault(f"{path} cannot be written ({reason}); make room or choose another place") from None
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)

@@ -156,8 +156,10 @@ def _parse(text: str, place: str) -> Any:
     try:
         return json.loads(text, parse_constant=_no_constant)
     except json.JSONDecodeError as error:
-        raise Fault(f"{place} is not valid JSON ({error.msg} at line {error.lineno} column {error.colno}); mend it or "
-                    "fetch it again") from None
+        where = f"{error.msg} at line {error.lineno} column {error.colno}"
+        lines = error.msg == "Extra data"
+        cure = "if it holds a record per line, name it .jsonl" if lines else "mend it or fetch it again"
+        raise Fault(f"{place} is not valid JSON ({where}); {cure}") from None
     except RecursionError:
         raise Fault(f"{place} nests lists or objects too deeply to be records; mend it or fetch it again") from None
     except ValueError as error:  # NaN and Infinity from _no_constant, integers of thousands of digits from Python
@@ -232,7 +234,8 @@ def picture(value: Any, images: Path | None, record: str, key: str = "image") ->
 
     Takes a path, bytes, base64 (with or without a ``data:`` prefix), a ``{"bytes", "path"}`` object, or a list with
     one of these. A path is looked for in ``images`` as it is and then without its first folder, its first two and so
-    on down to its basename, because released files carry the folders of the machine that wrote them.
+    on down to its basename, because released files carry the folders of the machine that wrote them; COCO's pictures
+    are also found under the names of its other years.
 
     Raises:
         MissingImage: no such file.
@@ -282,7 +285,8 @@ def image_file(name: str, images: Path | None, record: str, key: str = "image") 
         outside = outside or not _within(os.path.realpath(name), root)
     if outside:
         raise Fault(f"{record}: {key} {show(name)} leads out of the image folder {images}; give a path inside it")
-    for candidate in (Path(images).joinpath(*posix.parts[start:]) for start in range(len(posix.parts))):
+    names = [Path(*posix.parts[start:]) for start in range(len(posix.parts))]
+    for candidate in (Path(images) / name for name in names + _other_coco_names(posix.name)):
         try:
             there = candidate.is_file()
         except OSError:  # a part of the name is longer than the file system allows
@@ -293,6 +297,14 @@ def image_file(name: str, images: Path | None, record: str, key: str = "image") 
                             "copy the picture into the folder")
             return candidate
     raise MissingImage(record, name)
+
+
+def _other_coco_names(name: str) -> list[str]:
+    """The same picture of COCO in other years' naming: 2014's names carry the split, 2017's only the number."""
+    match = re.fullmatch(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)", name)
+    if not match:
+        return []
+    return [other + match.group(1) for other in ("COCO_train2014_", "COCO_val2014_", "")]
 
 
 def _within(real: str, root: str) -> bool:

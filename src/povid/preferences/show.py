@@ -89,10 +89,7 @@ def write_page(triples: Sequence[Triple], out: Path, *, title: str, count: int =
 {cards}
 </main></body></html>
 """
-    try:
-        write_atomically(Path(out), page.encode("utf-8"))
-    except OSError as error:
-        raise Fault(f"{out} cannot be written ({error.strerror}); choose another place") from None
+    write_atomically(Path(out), page.encode("utf-8"))
 
 
 def marked(preferred: str, dispreferred: str) -> tuple[str, str]:
