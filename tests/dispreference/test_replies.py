@@ -108,6 +108,8 @@ def reason(reply: str, answer: str = CAPTION, kind: str = "captioning", finish: 
     (f"Answer: {GOOD} This is the wrong caption.", "leaked instruction"),
     (f"Answer: Here is a confusing response: {GOOD}", "leaked instruction"),
     (f"Answer: {CAPTION.replace('and behind him', 'also behind him')}", "no hallucination"),
+    (f"Answer: Surely {CAPTION}", "no hallucination"),
+    (f"Answer: {CAPTION.replace('and trees', 'with fishing gear')}", None),
     ("Answer: Ein Mann in einem roten Hemd hält ein silbernes Telefon vor sein Gesicht und hinter ihm sind Bäume.",
      "wrong language"),
     ("Answer: Un homme en chemise rouge tient un téléphone argenté devant son visage, et derrière lui un champ.",
@@ -126,6 +128,8 @@ def test_a_reply_that_was_cut_or_filtered():
 @pytest.mark.parametrize(("answer", "reply", "expected"), [
     ("Two.", "Answer: Three.", None),
     ("Red", "Answer: Blue", None),
+    ("Zither", "Answer: Lute", None),
+    ("It is there.", "Answer: It is here.", "no hallucination"),
     ("Yes, it is.", "Answer: No, it is not.", None),
     ("Two.", "Answer: 两个。", "wrong language"),
     ("Two.", "Answer: " + "Three dogs run over the long bridge " * 4, "length"),

@@ -79,7 +79,7 @@ def judge(row: Row, reply: str, finish_reason: str, gates: Gates) -> Parsed:
     _bounds(preferred, found.dispreferred, gates)
     if found.preferred is not None and not _faithful(row.answer, found.preferred):
         raise Unusable("preferred strays")
-    if not changes(preferred, found.dispreferred).kinds:
+    if not _says_otherwise(preferred, found.dispreferred, gates):
         raise Unusable("no hallucination")
     return found
 
@@ -108,6 +108,13 @@ def _bounds(preferred: str, dispreferred: str, gates: Gates) -> None:
 def has_reason(said: str) -> bool:
     """Whether an answer has Table 6's form Reason: ..., Result: ..."""
     return bool(re.match(r"\W*reason(?:ing)?\s*[:：]", said, re.IGNORECASE))
+
+
+def _says_otherwise(preferred: str, dispreferred: str, gates: Gates) -> bool:
+    """An object, count, attribute or relation changed, or two words did that no list knows (short answers: one)."""
+    found = changes(preferred, dispreferred)
+    unknown = [word for word in found.words if word not in FUNCTION]
+    return bool(found.kinds) or len(unknown) >= (1 if len(words(preferred)) <= gates.short else 2)
 
 
 def _faithful(answer: str, reorganised: str) -> bool:
