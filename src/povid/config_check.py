@@ -21,6 +21,7 @@ from povid.module import ObjectiveSettings, StageSettings
 from povid.policy import ModelSettings
 from povid.preferences.datamodule import NoiseSettings
 from povid.preferences.formats import READERS
+from povid.served import ServedSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ class Checked:
     ablation: AblationSettings
     stages: dict[int, StageSettings]
     run_stages: tuple[int, ...]
-    model: ModelSettings
+    model: ModelSettings | ServedSettings
     data: DataSettings
     noise: NoiseSettings
     objective: ObjectiveSettings
@@ -87,7 +88,8 @@ def check(cfg: DictConfig) -> Checked:
         raise Fault(f"configuration: {said}; give {error.full_key or 'that key'} a value") from None
 
     ablation = _bind(AblationSettings, tree.get("ablation"), "ablation", faults)
-    model = _bind(ModelSettings, tree.get("model"), "model", faults)
+    served = isinstance(tree.get("model"), dict) and "base_url" in tree["model"]
+    model = _bind(ServedSettings if served else ModelSettings, tree.get("model"), "model", faults)
     data = _bind(DataSettings, tree.get("data"), "data", faults)
     noise = _bind(NoiseSettings, tree.get("noise"), "noise", faults)
     objective = _bind(ObjectiveSettings, tree.get("objective"), "objective", faults)
@@ -241,9 +243,17 @@ def _values(tree: dict, ablation, stages, model, data, noise, objective) -> Iter
                    "noise.space=pixel and objective=released")
     if objective and objective.name not in ("paper", "released", "preferred_only"):
         yield f"objective.name: found {objective.name!r}; it is paper, released or preferred_only"
-    if model:
-        if model.style not in ("vicuna_v1", "chat"):
-            yield f"model.style: found {model.style!r}; it is vicuna_v1 or chat"
+    if isinstance(model, ServedSettings):
+        if ablation and ablation.stages:
+            yield (f"ablation: {ablation.name!r} trains and a served model can only be evaluated; use ablation=none or "
+                   "another model")
+        if tree.get("adapters") or tree.get("init_from"):
+            yield "adapters: a served model takes none; merge them, serve the result and name that"
+    elif model:
+        if model.style not in ("vicuna_v1", "chat", "bare"):
+            yield f"model.style: found {model.style!r}; it is vicuna_v1, chat or bare"
+        if model.quantize not in (None, "4bit"):
+            yield f"model.quantize: found {model.quantize!r}; it is 4bit or null"
         if model.dtype not in ("float32", "bfloat16", "float16", "float64"):
             yield f"model.dtype: found {model.dtype!r}; it is float32, bfloat16 or float16"
         if model.path.startswith("package:") and not Path(model.source).exists():

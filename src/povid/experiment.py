@@ -23,7 +23,7 @@ from lightning.pytorch.loggers import WandbLogger
 from omegaconf import DictConfig, OmegaConf
 
 from povid.benchmarks import suite
-from povid.benchmarks.question import Decoding, Question
+from povid.benchmarks.question import Answerer, Decoding, Question
 from povid.checkpoint import Checkpoints, newest, step_of, sync
 from povid.config_check import Checked, check
 from povid.fault import Fault
@@ -41,6 +41,7 @@ from povid.preferences.template import Template, open_picture
 from povid.preferences.triple import Triple
 from povid.processes import end_children, first, leave_group, one_job, wait_for
 from povid.resume import compare
+from povid.served import ServedSettings
 
 log = logging.getLogger(__name__)
 
@@ -114,8 +115,7 @@ def evaluate(cfg: DictConfig, checked: Checked, folder: Path, triples: Sequence[
              ) -> dict[str, Any]:
     """Answer the benchmarks with what the adapters make of the model, write results.json and the page of captions."""
     with _timed(timings, "evaluate"):
-        policy, template = load_policy(checked.model, adapters)
-        answers = Answers(policy, template, cfg.generation.batch_size, cfg.seed)
+        answers = _answerer(cfg, checked, adapters)
         model = fingerprint({"model": asdict(checked.model), "adapters": [_digest(a) for a in adapters]})
         benchmarks = suite.run(_selection(cfg), answers, folder / "benchmarks", judge(cfg), model=f"povid-{model}")
         after = _caption(answers, samples)
@@ -214,6 +214,14 @@ def fit(cfg: DictConfig, checked: Checked, number: int, module: POVIDModule, dat
         raise
     close(loggers)
     return trainer.global_step
+
+
+def _answerer(cfg: DictConfig, checked: Checked, adapters: Sequence[Path]) -> Answerer:
+    """Who answers: a server, or the model with its adapters."""
+    if isinstance(checked.model, ServedSettings):
+        return checked.model.answerer()
+    policy, template = load_policy(checked.model, adapters)
+    return Answers(policy, template, cfg.generation.batch_size, cfg.seed)
 
 
 def load_policy(settings: ModelSettings, adapters: Sequence[Path], *, adapted: bool = False) -> tuple[Policy, Template]:
@@ -344,7 +352,7 @@ def sample_questions(triples: Sequence[Triple], count: int) -> list[Question]:
     return [Question(triples[i].id, triples[i].image, triples[i].question, {"record": i}) for i in longest]
 
 
-def _caption(answers: Answers, samples: Sequence[Question]) -> list[str]:
+def _caption(answers: Answerer, samples: Sequence[Question]) -> list[str]:
     texts = dict(answers(samples, Decoding(max_new_tokens=96))) if samples else {}
     return [texts[i] for i in range(len(samples))]
 

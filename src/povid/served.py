@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,33 @@ def open_answerer(model: str, cache: str | Path, *, max_side: int = 1024, system
                   **settings: Any) -> Answerer:
     """``answerer`` for a new ``Endpoint(model, cache, **settings)``: what a configuration of a served model calls."""
     return answerer(Endpoint(model, cache, **settings), max_side=max_side, system=system)
+
+
+@dataclass(frozen=True, slots=True)
+class ServedSettings:
+    """A model that somebody serves, to be evaluated as it is.
+
+    Args:
+        name: its name in results; model: the server's name for it; base_url: the server, up to ``/v1``.
+        cache: file in which every reply is kept. max_side: pictures are made no larger than this, in pixels.
+        system: a system text, if the model wants one. The others: see ``povid.endpoint.Endpoint``.
+    """
+
+    name: str
+    model: str
+    base_url: str
+    cache: str
+    api_key_env: str = "OPENAI_API_KEY"
+    concurrency: int = 8
+    timeout: float = 120.0
+    retries: int = 6
+    max_side: int = 1024
+    system: str | None = None
+
+    def answerer(self) -> Answerer:
+        endpoint = Endpoint(self.model, self.cache, base_url=self.base_url, api_key_env=self.api_key_env,
+                            concurrency=self.concurrency, timeout=self.timeout, retries=self.retries)
+        return answerer(endpoint, max_side=self.max_side, system=self.system)
 
 
 def answerer(endpoint: Endpoint, *, max_side: int = 1024, system: str | None = None) -> Answerer:
