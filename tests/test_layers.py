@@ -16,16 +16,19 @@ MAY_IMPORT = {
     "objective": set(),
     "noise": set(),
     "packing": set(),
-    "policy": {"fault", "packing"},
+    "digest": {"packing"},
+    "fused": {"packing"},
+    "policy": {"fault", "fused", "packing"},
     "endpoint": {"fault"},
-    "preferences": {"fault", "noise", "packing", "preferences", "benchmarks"},
+    "preferences": {"digest", "fault", "noise", "packing", "preferences", "benchmarks"},
     "benchmarks": {"fault", "benchmarks", "endpoint"},
     "scoring": {"objective", "packing", "policy", "preferences"},
+    "reference_cache": {"digest", "objective", "policy", "preferences"},
     "generation": {"benchmarks", "fault", "packing", "policy", "preferences"},
     "report": {"fault", "report", "benchmarks", "machine"},
 }
 WINGS = {"scenes", "dispreference", "analysis", "report", "bench", "adapters"}
-EVERYTHING_ELSE_IS_ABOVE = {"module", "experiment", "config_check"}
+EVERYTHING_ELSE_IS_ABOVE = {"module", "memory", "experiment", "config_check"}
 
 
 def part(file: Path) -> str:

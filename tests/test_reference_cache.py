@@ -7,11 +7,12 @@ import pytest
 import tiny
 import torch
 
+from povid.digest import record_digest
 from povid.module import ObjectiveSettings, POVIDModule, StageSettings
 from povid.objective import LogProbs
 from povid.packing import Encoded
 from povid.preferences.datamodule import NoiseSettings, PreferenceDataModule, PreferenceDataset, collate
-from povid.reference_cache import STEPS_KEPT_BACK, ReferenceCache, folder_key, record_digest
+from povid.reference_cache import STEPS_KEPT_BACK, ReferenceCache, folder_key
 from povid.scoring import score
 
 

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import functools
+from contextlib import contextmanager
 
 import pytest
 import tiny
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from povid.fused import predicting_rows
 from povid.module import ObjectiveSettings, POVIDModule, StageSettings
-from povid.preferences.datamodule import NoiseSettings, PreferenceDataset, collate
+from povid.objective import LogProbs
+from povid.packing import Encoded
+from povid.preferences.datamodule import Example, NoiseSettings, PreferenceDataset, collate
 from povid.scoring import score
 
 NOISE = NoiseSettings()
@@ -18,6 +24,15 @@ NOISE = NoiseSettings()
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.save_tiny_llava(tmp_path_factory.mktemp("tiny"))
+
+
+@contextmanager
+def stock(network):
+    """The modules as transformers and peft wrote them, without what povid.fused changes."""
+    changed = [(module, module.__dict__.pop("forward")) for module in network.modules() if "forward" in vars(module)]
+    yield
+    for module, forward in changed:
+        module.forward = forward
 
 
 def plain_logits(network, encoded, pixels):
@@ -51,11 +66,12 @@ def plain_score(policy, examples, *, text, noise, released):
         return result, chosen
 
     ours, theirs = [], []
-    for example in examples:
-        result, chosen = one_model(example)
-        ours.append(result)
-        with policy.reference():
-            theirs.append(one_model(example, chosen)[0])
+    with stock(network):
+        for example in examples:
+            result, chosen = one_model(example)
+            ours.append(result)
+            with policy.reference():
+                theirs.append(one_model(example, chosen)[0])
     return ours, theirs
 
 
@@ -136,3 +152,77 @@ def test_models_that_cannot_be_packed_are_scored_the_plain_way(folder, tmp_path)
     slow = score(policy, apart)
     for one, other in zip((*fast[0], *fast[1]), (*slow[0], *slow[1])):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+
+
+def sequences(draw, prefix):
+    """A pair of random token sequences behind a prefix; few words, so that responses often begin alike."""
+    word, mark = st.integers(4, 9), st.booleans()
+    sides = []
+    for _ in range(2):
+        ids = draw(st.lists(word, min_size=1, max_size=draw(st.sampled_from([2, 6, 40]))))
+        marks = draw(st.lists(mark, min_size=len(ids), max_size=len(ids)))
+        marks[-1] = True
+        sides.append(Encoded(prefix + ids, [False] * len(prefix) + marks))
+    return sides
+
+
+@st.composite
+def batches(draw):
+    """One to four examples of random lengths, in the first positions the image's sixteen tokens."""
+    examples = []
+    for number in range(draw(st.integers(1, 4))):
+        prefix = [0] + [3] * 16 + draw(st.lists(st.integers(4, 9), max_size=20))
+        pixels, eps = torch.randn(2, 1, 3, 32, 32, generator=torch.Generator().manual_seed(draw(st.integers(0, 99))))
+        w, l = sequences(draw, prefix)
+        examples.append(Example(number, str(number), w, l, {"pixel_values": pixels}, {"pixel_values": pixels + eps},
+                                f"digest {number}"))
+    return examples
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(examples=batches(), released=st.booleans(), projector=st.booleans())
+def test_random_shapes_equal_the_plain_way(loaded, examples, released, projector):
+    policy, _ = loaded(torch.float32, projector)
+    batch = collate(examples, text=True, packable=True, padding_id=2)
+    plain = plain_score(policy, examples, text=True, noise=True, released=released)
+    fast = score(policy, batch, noise_on_clean_image=released)
+    for ours, theirs in zip(fast, plain):
+        for term in ("preferred", "text", "noise"):
+            torch.testing.assert_close(getattr(ours, term), torch.stack([entry[term] for entry in theirs]), rtol=1e-5,
+                                       atol=5e-5)
+    if not released:
+        cached = score(policy, batch, known_reference=LogProbs(fast[1].preferred, fast[1].text))
+        for one, other in zip((*fast[0], *fast[1]), (*cached[0], *cached[1])):
+            assert torch.equal(one, other)
+
+
+def test_gradient_checkpointing_changes_nothing(folder, tmp_path):
+    gradients = []
+    for checkpointing in (False, True):
+        policy, template = tiny.load(folder, gradient_checkpointing=checkpointing)
+        policy.train()
+        _, batch = batch_of(folder, tmp_path, template, (3, 0, 2), text=True, noise=True)
+        calls = []
+        policy.network.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        ours, theirs = score(policy, batch)
+        loss = sum((a - b).sum() for a, b in zip(ours, theirs))
+        gradients.append(torch.autograd.grad(loss, [p for group in policy.trained_parameters() for p in group]))
+        assert len(calls) == (6 if checkpointing else 4)  # policy and reference, clean and noised; two come again
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_last_layer_is_computed_where_tokens_are_predicted(loaded, folder, tmp_path):
+    policy, template = loaded(torch.float32, True)
+    _, batch = batch_of(folder, tmp_path, template, (0, 3), text=True, noise=False)
+    seen = []
+    layers = policy.network.get_decoder().layers
+    hooks = [layer.mlp.register_forward_hook(lambda m, i, output: seen.append(output.shape[1])) for layer in layers]
+    policy.predict(batch.pairs, policy.look(batch.images))
+    for hook in hooks:
+        hook.remove()
+    length, predicting = batch.pairs.input_ids_BT.shape[1], batch.pairs.columns_BU.shape[1]
+    assert seen == [length, predicting] and predicting < length
+    with predicting_rows(policy.network.get_decoder(), batch.pairs) as place_U:
+        assert torch.equal(place_U, batch.pairs.slot_U)
+    assert layers[-1].rows is None

@@ -67,7 +67,7 @@ class Packed(NamedTuple):
         length = self.segment_BT.shape[1]
         causal_TT = torch.ones(length, length, dtype=torch.bool, device=self.segment_BT.device).tril()
         query, key = self.segment_BT[:, :, None], self.segment_BT[:, None, :]
-        visible = ((key == SHARED) | (key == query)) & (key != PADDING) & causal_TT
+        visible = ((key == SHARED) | (key == query)) & (query != PADDING) & (key != PADDING) & causal_TT
         itself = torch.eye(length, dtype=torch.bool, device=self.segment_BT.device)
         return (visible | itself)[:, None]
 

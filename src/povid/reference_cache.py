@@ -15,45 +15,23 @@ import logging
 import math
 import os
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from povid.digest import tensor_digest
 from povid.objective import LogProbs
-from povid.packing import Encoded
-
-if TYPE_CHECKING:
-    from povid.policy import Policy
-    from povid.preferences.datamodule import PreferenceBatch
+from povid.policy import Policy
+from povid.preferences.datamodule import PreferenceBatch
 
 log = logging.getLogger(__name__)
 
-SCORING_CODE = ("objective.py", "packing.py", "policy.py", "scoring.py")
+SCORING_CODE = ("fused.py", "objective.py", "packing.py", "policy.py", "scoring.py")
 STEPS_KEPT_BACK = 64  # values stay on the device this long, since fetching one makes the host wait for it
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def _tensor_digest(name: str, tensor: Tensor) -> bytes:
-    digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(_bytes(tensor))
-    return digest.digest()
-
-
-def record_digest(preferred: Encoded, dispreferred: Encoded, images: Mapping[str, Tensor]) -> str:
-    """SHA-256 of all that enters the model for one record: token ids, response marks, processed image tensors."""
-    digest = hashlib.sha256()
-    for side in (preferred, dispreferred):
-        digest.update(json.dumps([side.input_ids, [int(mark) for mark in side.response]]).encode())
-    for name in sorted(images):
-        digest.update(_tensor_digest(name, images[name]))
-    return digest.hexdigest()
 
 
 def weights_digest(policy: Policy) -> str:
@@ -63,7 +41,7 @@ def weights_digest(policy: Policy) -> str:
     frozen = [(name, p) for name, p in network.named_parameters() if not p.requires_grad]
     frozen += [(name, b) for name, b in network.named_buffers()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter's lock
-        digests = threads.map(lambda entry: _tensor_digest(*entry), sorted(frozen, key=lambda entry: entry[0]))
+        digests = threads.map(lambda entry: tensor_digest(*entry), sorted(frozen, key=lambda entry: entry[0]))
         return hashlib.sha256(b"".join(digests)).hexdigest()
 
 

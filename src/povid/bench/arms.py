@@ -49,11 +49,15 @@ def loss_of(task: str, policy: LogProbs, reference: LogProbs) -> Objective:
 
 @contextmanager
 def checkpointing(policy: Policy, on: bool) -> Iterator[None]:
-    if on:
-        policy.network.gradient_checkpointing_enable({"use_reentrant": False})
+    if not on:
+        yield
+        return
+    policy.network.gradient_checkpointing_enable({"use_reentrant": False})
+    for layer in policy.network.get_decoder().layers:
+        layer.training = True  # transformers computes a layer again in training mode alone
     yield
-    if on:
-        policy.network.gradient_checkpointing_disable()
+    policy.network.gradient_checkpointing_disable()
+    policy.train()
 
 
 # --- ours ------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import gc
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -13,19 +17,22 @@ from povid.bench.subject import Shape
 
 
 def interleaved(arms: Sequence[Callable[[int], object]], *, warmups: int, repetitions: int,
-                device: str) -> list[list[float]]:
-    """Seconds of every repetition of every arm. The arms take turns, each time beginning with another one, so that a
-    slow minute of the machine falls on all of them. An arm is called with the number of the repetition."""
-    seconds: list[list[float]] = [[] for _ in arms]
+                device: str) -> list[list[tuple[float, float]]]:
+    """(seconds, seconds of processor time) of every repetition of every arm.
+
+    The arms take turns, each time beginning with another one, so that a slow minute of the machine falls on all of
+    them. An arm is called with the number of the repetition.
+    """
+    seconds: list[list[tuple[float, float]]] = [[] for _ in arms]
     for repetition in range(-warmups, repetitions):
         for place in range(len(arms)):
             arm = (place + repetition) % len(arms)
             _wait(device)
-            start = time.perf_counter()
+            start, worked = time.perf_counter(), time.process_time()
             arms[arm](repetition % max(repetitions, 1))
             _wait(device)
             if repetition >= 0:
-                seconds[arm].append(time.perf_counter() - start)
+                seconds[arm].append((time.perf_counter() - start, time.process_time() - worked))
     return seconds
 
 
@@ -55,7 +62,8 @@ def peak_bytes(step: Callable[[], object], *, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    step()  # what is allocated once and kept is not the step's
+    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         step()
     changes = sorted((e.start_ns(), e.nbytes()) for e in watched.profiler.kineto_results.events()
                      if e.name() == "[memory]")
@@ -66,34 +74,73 @@ def peak_bytes(step: Callable[[], object], *, device: str) -> int:
     return peak
 
 
-def flops(step: Callable[[], object]) -> int:
-    """Floating-point operations of a step's matrix products and attentions, as torch counts them."""
-    from torch.utils.flop_counter import FlopCounterMode
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """The profiler's library writes to the error stream each time it starts and stops."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
-    with FlopCounterMode(display=False) as counter:
+
+def flops(step: Callable[[], object]) -> int:
+    """Floating-point operations of a step's matrix products and attentions, as torch counts them.
+
+    Attention is counted for every pair of positions, masked or not, and its backward with the scores that it makes
+    again.
+    """
+    from torch.utils import flop_counter
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return flop_counter.sdpa_flop_count(q, k, v)
+
+    def attention_backward(g: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+        return flop_counter.sdpa_backward_flop_count(g, q, k, v)
+
+    on_cpu = {  # which torch leaves out
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
+    }
+    with flop_counter.FlopCounterMode(display=False, custom_mapping=on_cpu) as counter:
         step()
     return counter.get_total_flops()
 
 
 def floor_flops(shape: Shape, task: str, *, cached: bool = False) -> int:
-    """Operations per example that the exact mathematics needs: what is shared computed once, logits where a response
-    token is predicted, visible pairs of positions alone in attention, no gradient of frozen weights."""
+    """Operations per example that the exact mathematics needs: what is shared computed once, logits and the last
+    layer's queries, output and MLP where a response token is predicted, visible pairs of positions alone in attention,
+    no gradient of frozen weights."""
     s = shape
     prefix = s.image_tokens + s.prompt
     packed, noised = prefix + 2 * s.response, prefix + s.response
-    base = s.layers * (4 * s.width**2 + 3 * s.width * s.inner)
-    adapter = s.layers * s.lora * (4 * 2 * s.width + 3 * (s.width + s.inner))
+    base = 4 * s.width**2 + 3 * s.width * s.inner  # of a layer
+    adapter = s.lora * (4 * 2 * s.width + 3 * (s.width + s.inner))
+    in_part = 2 * s.width**2 + 3 * s.width * s.inner  # of the last one, what the predicting positions alone need
+    adapter_in_part = s.lora * (2 * 2 * s.width + 3 * (s.width + s.inner))
+
+    projector = 2 * s.image_tokens * s.vision_width * s.width  # its first layer; the second is square
 
     def pairs(length: int, hidden: int = 0) -> int:
         return length * (length + 1) // 2 - hidden
 
-    def forward(tokens: int, visible: int, predicting: int, *, adapted: bool) -> int:
-        linear = 2 * tokens * (base + (adapter if adapted else 0)) + 2 * predicting * s.width * s.vocabulary
-        return linear + 4 * s.layers * visible * s.width + 2 * s.image_tokens * s.width * (s.vision_width + s.width)
+    def linear(tokens: int, predicting: int, adapters: int) -> int:
+        whole, part = base + adapters * adapter, in_part + adapters * adapter_in_part
+        through = tokens * s.layers * whole - (tokens - predicting) * part
+        return 2 * through + 2 * predicting * s.width * s.vocabulary
 
-    def backward(tokens: int, visible: int, predicting: int) -> int:  # inputs of everything, weights of the adapter
-        linear = 2 * tokens * (base + 2 * adapter) + 2 * predicting * s.width * s.vocabulary
-        return linear + 8 * s.layers * visible * s.width + 2 * s.image_tokens * s.width * (s.vision_width + 2 * s.width)
+    def forward(tokens: int, visible: int, predicting: int, *, adapted: bool) -> int:
+        attention = 4 * s.layers * visible * s.width
+        return linear(tokens, predicting, int(adapted)) + attention + projector + 2 * s.image_tokens * s.width**2
+
+    def backward(tokens: int, visible: int, predicting: int) -> int:
+        """Of the inputs of everything, of the weights of adapter and projector."""
+        attention = 8 * s.layers * visible * s.width
+        return linear(tokens, predicting, 2) + attention + projector + 4 * s.image_tokens * s.width**2
 
     patches = s.image_tokens + 1
     vision = (s.vision_layers - 1) * (2 * patches * 12 * s.vision_width**2 + 4 * patches**2 * s.vision_width)

@@ -97,11 +97,18 @@ def build_processor(shape: Shape) -> Any:
                           vision_feature_select_strategy="default")
 
 
-def adapt(model: nn.Module, processor: Any, shape: Shape, *, seed: int = 1) -> Policy:
-    """A policy on the model whose adapter is not zero, so that policy and reference differ. Dropout is off."""
+def adapt(model: nn.Module, processor: Any, shape: Shape, *, lightened: bool = True, seed: int = 1) -> Policy:
+    """A policy on the model whose adapter is not zero, so that policy and reference differ. Dropout is off.
+
+    ``lightened=False`` leaves the modules as transformers and peft made them (see ``povid.fused``).
+    """
     settings = ModelSettings(shape.name, "", dtype=shape.dtype, system="", max_length=4096,
                              lora=LoraSettings(shape.lora, 2 * shape.lora, 0.0))
+    torch.manual_seed(seed)
     policy = Policy(model, processor, settings, adapted=True)
+    if not lightened:
+        for module in policy.network.get_decoder().modules():
+            module.__dict__.pop("forward", None)
     generator = torch.Generator().manual_seed(seed)
     for parameter in (p for group in policy.trained_parameters() for p in group):
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)
@@ -131,7 +138,8 @@ def triples(shape: Shape, count: int, *, pixels: tuple[int, int] | None = None, 
     generator = torch.Generator().manual_seed(seed)
 
     def words(number: int) -> str:
-        return " ".join(f"w{i}" for i in torch.randint(0, shape.vocabulary - 6, (number,), generator=generator).tolist())
+        drawn = torch.randint(0, shape.vocabulary - 6, (number,), generator=generator)
+        return " ".join(f"w{i}" for i in drawn.tolist())
 
     made = []
     for i in range(count):

@@ -29,17 +29,19 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
     folder = tempfile.mkdtemp(prefix="povid-bench-trl-")
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(folder, beta=COEFFICIENTS.alpha, gradient_checkpointing=checkpoint, bf16=policy.settings.dtype == "bfloat16",
-                       use_cpu=device.type == "cpu", report_to="none", per_device_train_batch_size=1,
-                       max_length=None, disable_tqdm=True, save_strategy="no"),
+        args=DPOConfig(folder, beta=COEFFICIENTS.alpha, gradient_checkpointing=checkpoint,
+                       bf16=policy.settings.dtype == "bfloat16", use_cpu=device.type == "cpu", report_to="none",
+                       per_device_train_batch_size=1, max_length=None, disable_tqdm=True, save_strategy="no"),
         # TRL asks for a data set when it is made; its steps below get batches as its own collator lays them out.
         train_dataset=Dataset.from_list([{"images": [Image.new("RGB", (8, 8))], "prompt": "USER: <image>",
                                           "chosen": "w1", "rejected": "w2"}]),
         processing_class=processor,
         peft_config=copy.deepcopy(policy.model.peft_config["default"]),
     )
-    trainer.current_gradient_accumulation_steps = 1
     peft_model = trainer.model
+    trainer.current_gradient_accumulation_steps = 1  # this and the next are what train() does first
+    if checkpoint:
+        peft_model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     mine = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}
     trained = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
     if mine.keys() != trained.keys():
@@ -53,7 +55,8 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
             laid_out[id(step)] = inputs_of(step, policy.network.dtype)
         return trainer.training_step(peft_model, dict(laid_out[id(step)]))
 
-    return Arm("TRL DPOTrainer, as it comes" if checkpoint else "TRL DPOTrainer", "stage 1", run), list(trained.values())
+    name = "TRL DPOTrainer, as it comes" if checkpoint else "TRL DPOTrainer"
+    return Arm(name, "stage 1", run), list(trained.values())
 
 
 def inputs_of(step: Step, dtype: torch.dtype) -> dict[str, Tensor]:

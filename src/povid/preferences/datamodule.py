@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from povid import noise
+from povid.digest import record_digest
 from povid.fault import Fault
 from povid.packing import Encoded, Packed, pack
 from povid.preferences.template import Template, open_picture
 from povid.preferences.triple import Triple
-from povid.reference_cache import record_digest
 
 
 @dataclass(frozen=True, slots=True)
