@@ -10,7 +10,8 @@ from PIL import Image
 
 from povid.benchmarks.question import Decoding, Question
 from povid.fault import Fault
-from povid.generation import Answers, Group, bytes_per_token, split
+from povid.generation import Answers, Group, split
+from povid.key_values import ROOM, RoomyLayer, bytes_per_token, key_values
 
 TEXTS = ("Is there a dog", "Is there a cat near the bus in town , a red bus , and two people with umbrella",
          "What is it", "Describe this image.", "Is there a dog near a tree")
@@ -174,3 +175,25 @@ def test_split_keeps_order_and_bound():
 def test_bytes_per_token_are_those_of_the_cache(loaded):
     """2 layers, 4 heads of 8, keys and values, 4 bytes: 2 * 2 * 4 * 8 * 4 = 512."""
     assert bytes_per_token(loaded[0].network) == 512
+
+
+def test_the_cache_holds_what_was_put_into_it_and_copies_seldom():
+    torch.manual_seed(0)
+    layer, put, moves = RoomyLayer(), [], set()
+    for length in [5, *[1] * (2 * ROOM + 3)]:
+        put.append(torch.randn(3, 2, length, 4))
+        keys, values = layer.update(put[-1], -put[-1])
+        assert torch.equal(keys, torch.cat(put, 2)) and torch.equal(values, -keys)
+        moves.add(keys.untyped_storage().data_ptr())
+    assert len(moves) == 3
+    rows = torch.tensor([2, 0])
+    layer.batch_select_indices(rows)
+    last = torch.randn(2, 2, 1, 4)
+    keys, values = layer.update(last, last)
+    assert torch.equal(keys, torch.cat([torch.cat(put, 2)[rows], last], 2)) and layer.get_seq_length() == keys.shape[2]
+
+
+def test_layers_that_look_back_a_bounded_way_get_their_own_cache():
+    plain, bounded = tiny_models.text_config(100), tiny_models.text_config(100, "qwen2", use_sliding_window=True,
+                                                                          sliding_window=8, max_window_layers=1)
+    assert type(key_values(plain)).__name__ == "Cache" and type(key_values(bounded)).__name__ == "DynamicCache"

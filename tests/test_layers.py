@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "benchmarks": {"fault", "benchmarks", "endpoint"},
     "scoring": {"objective", "packing", "policy", "preferences"},
     "reference_cache": {"digest", "objective", "policy", "preferences"},
-    "generation": {"benchmarks", "fault", "packing", "policy", "preferences"},
+    "generation": {"benchmarks", "fault", "key_values", "packing", "policy", "preferences"},
     "report": {"fault", "report", "benchmarks", "machine"},
 }
 WINGS = {"scenes", "dispreference", "analysis", "report", "bench", "adapters"}

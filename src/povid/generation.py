@@ -97,14 +97,16 @@ class Answers:
         return batches
 
     def _affordable(self, groups: list[Group], decoding: Decoding) -> int:
-        """Rows whose keys and values fit into half of the GPU's free memory (the cache is copied when it grows)."""
+        """Rows whose keys and values fit into two thirds of the GPU's free memory."""
+        from povid.key_values import bytes_per_token
+
         parameter = next(self.policy.parameters())
         if parameter.device.type != "cuda":
             return self.batch_size
         free = torch.cuda.mem_get_info(parameter.device)[0] + (
             torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device))
         length = max(len(prompt) for group in groups for prompt in group.prompts) + decoding.max_new_tokens
-        return max(1, int(0.5 * free / (length * bytes_per_token(self.policy.network))))
+        return max(1, int(2 / 3 * free / (length * bytes_per_token(self.policy.network))))
 
     def _prepare(self, questions: Sequence[Question], batch: list[list[int]]) -> list[Group]:
         longest = getattr(self.policy.network.config.get_text_config(), "max_position_embeddings", None)
@@ -142,7 +144,7 @@ class Answers:
                   generators: list[torch.Generator]) -> Iterator[tuple[int, list[int]]]:
         """(row, tokens) as rows come to their end. One forward for the images' prefixes, one for all questions' rests,
         then one per token."""
-        from transformers import DynamicCache
+        from povid.key_values import key_values  # transformers takes seconds to import
 
         policy, network = self.policy, self.policy.network
         device = next(policy.parameters()).device
@@ -152,7 +154,7 @@ class Answers:
 
         shared = [group.shared for group in groups]
         prefix, mask = _left_pad([group.prompts[0][:n] for group, n in zip(groups, shared)], pad, device)
-        cache = DynamicCache(config=network.config.get_text_config())
+        cache = key_values(network.config.get_text_config())
         decoder(inputs_embeds=policy.embed(prefix, policy.look(images)), attention_mask=mask, use_cache=True,
                 position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
         owners = [number for number, group in enumerate(groups) for _ in group.prompts]
@@ -161,31 +163,33 @@ class Answers:
             mask = mask[owners]
         rests = [prompt[n:] for group, n in zip(groups, shared) for prompt in group.prompts]
         ids, rest_mask = _left_pad(rests, pad, device)
-        alive = list(range(len(owners)))
-        tokens: list[list[int]] = [[] for _ in alive]
+        rows = list(range(len(owners)))
+        tokens: list[list[int]] = [[] for _ in rows]
+        done: set[int] = set()
         before = mask.sum(-1, keepdim=True)
         positions = before + (rest_mask.cumsum(-1) - 1).clamp(min=0)
         mask = torch.cat([mask, rest_mask], dim=1)
         for _ in range(decoding.max_new_tokens):
             hidden = decoder(inputs_embeds=network.get_input_embeddings()(ids), attention_mask=mask, use_cache=True,
                              position_ids=positions, past_key_values=cache).last_hidden_state[:, -1]
-            chosen = _choose(head(hidden), decoding.temperature, [generators[row] for row in alive])
-            going = []
-            for place, (row, token) in enumerate(zip(alive, chosen.tolist())):
-                tokens[row].append(token)
-                if token in ends or len(tokens[row]) == decoding.max_new_tokens or self._stops(tokens[row], decoding):
-                    yield row, tokens[row]
-                else:
-                    going.append(place)
+            chosen = _choose(head(hidden), decoding.temperature, [generators[row] for row in rows])
+            for row, token in zip(rows, chosen.tolist()):
+                if row not in done:
+                    tokens[row].append(token)
+                    if token in ends or len(tokens[row]) == decoding.max_new_tokens or self._stops(tokens[row],
+                                                                                                   decoding):
+                        done.add(row)
+                        yield row, tokens[row]
+            going = [place for place, row in enumerate(rows) if row not in done]
             if not going:
                 return
             ids, positions = chosen[:, None], positions[:, -1:] + 1
-            if len(going) < len(alive):  # finished rows are dropped
+            if len(going) <= 0.875 * len(rows):  # finished rows are dropped; that copies the cache, so not one by one
                 keep = torch.tensor(going, device=device)
                 cache.batch_select_indices(keep)
                 ids, positions, mask = ids[keep], positions[keep], mask[keep]
-                alive = [alive[place] for place in going]
-            mask = torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+                rows = [rows[place] for place in going]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
     def _stops(self, tokens: list[int], decoding: Decoding) -> bool:
         """Whether the text of ``decoding.stop`` is complete with the last token."""
@@ -235,15 +239,6 @@ def split(groups: list[Group], rows: int) -> Iterator[list[Group]]:
             part.append(piece)
     if part:
         yield part
-
-
-def bytes_per_token(network: torch.nn.Module) -> int:
-    """Memory of one token's keys and values over all layers."""
-    config = network.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size = next(p for p in network.parameters() if p.is_floating_point()).element_size()
-    return 2 * config.num_hidden_layers * heads * width * size
 
 
 def _end_tokens(network: torch.nn.Module, template: Template) -> set[int]:
