@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,23 @@ def options() -> list[tuple[str, str]]:
     return found
 
 
+PLUGINS = {"joblib": "hydra_joblib_launcher", "ray": "hydra_ray_launcher", "slurm": "hydra_submitit_launcher",
+           "submitit_local": "hydra_submitit_launcher"}
+
+
+def skip_what_is_not_installed(group: str, option: str) -> None:
+    plugin = PLUGINS.get(option) if group == "launcher" else None
+    if plugin and importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
+        pytest.skip(f"{plugin} is not installed")
+
+
+def skip_without_plugin(group: str, option: str) -> None:
+    """Launchers are extras; an option of conf/launcher is named for its plugin, `slurm` is submitit's."""
+    plugin = {"slurm": "submitit", "submitit_local": "submitit", "basic": None}.get(option, option)
+    if group == "launcher" and plugin and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
+        pytest.skip(f"hydra-{plugin}-launcher is not installed")
+
+
 def composed(*overrides: str):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         return compose("config", overrides=list(overrides))
@@ -42,6 +60,8 @@ def override(group: str, option: str) -> str:
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=str)
 def test_every_configuration_composes_and_binds(group, option):
+    skip_what_is_not_installed(group, option)
+    skip_without_plugin(group, option)
     cfg = composed(override(group, option))
     check(cfg)
     OmegaConf.to_yaml(cfg, resolve=True)
@@ -63,6 +83,8 @@ def small(world: Path) -> list[str]:
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=str)
 def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_path):
+    skip_what_is_not_installed(group, option)
+    skip_without_plugin(group, option)
     first = composed(override(group, option))
     if first.data.get("prepare") is None:
         pytest.skip("its data must be downloaded")
@@ -106,7 +128,7 @@ def test_all_faults_are_told_at_once():
     (["noise.space=pixel", "noise.wrap_around=true"], "it needs noise.space=pixel and objective=released"),
     (["init_from=/nowhere"], "init_from: /nowhere does not exist"),
     (["stages.2.epochs=0"], "epochs is 0 and max_steps -1"),
-    (["model.style=llama"], "model.style: found 'llama'; it is vicuna_v1 or chat"),
+    (["model.style=llama"], "model.style: found 'llama'; it is vicuna_v1, chat or bare"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")
 def test_bad_values_are_named_with_their_cure(overrides, sentence):
     with pytest.raises(Fault, match=r"the configuration has") as fault:
