@@ -18,6 +18,7 @@ import torch
 
 from povid.bench import measure
 from povid.bench.arms import Arm, filled_cache, ours, plain, released_code
+from povid.bench.pipeline import waiting
 from povid.bench.subject import SHAPES, Step, adapt, build_model, build_processor, steps, twin
 from povid.fault import Fault
 from povid.machine import keep_freed_memory, versions
@@ -43,6 +44,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out (it is the optional extra `bench`)")
     parser.add_argument("--peak-tflops", type=float, default=790.0,
                         help="dense rate of the device for utilisation; 790 was measured on an H100 in bf16")
+    parser.add_argument("--workers", type=int, nargs="*", default=[2, 0],
+                        help="loader processes with which the wait for data is measured (on a CPU)")
+    parser.add_argument("--photographs", type=int, default=60, help="how many photographs are loaded for that")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
     return parser.parse_args(arguments)
 
@@ -100,7 +104,11 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     policy = adapt(twin(base), processor, shape)
     with tempfile.TemporaryDirectory(prefix="povid-bench-") as folder:
         built = build_arms(policy, made, options, base, processor, Path(folder))
-        return measured(shape, policy, made, built, options, device)
+        result = measured(shape, policy, made, built, options, device)
+    if device == "cpu":
+        result["pipeline"] = [waiting(policy, processor, shape, workers=n, count=options.photographs)
+                              for n in options.workers]
+    return result
 
 
 def measured(shape, policy: Policy, made: list[Step], built, options: argparse.Namespace,
@@ -202,6 +210,9 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", f"{'others against ours':59} {'times as long':>13} {'cpu time':>8} {'our peak memory':>16}"]
     lines += [f"{entry['what']:59} {entry['speed']:13.2f} {entry['processor']:8.2f} {entry['memory']:16.0%}"
               for entry in result["ratios"]]
+    lines += [f"\n{entry['workers']} loader processes, 336-pixel photographs: a step of {entry['works_ms']:.1f} ms "
+              f"waits {entry['waits_ms']:.2f} ms for its data ({entry['share']:.1%})"
+              for entry in result.get("pipeline", ())]
     return "\n".join(lines)
 
 
