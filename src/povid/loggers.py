@@ -108,4 +108,4 @@ def close(loggers: Sequence[Logger], status: str = "success") -> None:
             import wandb
 
             logger.finalize(status)
-            wandb.finish(exit_code=0 if status == "success" else 1, quiet=True)
+            wandb.finish(exit_code=0 if status == "success" else 1)
