@@ -10,6 +10,7 @@ import tiny
 import tiny_models
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from povid.benchmarks.question import Decoding, Question
 from povid.fault import Fault
@@ -122,6 +123,48 @@ def test_adapter_is_loaded_by_plain_peft_and_merges(folders, pictures, tmp_path,
                         adapted=False)
         torch.testing.assert_close(whole(merged, examples[1].images, examples[1].preferred)[1], expected,
                                    rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "instructblip"])
+def test_earlier_adapters_are_not_rounded_away_in_bfloat16(folders, pictures, tmp_path, name):
+    """Two earlier adapters, products a thousandth of the weights: beside them they work, merged they vanish.
+
+    What they add to the queries of the first layer, for 64 random inputs: exactly in float32, then from the bfloat16
+    network's products, and from the bfloat16 weights into which they were merged.
+    """
+    style = {"style": STYLES.get(name, "chat"), "max_length": 256}
+    adapters = [tmp_path / "one", tmp_path / "two"]
+    for number, adapter in enumerate(adapters):
+        policy, template = load(folders, name, perturb=False)
+        generator = torch.Generator().manual_seed(number)
+        for key, parameter in policy.named_parameters():
+            if "lora_B" in key:
+                parameter.data += 3e-4 * torch.randn(parameter.shape, generator=generator)
+        policy.save_adapter(adapter)
+    example = batch_of(pictures, policy, template, noise=False)[0][1]
+
+    def queries(dtype, *earlier, merged=False):
+        model = load_model(tiny.settings(folders(name), **style, dtype=dtype), earlier, merged=merged)
+        return model, model.get_decoder().layers[0].self_attn.q_proj
+
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(9)).bfloat16().float()
+    added = queries("float32", *adapters)[1](x) - queries("float32")[1](x)
+    assert added.norm() > 0
+    model, layer = queries("bfloat16", *adapters)
+    products = sum(x @ layer.get_buffer(f"earlier_{n}_a").float().T @ layer.get_buffer(f"earlier_{n}_b").float().T
+                   for n in (0, 1))
+    assert (products - added).norm() < 0.02 * added.norm()
+    bare = queries("bfloat16")[1]
+    torch.testing.assert_close(layer(x.bfloat16()).float(), bare(x.bfloat16()).float() + added, rtol=0.02, atol=0.02)
+    merged = queries("bfloat16", *adapters, merged=True)[1].weight.float() - bare.weight.float()
+    assert (x @ merged.T - added).norm() > 0.5 * added.norm()
+
+    policy = Policy(model, template.processor, tiny.settings(folders(name), **style, dtype="bfloat16"), adapted=True)
+    with torch.no_grad(), policy.reference():  # the earlier adapters belong to the reference
+        found = whole(policy, example.images, example.preferred)[0]
+    assert found.isfinite()
+    policy.save_adapter(tmp_path / "three")
+    assert not any("earlier" in key for key in load_file(tmp_path / "three" / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("name", NAMES)

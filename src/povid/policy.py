@@ -10,10 +10,9 @@ import functools
 import inspect
 import logging
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -133,8 +132,11 @@ def load_processor(settings: ModelSettings) -> Any:
     return processor
 
 
-def load_model(settings: ModelSettings, adapters: Sequence[Path] = ()) -> nn.Module:
-    """The frozen model with earlier adapters merged into it, in their order.
+def load_model(settings: ModelSettings, adapters: Sequence[Path] = (), *, merged: bool = False) -> nn.Module:
+    """The frozen model with earlier adapters in it, in their order.
+
+    In float32 they are merged into its weights. In fewer bits the rounding would swallow most of what steps of 1e-7 add
+    up to, so they stay beside the weights, unless ``merged`` asks for a model without them.
 
     Raises:
         Fault: the weights cannot be found, an adapter folder holds no adapter, or four bits are wanted where there is
@@ -143,20 +145,47 @@ def load_model(settings: ModelSettings, adapters: Sequence[Path] = ()) -> nn.Mod
     for adapter in adapters:
         if not (adapter / "adapter_config.json").exists():
             raise Fault(f"{adapter} holds no adapter_config.json; point init_from at a run folder or adapter folder")
-    if settings.quantize:
-        return _quantized(settings, adapters).requires_grad_(False)
-    model = _from_pretrained(settings, settings.source)
-    for adapter in adapters:
-        model = merge(model, adapter)
+    model = _from_pretrained(settings, settings.source, **(_four_bits(settings) if settings.quantize else {}))
+    exact = DTYPES[settings.dtype] in (torch.float32, torch.float64) and not settings.quantize
+    for number, adapter in enumerate(adapters):
+        model = _merge(model, adapter) if merged or exact else _attach(model, adapter, number)
     return model.requires_grad_(False)
 
 
-def merge(model: nn.Module, adapter: Path) -> nn.Module:
-    """The model with an adapter merged into its weights, their dtype kept."""
+def _merge(model: nn.Module, adapter: Path) -> nn.Module:
+    """The model with an adapter added to its weights, their dtype kept."""
     from peft import PeftModel
 
     dtype = model.dtype
     return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(dtype)
+
+
+def _attach(model: nn.Module, adapter: Path, number: int) -> nn.Module:
+    """The model with an adapter's products added to what its layers give, and with the projector that is in it."""
+    from peft import PeftModel
+    from peft.tuners.lora import LoraLayer
+
+    adapted = PeftModel.from_pretrained(model, str(adapter))
+    products = {}
+    for module in adapted.modules():
+        if isinstance(module, LoraLayer):
+            products[module.get_base_layer()] = tuple(weight.detach().to(model.dtype) for weight in (
+                module.lora_A["default"].weight, module.lora_B["default"].weight * module.scaling["default"]))
+    dtype = model.dtype
+    model = adapted.unload()
+    for layer, (a, b) in products.items():
+        layer.register_buffer(f"earlier_{number}_a", a)
+        layer.register_buffer(f"earlier_{number}_b", b)
+        layer.register_forward_hook(functools.partial(_add_product, number))
+    for name, module in model.named_modules():
+        if name.endswith(ARCHITECTURES.get(model.config.model_type, UNKNOWN).projector or "-"):
+            module.to(dtype)
+    return model
+
+
+def _add_product(number: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    a, b = layer.get_buffer(f"earlier_{number}_a"), layer.get_buffer(f"earlier_{number}_b")
+    return output + nn.functional.linear(nn.functional.linear(inputs[0].to(a.dtype), a), b).to(output.dtype)
 
 
 def _from_pretrained(settings: ModelSettings, source: str, **options: Any) -> nn.Module:
@@ -168,8 +197,8 @@ def _from_pretrained(settings: ModelSettings, source: str, **options: Any) -> nn
         return AutoModelForImageTextToText.from_pretrained(source, dtype=DTYPES[settings.dtype], **options)
 
 
-def _quantized(settings: ModelSettings, adapters: Sequence[Path]) -> nn.Module:
-    """Language model in four bits. Adapters are merged before the rounding, which would swallow what they add."""
+def _four_bits(settings: ModelSettings) -> dict[str, Any]:
+    """What from_pretrained needs for a language model in four bits."""
     from importlib.util import find_spec
 
     if find_spec("bitsandbytes") is None:
@@ -178,16 +207,12 @@ def _quantized(settings: ModelSettings, adapters: Sequence[Path]) -> nn.Module:
         raise Fault("model.quantize=4bit needs a GPU and none is to be seen; leave model.quantize at null here")
     from transformers import AutoConfig, BitsAndBytesConfig
 
-    kind = ARCHITECTURES.get(AutoConfig.from_pretrained(settings.source).model_type, UNKNOWN)
+    with _loading(settings):
+        kind = ARCHITECTURES.get(AutoConfig.from_pretrained(settings.source).model_type, UNKNOWN)
     kept = ["lm_head", "vision_tower", "vision_model", "visual", *([kind.projector] if kind.projector else [])]
     plan = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                               bnb_4bit_compute_dtype=DTYPES[settings.dtype], llm_int8_skip_modules=kept)
-    options = {"quantization_config": plan, "device_map": {"": torch.cuda.current_device()}}
-    if not adapters:
-        return _from_pretrained(settings, settings.source, **options)
-    with tempfile.TemporaryDirectory() as merged:
-        load_model(replace(settings, quantize=None), adapters).save_pretrained(merged)
-        return _from_pretrained(settings, merged, **options)
+    return {"quantization_config": plan, "device_map": {"": torch.cuda.current_device()}}
 
 
 @contextmanager
