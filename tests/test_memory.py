@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import tiny
 import torch
@@ -75,3 +77,19 @@ def test_longest_records_are_the_ones_looked_at(ready):
     module, data = ready
     batch = memory.longest(module, data, 2)
     assert max(data.lengths) == data.lengths[batch.records[0]] == data.lengths[batch.records[1]]
+
+
+def test_batch_size_auto_is_a_setting_of_one_device():
+    from hydra import compose, initialize_config_dir
+
+    from povid.config_check import check
+
+    def checked(*overrides):
+        with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base=None):
+            return check(compose("config", [*overrides, "hydra.run.dir=."]))
+
+    assert checked("stages.1.batch_size=auto").stages[1].batch_size == "auto"
+    with pytest.raises(Fault, match="one device"):
+        checked("stages.2.batch_size=auto", "trainer.devices=2")
+    with pytest.raises(Fault, match="whole number or auto"):
+        checked("stages.2.batch_size=many")

@@ -224,7 +224,13 @@ def _values(tree: dict, ablation, stages, model, data, noise, objective) -> Iter
     for number, stage in stages.items():
         if stage is None:
             continue
-        for name, low in (("batch_size", 1), ("accumulate", 1)):
+        automatic = stage.batch_size == "auto"
+        if isinstance(stage.batch_size, str) and not automatic:
+            yield f"stages.{number}.batch_size: found {stage.batch_size!r}, needed a whole number or auto"
+            continue
+        if automatic and (tree.get("trainer") or {}).get("devices") != 1:
+            yield f"stages.{number}.batch_size: auto is decided on one device; use trainer.devices=1 or give a number"
+        for name, low in (("accumulate", 1),) if automatic else (("batch_size", 1), ("accumulate", 1)):
             if getattr(stage, name) < low:
                 yield f"stages.{number}.{name}: found {getattr(stage, name)}, needed at least {low}"
         if stage.lr <= 0:

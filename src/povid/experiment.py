@@ -31,6 +31,7 @@ from povid.generation import Answers
 from povid.guards import DataCheck, FiniteLoss, full_disk_told, refuse
 from povid.loggers import MetricsFile, close, wandb_logger
 from povid.machine import keep_freed_memory, packages, versions
+from povid.memory import estimate, largest_batch
 from povid.module import POVIDModule
 from povid.policy import ModelSettings, Policy, load_processor
 from povid.preferences.check import Report
@@ -167,9 +168,13 @@ def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequenc
         noise = checked.noise if "noise" in terms and checked.objective.name != "preferred_only" else None
         data = PreferenceDataModule(
             triples, template, noise=noise, text="text" in terms and checked.objective.name != "preferred_only",
-            packable=policy.packable, batch_size=stage.batch_size, seed=cfg.seed, workers=checked.data.workers,
+            packable=policy.packable, batch_size=1 if stage.batch_size == "auto" else stage.batch_size, seed=cfg.seed,
+            workers=checked.data.workers,
             cache_mb=checked.data.cache_mb, group_by_length=checked.data.group_by_length,
         )
+        if stage.batch_size == "auto":
+            data.batch_size = largest_batch(module, data)
+        log.info("stage %d: batches of %d; %s", number, data.batch_size, estimate(module, data, data.batch_size))
     with _timed(timings, f"stage_{number}.fit"):
         steps = fit(cfg, checked, number, module, data, folder)
     if first():

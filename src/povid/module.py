@@ -42,8 +42,8 @@ class StageSettings:
     """How a stage trains (Table 5 and section 4.1).
 
     ``dispreferences``: what the stage can use, of ``text`` and ``noise``; the ablation says which of them it does use.
-    ``batch_size`` counts records per device and step, ``accumulate`` steps per optimiser step; ``max_steps`` -1 leaves
-    the length to ``epochs``.
+    ``batch_size`` counts records per device and step (``auto``: the most that fit), ``accumulate`` steps per optimiser
+    step; ``max_steps`` -1 leaves the length to ``epochs``.
     """
 
     name: str
@@ -51,7 +51,7 @@ class StageSettings:
     epochs: int
     lr: float
     projector_lr: float
-    batch_size: int
+    batch_size: int | str
     accumulate: int = 1
     max_steps: int = -1
     warmup_ratio: float = 0.03
