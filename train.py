@@ -81,6 +81,12 @@ def start() -> int:
             raise
         print("error:", *(line.strip() for line in str(error).splitlines() if line.strip()), file=sys.stderr)
         return 2
+    except OSError as error:
+        if begun:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; choose another folder with outputs= or hydra.run.dir=",
+              file=sys.stderr)
+        return 2
     except Fault as fault:  # of a job, whose sentence has been printed, or of resume=latest
         if "resume=latest" in sys.argv:
             print(f"error: {fault}", file=sys.stderr)

@@ -5,30 +5,22 @@ Runs are forks of the test's process, so that one takes a second or two; the for
 
 from __future__ import annotations
 
-import csv
-import hashlib
 import json
-import logging
-import multiprocessing
 import os
 import random
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import tiny
-from hydra import compose, initialize_config_dir
+from forks import at_step, finish, outcome, run, settings
 
-from povid import checkpoint, experiment
-from povid.checkpoint import Checkpoints, Stopped, checkpoints, newest
+from povid import checkpoint
+from povid.checkpoint import Checkpoints, checkpoints, newest
 from povid.fault import Fault
 from povid.resume import expand
-
-CONF = Path(__file__).resolve().parents[1] / "conf"
-FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture(scope="module")
@@ -36,66 +28,6 @@ def world(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("resume")
     tiny.save_tiny_llava(folder / "tiny")
     return folder
-
-
-def settings(world: Path, *more: str) -> list[str]:
-    """Two stages of two epochs; 9 records in batches of 2 make 5 batches an epoch, the last one short."""
-    return [f"outputs={world}/out", f"model.path={world}/tiny", "model.max_length=400", "model.lora.dropout=0.1",
-            "data.prepare.preferences=9", "data.prepare.evaluation=1", "data.prepare.tuning=1", "samples=0",
-            "stages.1.epochs=2", "stages.2.epochs=2", "stages.1.batch_size=2", "stages.2.batch_size=2",
-            "checkpoint.every_steps=2", "logger=csv", "benchmarks=[pope]", *more]
-
-
-def configured(overrides: list[str]):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=overrides)
-
-
-def run(overrides: list[str], folder: Path, sabotage: Callable[[], None] = lambda: None) -> FORK.Process:
-    """A fork that runs; it exits with 0, 2 (Fault) or 143 (Stopped), or dies of what ``sabotage`` prepared."""
-
-    def work() -> None:
-        sys.stdout = sys.stderr = folder.with_suffix(".log").open("a", buffering=1)
-        logging.basicConfig(stream=sys.stderr, force=True)
-        sabotage()
-        try:
-            experiment.run(configured(overrides), folder)
-        except Fault as fault:
-            print(f"error: {fault}", flush=True)
-            os._exit(2)
-        except Stopped as stopped:
-            print(f"stopped: {stopped}", flush=True)
-            os._exit(143)
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-            os._exit(1)
-        os._exit(0)
-
-    process = FORK.Process(target=work)
-    process.start()
-    return process
-
-
-def finish(overrides: list[str], folder: Path, sabotage: Callable[[], None] = lambda: None) -> int:
-    process = run(overrides, folder, sabotage)
-    process.join(120)
-    assert process.exitcode is not None, "the run hangs"
-    return process.exitcode
-
-
-def outcome(folder: Path) -> dict[str, object]:
-    """Every logged number as it was written, and the bytes of the adapters."""
-    found: dict[str, object] = {}
-    for stage in (1, 2):
-        home = folder / f"stage_{stage}"
-        with (home / "metrics.csv").open(newline="") as file:
-            found[f"losses of stage {stage}"] = [tuple(row.items()) for row in csv.DictReader(file)]
-        weights = (home / "adapter" / "adapter_model.safetensors").read_bytes()
-        found[f"adapter of stage {stage}"] = hashlib.sha256(weights).hexdigest()
-        assert not (home / "checkpoints").exists(), "checkpoints of a finished stage are removed"
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -114,22 +46,6 @@ def undisturbed(world):
 
 
 # --- ways to die -----------------------------------------------------------------------------------------------------
-
-
-def at_step(stage: int, step: int, number: signal.Signals) -> Callable[[], None]:
-    """The signal comes after a step's optimiser and before anything else (a step in stage 2 by the module's terms)."""
-
-    def sabotage() -> None:
-        honest = Checkpoints.on_train_batch_end
-
-        def batch_end(self, trainer, module, *rest):
-            if f"stage_{stage}" in str(self.folder) and trainer.global_step == step:
-                os.kill(os.getpid(), number)
-            honest(self, trainer, module, *rest)
-
-        Checkpoints.on_train_batch_end = batch_end
-
-    return sabotage
 
 
 def while_writing(stage: int, step: int) -> Callable[[], None]:
@@ -162,71 +78,66 @@ def before_rename() -> None:
     honest, os.replace = os.replace, replace
 
 
-DEATHS = {
-    "TERM in the first epoch of stage 1": (at_step(1, 1, signal.SIGTERM), 143),
-    "TERM at the end of an epoch": (at_step(1, 5, signal.SIGTERM), 143),
-    "TERM at the end of stage 2": (at_step(2, 10, signal.SIGTERM), 143),
-    "KILL before the first checkpoint": (at_step(1, 1, signal.SIGKILL), -9),
-    "KILL in the second epoch of stage 2": (at_step(2, 9, signal.SIGKILL), -9),
-    "KILL while a checkpoint is written": (while_writing(1, 4), -9),
-    "KILL before the adapter is in place": (before_rename, -9),
-}
+def damaged(folder: Path) -> Path:
+    """The newest checkpoint of stage 1 loses its second half."""
+    place = checkpoints(folder / "stage_1" / "checkpoints")[0]
+    os.truncate(place, place.stat().st_size // 2)
+    return place
 
 
-@pytest.mark.parametrize("death", DEATHS)
-def test_a_killed_run_goes_on_as_if_nothing_had_been(death, world, undisturbed):
-    sabotage, status = DEATHS[death]
-    folder = world / death.replace(" ", "_")
-    assert finish(settings(world), folder, sabotage) == status, folder.with_suffix(".log").read_text()
-    assert not (folder / "results.json").exists()
-    assert finish(settings(world, "resume=true"), folder) == 0, folder.with_suffix(".log").read_text()
-    assert outcome(folder) == undisturbed()
+def test_a_run_killed_everywhere_goes_on_as_if_nothing_had_been(world, undisturbed):
+    """One run that dies eight times, by both signals, in both stages and in every kind of place."""
+    folder, log = world / "killed", world / "killed.log"
+    again = settings(world, "resume=true")
 
+    def dies(sabotage: Callable[[], None], status: int) -> None:
+        assert finish(again, folder, sabotage) == status, log.read_text()
+        assert not (folder / "results.json").exists()
 
-@pytest.mark.parametrize("more", [("data.workers=2",), ("stages.1.accumulate=2", "stages.2.accumulate=2")], ids=str)
-def test_with_workers_and_with_accumulation(more, world, undisturbed):
-    folder = world / f"killed_{more[0]}"
-    assert finish(settings(world, *more), folder, at_step(1, 3, signal.SIGTERM)) == 143
-    assert finish(settings(world, *more, "resume=true"), folder, at_step(2, 4, signal.SIGKILL)) == -9
-    assert finish(settings(world, *more, "resume=true"), folder) == 0, folder.with_suffix(".log").read_text()
-    assert outcome(folder) == undisturbed(*more)
-
-
-def test_workers_change_no_number(undisturbed):
-    assert undisturbed("data.workers=2") == undisturbed()
-
-
-@pytest.mark.parametrize("damage", ["truncated", "one bit"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, world, undisturbed):
-    folder = world / damage
-    assert finish(settings(world), folder, at_step(1, 7, signal.SIGKILL)) == -9
-    places = checkpoints(folder / "stage_1" / "checkpoints")
-    assert [checkpoint.step_of(place) for place in places] == [6, 4]
-    content = bytearray(places[0].read_bytes())
-    if damage == "truncated":
-        content = content[: len(content) // 2]
-    else:
-        content[len(content) // 2] ^= 1
-    places[0].write_bytes(content)
-    assert newest(places[0].parent) == places[1]
-    assert finish(settings(world, "resume=true"), folder) == 0
-    log = folder.with_suffix(".log").read_text()
-    assert f"{places[0]} is damaged" in log
-    assert outcome(folder) == undisturbed()
-
-
-def test_other_settings_are_refused_and_a_finished_run_is_left_alone(world):
-    folder = world / "other"
-    assert finish(settings(world), folder, at_step(1, 3, signal.SIGTERM)) == 143
-    assert finish(settings(world, "resume=true", "stages.1.lr=1e-3", "seed=1"), folder) == 2
-    log = folder.with_suffix(".log").read_text()
-    assert "seed was 0 and is now 1; stages.1.lr was 0.00043 and is now 0.001" in log
+    dies(at_step(1, 1, signal.SIGKILL), -9)  # before the first checkpoint
     assert finish(settings(world), folder) == 2
-    assert "holds a run already (config.yaml, stage_1)" in folder.with_suffix(".log").read_text()
-    assert finish(settings(world, "resume=true", "checkpoint.every_steps=3", "data.workers=1"), folder) == 0
+    assert "holds a run already (config.yaml, stage_1); choose another hydra.run.dir" in log.read_text()
+    dies(at_step(1, 1, signal.SIGTERM), 143)  # in the first epoch
+    assert "stopped: SIGTERM: saved after step 1 in" in log.read_text()
+    assert finish([*again, "stages.1.lr=1e-3", "seed=1"], folder) == 2
+    assert "seed was 0 and is now 1; stages.1.lr was 0.0005 and is now 0.001" in log.read_text()
+    dies(while_writing(1, 4), -9)
+    dies(at_step(1, 5, signal.SIGTERM), 143)  # at the end of an epoch
+    dies(at_step(1, 9, signal.SIGKILL), -9)
+    place = damaged(folder)
+    dies(before_rename, -9)
+    assert f"{place} is damaged" in log.read_text()
+    assert "stage 1 goes on after step 6" in log.read_text()
+    dies(at_step(2, 9, signal.SIGKILL), -9)
+    dies(at_step(2, 10, signal.SIGTERM), 143)  # at the very end
+    assert finish(again, folder) == 0, log.read_text()
+    assert outcome(folder) == undisturbed()
+
     before = (folder / "results.json").read_bytes()
-    assert finish(settings(world, "resume=true"), folder) == 0
-    assert (folder / "results.json").read_bytes() == before
+    assert finish(again, folder) == 0
+    assert (folder / "results.json").read_bytes() == before, "a finished run is left alone"
+
+
+def test_with_workers_and_with_accumulation(world, undisturbed):
+    more = ("data.workers=2", "stages.1.accumulate=2", "stages.2.accumulate=2")
+    folder = world / "killed_with_workers"
+    assert finish(settings(world, *more), folder, at_step(1, 4, signal.SIGTERM)) == 143
+    assert finish(settings(world, *more, "resume=true"), folder, at_step(2, 5, signal.SIGKILL)) == -9
+    assert finish(settings(world, *more, "resume=true"), folder) == 0, folder.with_suffix(".log").read_text()
+    assert outcome(folder) == undisturbed(*more[1:]), "workers change no number either"
+
+
+def test_one_spoilt_bit_is_noticed(tmp_path):
+    content = bytearray(os.urandom(1000))
+    for step in (4, 6):
+        (tmp_path / "draft").write_bytes(content)
+        os.replace(tmp_path / "draft",
+                   tmp_path / f"step_{step:08d}.{checkpoint.checksum(tmp_path / 'draft'):08x}.ckpt")
+    later, earlier = checkpoints(tmp_path)
+    assert newest(tmp_path) == later and checkpoint.step_of(later) == 6
+    content[500] ^= 1
+    later.write_bytes(content)
+    assert newest(tmp_path) == earlier
 
 
 # --- resume=latest ---------------------------------------------------------------------------------------------------
@@ -264,7 +175,8 @@ def test_latest_of_a_sweep_is_the_sweep(tmp_path):
         "-m", "hydra/launcher=joblib", "ablation=none,text,both", "samples=2", f"outputs={tmp_path}", "resume=true",
         f"hydra.sweep.dir='{sweep}'"]
     (sweep / "1" / "results.json").write_text("{}")
-    (sweep / "table3.md").write_text("")
+    (sweep / "tables").mkdir()
+    (sweep / "tables" / "table3.md").write_text("")
     with pytest.raises(Fault, match="holds no run that has begun and not ended"):
         expand(["resume=latest", f"outputs={tmp_path}"])
 
@@ -292,7 +204,7 @@ def test_twenty_random_kills(world, undisturbed):
             if process.exitcode is None:
                 os.kill(process.pid, draw.choice([signal.SIGTERM, signal.SIGKILL]))
                 kills += 1
-                process.join(60)
+                process.join(300)
             status = process.exitcode
             assert status in (0, 143, -9, -15), folder.with_suffix(".log").read_text()
         assert outcome(folder) == expected

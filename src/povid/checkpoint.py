@@ -11,6 +11,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -56,12 +57,14 @@ class Checkpoints(L.Callback):
     On a SLURM cluster (``plugins`` of the trainer: SLURMEnvironment) the requeue signal saves and requeues the job.
 
     Args:
-        folder: where the checkpoints lie. metrics: told to write its row of the step before a checkpoint claims it.
+        folder: where the checkpoints lie. metrics: the file of metrics, forced to disk before a checkpoint claims its
+        rows; it stands before this among the callbacks.
     """
 
     def __init__(self, folder: Path, settings: CheckpointSettings, metrics: Any = None) -> None:
         self.folder, self.settings, self.metrics = folder, settings, metrics
         self.saved_step, self.saved_at = 0, 0.0
+        self.waiting: int | None = None  # the signal (0 for none) of a checkpoint put off to the end of the epoch
         self.signal: int | None = None
         self.requeue: int | None = None
         self.random: list[dict[str, Any]] = []
@@ -76,6 +79,10 @@ class Checkpoints(L.Callback):
         elif trainer.global_rank:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # dropout differs between devices
 
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        # Lightning's own count, under which loggers file a step, lags by one after some resumptions.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
             return
@@ -84,8 +91,20 @@ class Checkpoints(L.Callback):
             both = torch.tensor([int(due), told], device=trainer.strategy.root_device)
             torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
             due, told = bool(both[0]), int(both[1])
-        if due or told:
-            self.save(trainer)
+        if not (due or told):
+            return
+        if trainer.is_last_batch:  # Lightning miscounts epochs after a checkpoint between an epoch's last batch and end
+            self.waiting = told
+        else:
+            self._act(trainer, told)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.waiting is not None:
+            told, self.waiting = self.waiting, None
+            self._act(trainer, told)
+
+    def _act(self, trainer: L.Trainer, told: int) -> None:
+        self.save(trainer)
         if told:
             self._leave(trainer, told)
 
@@ -94,29 +113,34 @@ class Checkpoints(L.Callback):
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, random_state())
-        checkpoint["random"] = states
+        checkpoint["random"], checkpoint["batch_size"] = states, trainer.datamodule.batch_size
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.random = checkpoint["random"]
         if len(self.random) != trainer.world_size:
             raise Fault(f"{self.folder} was written by {len(self.random)} devices and this run has "
                         f"{trainer.world_size}, which would give other batches; use as many devices as before")
+        if checkpoint["batch_size"] != trainer.datamodule.batch_size:
+            raise Fault(f"{self.folder} was written with batches of {checkpoint['batch_size']} and this run has those "
+                        f"of {trainer.datamodule.batch_size}; set stages.N.batch_size to the former")
 
     def save(self, trainer: L.Trainer) -> None:
         """Write a checkpoint of the step that has just ended and remove the oldest."""
-        if self.metrics is not None:
-            self.metrics.settle(trainer)
+        if self.metrics is not None and trainer.is_global_zero:
+            self.metrics.force()
         draft = self.folder / ".draft.part"
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
         trainer.save_checkpoint(draft)
         if trainer.is_global_zero:
-            sync(draft)
+            for file in _files(draft):
+                sync(file)
             place = self.folder / f"step_{trainer.global_step:08d}.{checksum(draft):08x}.ckpt"
             os.replace(draft, place)
             sync(self.folder)
             for old in checkpoints(self.folder)[self.settings.keep :]:
-                old.unlink()
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
 
     def _due(self, trainer: L.Trainer) -> bool:
@@ -176,13 +200,18 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def checksum(file: Path) -> int:
-    """CRC-32 of a file."""
+def checksum(place: Path) -> int:
+    """CRC-32 of a file, or of all files of a folder (what DeepSpeed writes)."""
     value = 0
-    with file.open("rb") as source:
-        while block := source.read(2**22):
-            value = zlib.crc32(block, value)
+    for file in _files(place):
+        with file.open("rb") as source:
+            while block := source.read(2**22):
+                value = zlib.crc32(block, value)
     return value
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
 
 
 def sync(place: Path) -> None:

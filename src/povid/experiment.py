@@ -199,8 +199,8 @@ def fit(cfg: DictConfig, checked: Checked, number: int, module: POVIDModule, dat
     if checkpoint:
         log.info("stage %d goes on after step %d: %s", number, begin, checkpoint)
     metrics = MetricsFile(home / "metrics.csv", begin)
-    loggers = [metrics, *_wandb(cfg, checked, folder, f"stage_{number}")]
-    callbacks = [FiniteLoss(number, home / "checkpoints"),
+    loggers = _wandb(cfg, checked, folder, f"stage_{number}")
+    callbacks = [metrics, FiniteLoss(number, home / "checkpoints"),
                  Checkpoints(home / "checkpoints", checked.checkpoint, metrics), TQDMProgressBar(refresh_rate=1)]
     if number == checked.run_stages[0] and not checked.data.skip_bad:
         tokens = prompt_tokens(checked.model)

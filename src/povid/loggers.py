@@ -11,47 +11,37 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import WandbLogger
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 
-class MetricsFile(Logger):
-    """A logger that writes ``epoch, step`` and the metrics, in order of their names, to a CSV file.
+class MetricsFile(L.Callback):
+    """Writes ``epoch, step`` and the training metrics, in order of their names, to a CSV file.
 
     ``step`` counts optimiser steps from 0. Rows of steps from ``start`` on, which an interrupted run had written after
-    its last checkpoint, are dropped: the steps are done again.
+    its last checkpoint, are dropped: the steps are done again. A callback and no logger of Lightning's, since a logger
+    hears of a step only after the checkpoint that claims it.
     """
 
     def __init__(self, file: Path, start: int = 0) -> None:
-        super().__init__()
         self.file, self.start, self.last = file, start, start - 1
         self.columns: list[str] = []
 
-    name = property(lambda self: "metrics")
-    version = property(lambda self: "")
-
-    @rank_zero_only
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """The configuration lies beside the file."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        if step is None or step <= self.last:
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        step = trainer.global_step - 1
+        if not trainer.is_global_zero or step <= self.last or trainer.global_step % trainer.log_every_n_steps:
             return
+        row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
         if not self.columns:
-            self.columns = ["epoch", "step", *sorted(set(metrics) - {"epoch"})]
+            self.columns = ["epoch", "step", *sorted(row)]
             self._begin()
         with self.file.open("a", newline="", encoding="utf-8") as sink:
-            csv.DictWriter(sink, self.columns, extrasaction="ignore").writerow({**metrics, "step": step})
+            csv.DictWriter(sink, self.columns, extrasaction="ignore").writerow(
+                {**row, "epoch": trainer.current_epoch, "step": step})
         self.last = step
 
-    def settle(self, trainer: L.Trainer) -> None:
-        """Write the row of the step that has just ended, which the trainer would only log later, and force it down."""
-        step = trainer.global_step - 1
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
-            self.log_metrics({**row, "epoch": trainer.current_epoch}, step)
-        if trainer.is_global_zero and self.file.exists():
+    def force(self) -> None:
+        """Force what is written to disk."""
+        if self.file.exists():
             with self.file.open("rb") as written:
                 os.fsync(written.fileno())
 
@@ -101,10 +91,10 @@ def wandb_mode(mode: str) -> str:
     return "online" if wandb.api.api_key else "offline"
 
 
-def close(loggers: Sequence[Logger], status: str = "success") -> None:
+def close(loggers: Sequence[WandbLogger], status: str = "success") -> None:
     """End W&B runs here: under a sweep the next job would otherwise go on in the same one."""
     for logger in loggers:
-        if isinstance(logger, WandbLogger) and rank_zero_only.rank == 0:
+        if rank_zero_only.rank == 0:
             import wandb
 
             logger.finalize(status)

@@ -70,7 +70,7 @@ def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[fl
     for note in outputs.rglob("multirun.yaml"):
         jobs = [child for child in note.parent.iterdir() if (child / ".hydra").is_dir()]
         begun = any((job / "config.yaml").exists() for job in jobs)
-        ended = all((job / "results.json").exists() for job in jobs) and (note.parent / "table3.md").exists()
+        ended = all((job / "results.json").exists() for job in jobs) and (note.parent / "tables" / "table3.md").exists()
         if begun and not ended:
             yield note.stat().st_mtime, note.parent
     for note in () if sweeps_only else outputs.rglob(".hydra/hydra.yaml"):
