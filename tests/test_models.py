@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from pathlib import Path
 
 import pytest
 import tiny
@@ -295,3 +296,50 @@ def test_a_model_that_is_not_there_is_a_fault(tmp_path):
         from povid.policy import load_processor
 
         load_processor(tiny.settings(tmp_path / "text"))
+
+
+@pytest.mark.parametrize("kind", ["several layers", "a SigLIP tower"])
+def test_a_llava_that_reads_its_tower_in_another_way(tmp_path, pictures, kind):
+    """Not LLaVA-1.5, whose tower is cut short, but its model type: the features come from transformers' own code."""
+    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SiglipVisionConfig
+
+    base, processor = tiny_models.llava_vicuna()
+    changes = {"vision_feature_layer": [-2, -3]} if kind == "several layers" else {
+        "vision_feature_layer": -2, "vision_feature_select_strategy": "full", "vision_config": SiglipVisionConfig(
+            hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=32,
+            patch_size=8, vision_use_head=False)}
+    config = {"vision_config": base.config.vision_config, "text_config": base.config.text_config,
+              "image_token_id": base.config.image_token_id, "vision_feature_select_strategy": "default", **changes}
+    LlavaForConditionalGeneration(LlavaConfig(**config)).save_pretrained(tmp_path)
+    if kind == "a SigLIP tower":
+        processor = LlavaProcessor(processor.image_processor, processor.tokenizer, patch_size=8,
+                                   vision_feature_select_strategy="full", num_additional_image_tokens=0)
+    processor.save_pretrained(tmp_path)
+    policy, template = tiny.load(tmp_path)
+    policy.eval()
+    examples, batch = batch_of(pictures, policy, template, noise=False)
+    ours, _ = score(policy, batch)
+    for i, example in enumerate(examples):
+        expected = whole(policy, example.images, example.dispreferred)[0]
+        torch.testing.assert_close(ours.text[i], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_served_model_is_evaluated_like_any_other(tmp_path):
+    """train.py's own route: no policy is loaded, the benchmarks are answered, results.json names the model."""
+    from hydra import compose, initialize_config_dir
+    from servers import ChatServer, Say
+
+    from povid.experiment import run
+
+    conf = str(Path(__file__).resolve().parents[1] / "conf")
+    with ChatServer(lambda body, n: Say("Yes")) as server, initialize_config_dir(conf, version_base="1.3"):
+        cfg = compose("config", overrides=[
+            "model=served", "model.model=somebody", f"model.base_url={server.url}", f"outputs={tmp_path}/out",
+            "data.prepare.preferences=4", "data.prepare.evaluation=2", "data.prepare.tuning=2", "samples=0",
+            "logger=csv", "benchmarks=[pope]"])
+        results = run(cfg, tmp_path / "run")
+        asked = len(server.requests)
+    assert results["model"] == "somebody" and results["ablation"] == "none"
+    assert results["benchmarks"]["pope"]["yes_ratio"] == 100 and asked > 0
+    with initialize_config_dir(conf, version_base="1.3"), pytest.raises(Fault, match="'both' trains and a served"):
+        run(compose("config", overrides=["model=served", "ablation=both"]), tmp_path / "other")
