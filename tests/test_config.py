@@ -88,7 +88,7 @@ def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_
     first = composed(override(group, option))
     if first.data.get("prepare") is None:
         pytest.skip("its data must be downloaded")
-    if not first.model.get("path", "").startswith("package:"):
+    if not (first.model.get("path", "").startswith("package:") or first.model.get("prepare")):
         pytest.skip("its weights must be downloaded, or somebody must serve it")
     needs_gpu = first.trainer.accelerator == "gpu" or first.trainer.devices != 1
     if needs_gpu and not torch.cuda.is_available():

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from povid.debug_llava import prepare
 from povid.policy import LoraSettings, ModelSettings, Policy, load_processor
 from povid.preferences.template import Template
 from povid.preferences.triple import Triple, Turn
@@ -16,46 +17,9 @@ WORDS = ("A dog and cat sit on the mat near a red bus in town . Describe this im
 
 
 def save_tiny_llava(folder: Path, *, seed: int = 0, width: int = 32, layers: int = 2, image: int = 32) -> Path:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from tokenizers.processors import TemplateProcessing
-    from tokenizers.trainers import BpeTrainer
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<s>", "</s>", "<pad>", "<image>"]
-    bpe.train_from_iterator([" ".join(WORDS), "USER: ASSISTANT:"] * 3, BpeTrainer(
-        vocab_size=400, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False))
-    bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                        extra_special_tokens={"image_token": "<image>"})
-    processor = LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": image}, crop_size={"height": image, "width": image}), tokenizer,
-        patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1)
-    torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-                                       image_size=image, patch_size=8),
-        text_config=LlamaConfig(
-            hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers, num_attention_heads=4,
-            vocab_size=len(tokenizer), max_position_embeddings=512, pad_token_id=2, bos_token_id=0,
-            eos_token_id=1),
-        image_token_id=3, vision_feature_layer=-2, vision_feature_select_strategy="default"))
-    for name, parameter in model.named_parameters():  # the default init is too small for anything to differ
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.3 if "embed" not in name else 1.0)
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    return folder
+    """With weights so large that everything differs from everything."""
+    return prepare(folder, seed=seed, image=image, patch=8, width=width, layers=layers, vision_width=24,
+                   vision_layers=3, positions=512, words=[" ".join(WORDS), "USER: ASSISTANT:"], spread=0.3)
 
 
 def settings(folder: Path, **changes) -> ModelSettings:

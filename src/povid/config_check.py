@@ -103,6 +103,8 @@ def check(cfg: DictConfig) -> Checked:
     run_stages = _stages(tree, ablation, faults)
     for key in ("trainer",):
         _check_target(tree.get(key) or {}, key, faults)
+    if isinstance(model, ModelSettings) and model.prepare:
+        _check_target(model.prepare, "model.prepare", faults)
     if data and data.prepare:
         _check_target(data.prepare, "data.prepare", faults)
     faults += _values(tree, ablation, stages, model, data, noise, objective)

@@ -97,8 +97,10 @@ def _prepare(cfg: DictConfig, checked: Checked, folder: Path) -> list[Triple]:
     settled = folder / "config.yaml"
     if not first():
         wait_for(settled)
-    elif checked.data.prepare:
-        instantiate(checked.data.prepare)
+    else:
+        for made in (checked.data.prepare, getattr(checked.model, "prepare", None)):
+            if made:
+                instantiate(made)
     if first():
         _check_benchmarks(cfg, checked)
     triples = load_triples(checked) if checked.run_stages or cfg.samples else []

@@ -78,6 +78,7 @@ class ModelSettings:
         lora: adapter; train_projector: whether the projector is trained too.
         attention: transformers' attn_implementation, None for its own choice.
         gradient_checkpointing: recompute activations in the backward pass.
+        prepare: called (Hydra's ``_target_``) before the model is loaded, to make its folder.
         quantize: ``4bit`` keeps the language model's frozen weights in four bits (NF4, through bitsandbytes).
     """
 
@@ -92,6 +93,7 @@ class ModelSettings:
     attention: str | None = None
     gradient_checkpointing: bool = False
     quantize: str | None = None
+    prepare: dict | None = None
     lora: LoraSettings = field(default_factory=LoraSettings)
 
     @property
