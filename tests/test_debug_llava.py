@@ -24,9 +24,9 @@ def ran(tmp_path_factory):
     folder = tmp_path_factory.mktemp("debug")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose("config", overrides=[
-            "data=povid_17k", f"data.root={SAMPLE}", "data.file=preferences.json", "data.workers=0", "model=llava_debug",
-            "stages.1.max_steps=3", "stages.2.max_steps=2", "stages.1.lr=1e-3", "stages.2.lr=1e-3",
-            f"outputs={folder}/outputs", "benchmarks=[pope]", "samples=2",
+            "data=povid_17k", f"data.root={SAMPLE}", "data.file=preferences.json", "data.workers=0",
+            "model=llava_debug", "stages.1.max_steps=3", "stages.2.max_steps=2", "stages.1.lr=1e-3",
+            "stages.2.lr=1e-3", f"outputs={folder}/outputs", "benchmarks=[pope]", "samples=2",
         ])
     return cfg, folder / "run", run(cfg, folder / "run")
 

@@ -19,7 +19,7 @@ import torch
 from povid.bench import measure
 from povid.bench.arms import Arm, filled_cache, ours, plain, released_code
 from povid.bench.pipeline import waiting
-from povid.bench.subject import SHAPES, Step, adapt, build_model, build_processor, steps, twin
+from povid.bench.subject import SHAPES, Shape, Step, adapt, build_model, build_processor, steps, twin
 from povid.fault import Fault
 from povid.machine import keep_freed_memory, versions
 from povid.objective import most_likely
@@ -103,7 +103,8 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     made = steps(shape, processor, count=options.batches, batch_size=options.batch_size, device=device)
     policy = adapt(twin(base), processor, shape)
     with tempfile.TemporaryDirectory(prefix="povid-bench-") as folder:
-        built = build_arms(policy, made, options, base, processor, Path(folder))
+        with _mixed(shape, device):
+            built = build_arms(policy, made, options, base, processor, Path(folder))
         result = measured(shape, policy, made, built, options, device)
     if device == "cpu":
         result["pipeline"] = [waiting(policy, processor, shape, workers=n, count=options.photographs)
@@ -111,14 +112,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def measured(shape, policy: Policy, made: list[Step], built, options: argparse.Namespace,
+def measured(shape: Shape, policy: Policy, made: list[Step], built, options: argparse.Namespace,
              device: str) -> dict[str, Any]:
     arms = [arm for arm, _ in built]
-    losses = check_same(arms, policy, made[0], SAME[shape.dtype])
+    with _mixed(shape, device):
+        losses = check_same(arms, policy, made[0], SAME[shape.dtype])
     optimizers = {id(parameters): torch.optim.AdamW(parameters, lr=0.0) for _, parameters in built}
 
     def one(arm: Arm, parameters: list, number: int) -> None:
-        with torch.autocast(device, torch.bfloat16, enabled=shape.dtype == "bfloat16"):
+        with _mixed(shape, device):
             arm.run(made[number % len(made)], None)
         optimizers[id(parameters)].step()
         optimizers[id(parameters)].zero_grad()
@@ -152,6 +154,11 @@ def measured(shape, policy: Policy, made: list[Step], built, options: argparse.N
         "versions": versions() | {"trl": _version("trl")}, "taken": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python -m povid.bench " + " ".join(sys.argv[1:]),
     }
+
+
+def _mixed(shape: Shape, device: str) -> torch.autocast:
+    """Lightning's bf16-mixed where the weights are in bf16."""
+    return torch.autocast(device, torch.bfloat16, enabled=shape.dtype == "bfloat16")
 
 
 def _version(package: str) -> str | None:

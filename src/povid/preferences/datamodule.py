@@ -238,7 +238,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return DataLoader(
             self.dataset, batch_sampler=batches, num_workers=self.workers, collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one, which dropout draws from, alone
+            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one, dropout's, alone
         )
 
     def state_dict(self) -> dict[str, int]:
