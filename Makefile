@@ -23,7 +23,8 @@ demo: $(DONE)  ## Table 3 on the embedded world: four runs, one seed
 table3: $(DONE)  ## the same over five seeds, with the controls
 	$(BIN)/python train.py -m ablation=none hydra.sweep.dir=outputs/table3/none
 	$(BIN)/python train.py -m ablation=text,noise,both seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/ablations
-	$(BIN)/python train.py -m experiment=preferred_only,swaps_only seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/controls
+	$(BIN)/python train.py -m experiment=preferred_only ablation=text,noise,both seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/preferred_only
+	$(BIN)/python train.py -m experiment=swaps_only seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/swaps_only
 	$(BIN)/python -m povid.report outputs/table3
 
 test: $(DONE)  ## the tests, but for the slow ones

@@ -33,7 +33,7 @@ def test_one_run_has_no_spread(write, outputs):
     ("text", {"objective": "released"}, "objective=released"),
     ("noise", {"noise": {"schedule": "linear", "step": 500, "space": "normalized"}}, "noise.schedule=linear"),
     ("noise", {"noise": {"schedule": "sigmoid", "step": 600, "space": "normalized"}}, "noise.step=600"),
-    ("text", {"stages": {"1": {"steps": 75}}}, "stages.1.steps=75"),
+    ("text", {"stages": {"1": {"steps": 75}}}, "75 steps"),
     ("both", {"experiment": "table3"}, "experiment=table3"),
     ("text", {"decoding": {"chair": {"max_new_tokens": 64, "temperature": 0.2}}}, "decoding.chair.temperature=0.2"),
     ("both", {"stage": 1}, "stage 1 only"),

@@ -80,6 +80,13 @@ class Row:
         return self.runs[0].world
 
     @property
+    def steps(self) -> int:
+        """Optimisation steps over all stages; 0 where a run does not say."""
+        stages = self.runs[0].results.get("stages")
+        found = [stage.get("steps") for stage in stages.values()] if isinstance(stages, dict) else []
+        return sum(steps for steps in found if isinstance(steps, int))
+
+    @property
     def whole(self) -> bool:
         """Whether this is the row that its name says: all stages of its ablation, and no adapter merged before."""
         return "stage" not in self.settings and "adapters" not in self.settings
@@ -231,6 +238,10 @@ def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
             if "stage" in row.settings:
                 parts.append(f"stage {row.settings['stage']} only")
             row.difference = ", ".join(parts)
+        if apart and all(key.startswith("stages.") for key in apart) and len({row.steps for row in members}) == len(
+                members):
+            for row in members:
+                row.difference = f"{row.steps} steps"
         short = all(len(row.difference) <= LONG for row in members)
         for number, row in enumerate(sorted(members, key=lambda row: row.difference), 1):
             apart_by = row.difference if short else f"setting {number}"

@@ -377,9 +377,10 @@ def _says_less(row: Row, bases: list[Row]) -> str:
 
 
 def _nearest(row: Row, candidates: list[Row]) -> Row:
-    """The candidate that shares most settings with ``row`` (the base that was evaluated as the row was)."""
-    return max(candidates, key=lambda other: sum(other.settings.get(key) == value
-                                                 for key, value in row.settings.items()))
+    """The candidate that was trained for as many steps and shares most settings with ``row``."""
+    return max(candidates, key=lambda other: (other.steps == row.steps,
+                                              sum(other.settings.get(key) == value
+                                                  for key, value in row.settings.items())))
 
 
 def _paper_lines(rows: Sequence[PaperRow], columns: Sequence[Column],
