@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import signal
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from forks import finish, settings, train
+from forks import at_step, finish, settings, train
 from safetensors.torch import load_file
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -51,3 +52,18 @@ def test_a_sweep_over_two_processes_equals_single_runs(world):
         for name in one:
             torch.testing.assert_close(one[name], two[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
         assert (job / f"stage_{stage}" / "metrics.csv").read_text().count("epoch") == 1, "one process writes"
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_go_on(world, tmp_path):
+    """SIGTERM reaches the first process; both save, and dropout goes on in both from where it was."""
+    command = settings(world, *TWO, "data.limit=8", "ablation=text")
+    status, printed = train(*command, f"hydra.run.dir={tmp_path}/whole", log=tmp_path / "log")
+    assert status == 0, printed
+    status, printed = train(*command, f"hydra.run.dir={tmp_path}/killed", log=tmp_path / "log",
+                            sabotage=at_step(1, 3, signal.SIGTERM))
+    assert status == 143, printed
+    assert "stopped: SIGTERM: saved after step 3" in printed
+    status, printed = train(*command, f"hydra.run.dir={tmp_path}/killed", "resume=true", log=tmp_path / "log")
+    assert status == 0, printed
+    assert losses(tmp_path / "killed" / "stage_1") == losses(tmp_path / "whole" / "stage_1")
