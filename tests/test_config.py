@@ -32,20 +32,13 @@ def options() -> list[tuple[str, str]]:
     return found
 
 
-PLUGINS = {"joblib": "hydra_joblib_launcher", "ray": "hydra_ray_launcher", "slurm": "hydra_submitit_launcher",
-           "submitit_local": "hydra_submitit_launcher"}
-
-
-def skip_what_is_not_installed(group: str, option: str) -> None:
-    plugin = PLUGINS.get(option) if group == "launcher" else None
-    if plugin and importlib.util.find_spec(f"hydra_plugins.{plugin}") is None:
-        pytest.skip(f"{plugin} is not installed")
-
-
 def skip_without_plugin(group: str, option: str) -> None:
     """Launchers are extras; an option of conf/launcher is named for its plugin, `slurm` is submitit's."""
-    plugin = {"slurm": "submitit", "submitit_local": "submitit", "basic": None}.get(option, option)
-    if group == "launcher" and plugin and importlib.util.find_spec(f"hydra_plugins.hydra_{plugin}_launcher") is None:
+    plugin = {"basic": None, "slurm": "submitit", "submitit_local": "submitit"}.get(option, option)
+    if group != "launcher" or plugin is None:
+        return
+    if importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(
+            f"hydra_plugins.hydra_{plugin}_launcher") is None:
         pytest.skip(f"hydra-{plugin}-launcher is not installed")
 
 
@@ -60,7 +53,6 @@ def override(group: str, option: str) -> str:
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=str)
 def test_every_configuration_composes_and_binds(group, option):
-    skip_what_is_not_installed(group, option)
     skip_without_plugin(group, option)
     cfg = composed(override(group, option))
     check(cfg)
@@ -83,7 +75,6 @@ def small(world: Path) -> list[str]:
 
 @pytest.mark.parametrize(("group", "option"), options(), ids=str)
 def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_path):
-    skip_what_is_not_installed(group, option)
     skip_without_plugin(group, option)
     first = composed(override(group, option))
     if first.data.get("prepare") is None:
