@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "generation": {"benchmarks", "fault", "key_values", "packing", "policy", "preferences"},
     "report": {"fault", "report", "benchmarks", "machine"},
 }
-WINGS = {"scenes", "dispreference", "analysis", "report", "bench", "adapters"}
+WINGS = {"scenes", "dispreference", "report", "bench", "adapters"}
 EVERYTHING_ELSE_IS_ABOVE = {"module", "memory", "experiment", "config_check"}
 
 

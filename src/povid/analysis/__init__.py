@@ -1,1 +1,0 @@
-"""The analyses of Figures 4 and 5."""
