@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "benchmarks": {"fault", "benchmarks", "endpoint"},
     "scoring": {"objective", "packing", "policy", "preferences"},
     "reference_cache": {"digest", "objective", "policy", "preferences"},
+    "sharding": {"fault", "policy"},
     "generation": {"benchmarks", "fault", "key_values", "packing", "policy", "preferences"},
     "report": {"fault", "report", "benchmarks", "machine"},
 }
@@ -82,6 +83,6 @@ def test_lightning_and_hydra_stay_where_they_belong():
     lightning = {part(f) if part(f) != "preferences" else f.name for f in FILES
                  if any(name.split(".")[0] == "lightning" for name in imports(f))}
     assert lightning <= {"module", "datamodule.py", "experiment", "checkpoint", "guards", "loggers", "processes",
-                         "bench"}
+                         "sharding", "bench"}
     hydra = {str(f.relative_to(SOURCE)) for f in FILES if any(name.split(".")[0] == "hydra" for name in imports(f))}
     assert hydra <= {"experiment.py", "processes.py", "config_check.py", "report/sweep.py", "dispreference/__main__.py"}

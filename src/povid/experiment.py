@@ -43,6 +43,7 @@ from povid.preferences.triple import Triple
 from povid.processes import end_children, first, leave_group, one_job, wait_for
 from povid.resume import compare
 from povid.served import ServedSettings
+from povid.sharding import whole_adapter
 
 log = logging.getLogger(__name__)
 
@@ -179,9 +180,10 @@ def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequenc
         log.info("stage %d: batches of %d; %s", number, data.batch_size, estimate(module, data, data.batch_size))
     with _timed(timings, f"stage_{number}.fit"):
         steps = fit(cfg, checked, number, module, data, folder)
+    weights = whole_adapter(policy)
     if first():
         with _saved(home / "adapter") as draft:
-            policy.save_adapter(draft)
+            policy.save_adapter(draft, weights)
         _write(home / "stage.json", json.dumps({
             "stage": number, "ablation": checked.ablation.name, "terms": sorted(terms), "seed": cfg.seed,
             "fingerprint": stage_fingerprint(cfg, checked, number), "init_from": [str(a) for a in adapters],

@@ -17,6 +17,7 @@ from povid.policy import Policy
 from povid.preferences.datamodule import PreferenceBatch
 from povid.reference_cache import ReferenceCache, folder_key
 from povid.scoring import score
+from povid.sharding import FSDP2, shard
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,10 @@ class POVIDModule(L.LightningModule):
         self.policy, self.objective, self.stage, self.terms = policy, objective, stage, terms
         self.reference_cache, self._cache = reference_cache, None
         self.strict_loading = False  # a checkpoint holds what trains and nothing else
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, FSDP2):
+            shard(self.policy, self.device_mesh["data_parallel"])
 
     def on_fit_start(self) -> None:
         self.policy.train()  # from_pretrained leaves evaluation mode, in which LoRA's dropout would do nothing

@@ -308,9 +308,9 @@ class Policy(nn.Module):
         projector = [p for name, p in named if "modules_to_save" in name]
         return [p for name, p in named if "modules_to_save" not in name], projector
 
-    def save_adapter(self, folder: Path) -> None:
-        """peft's own format."""
-        self.model.save_pretrained(str(folder))
+    def save_adapter(self, folder: Path, weights: Mapping[str, Tensor] | None = None) -> None:
+        """peft's own format. ``weights``: those of a policy that is split over devices, gathered."""
+        self.model.save_pretrained(str(folder), state_dict=weights)
 
     # --- scoring ---------------------------------------------------------------------------------------------------
 
