@@ -5,8 +5,6 @@ A picture of 96 x 96 pixels becomes 36 image tokens. Prompts read ``USER: <image
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +27,6 @@ FOLDER = Path(__file__).parent / "base"
 PATCH = 16
 VOCABULARY = 1024  # more than needed: merging ends when every word of the world is one token
 _SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
-
-
-def tune_malloc() -> None:
-    """Keeps glibc from giving a step's memory back: page faults otherwise take most of a training step on a CPU."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            trim_threshold, top_pad, mmap_threshold = -1, -2, -3
-            libc.mallopt(mmap_threshold, 1 << 30)
-            libc.mallopt(trim_threshold, (1 << 31) - 1)
-            libc.mallopt(top_pad, 256 << 20)
 
 
 def corpus() -> list[str]:

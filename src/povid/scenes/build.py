@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 
 from povid.fault import Fault
-from povid.scenes.architecture import FOLDER, make_model, make_processor, tune_malloc
+from povid.machine import keep_freed_memory
+from povid.scenes.architecture import FOLDER, make_model, make_processor
 from povid.scenes.measure import answers_of, measure
 from povid.scenes.scene import BASE_PARTNER
 from povid.scenes.training import Course, teach
@@ -28,7 +29,7 @@ def build(folder: Path, seed: int = 0, course: Course | None = None) -> dict[str
     """
     if folder.exists():
         raise Fault(f"{folder} exists already; remove it or choose another folder for the base model")
-    tune_malloc()
+    keep_freed_memory()
     started = time.monotonic()
     processor = make_processor()
     torch.manual_seed(seed)
