@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
@@ -40,7 +39,7 @@ from povid.preferences.datamodule import PreferenceDataModule
 from povid.preferences.formats import read
 from povid.preferences.template import Template, open_picture
 from povid.preferences.triple import Triple
-from povid.processes import end_children, first, leave_group, one_job, wait_for
+from povid.processes import device, end_children, first, leave_group, one_job, wait_for
 from povid.resume import compare
 from povid.served import ServedSettings
 from povid.sharding import whole_adapter
@@ -234,10 +233,9 @@ def _answerer(cfg: DictConfig, checked: Checked, adapters: Sequence[Path]) -> An
 
 
 def load_policy(settings: ModelSettings, adapters: Sequence[Path], *, adapted: bool = False) -> tuple[Policy, Template]:
-    """Policy and template on the device that Lightning would choose."""
+    """Policy and template on this process's device."""
     policy = Policy.load(settings, adapters=adapters, adapted=adapted)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return policy.to(device), _template(policy.processor, settings)
+    return policy.to(device()), _template(policy.processor, settings)
 
 
 def _template(processor: Any, settings: ModelSettings) -> Template:

@@ -156,8 +156,6 @@ class POVIDModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._cache is not None:
-            self._cache.flush()
         if self._cache is not None:  # a resumed run must find every value that this one had
             self._cache.flush()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}

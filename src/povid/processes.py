@@ -31,6 +31,14 @@ def first() -> bool:
     return rank_zero_only.rank == 0
 
 
+def device() -> torch.device:
+    """This process's own GPU where there are GPUs, so that several processes do not load onto the first; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    return torch.device("cuda", place % torch.cuda.device_count())
+
+
 def wait_for(file: Path, seconds: float = 3600) -> None:
     """Let the first process prepare; one that the trainer itself started never waits, since that comes after.
 
