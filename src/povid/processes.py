@@ -32,7 +32,7 @@ def first() -> bool:
 
 
 def device() -> torch.device:
-    """This process's own GPU where there are GPUs, so that several processes do not load onto the first; else the CPU."""
+    """This process's own GPU where there are GPUs, so that not all processes load onto the first; else the CPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     place = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
