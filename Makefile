@@ -30,7 +30,9 @@ table3: $(DONE)  ## the same over five seeds, with the controls
 test: $(DONE)  ## the tests, but for the slow ones
 	$(BIN)/python -m pytest -q
 
-test-slow: $(DONE)  ## the slow tests alone
+test-slow: $(DONE)  ## the slow tests, and those against TRL
+	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	$(BIN)/python -m pytest -q tests/bench/test_trl.py
 	$(BIN)/python -m pytest -q -m slow
 
 world: $(DONE)  ## train the embedded world's base model anew and compare it with the shipped one
