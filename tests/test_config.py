@@ -127,6 +127,15 @@ def test_bad_values_are_named_with_their_cure(overrides, sentence):
     assert sentence in str(fault.value)
 
 
+def test_the_trainers_batch_size_speaks_for_every_stage():
+    for value in (7, "auto"):
+        checked = check(composed(f"trainer.batch_size={value}"))
+        assert [stage.batch_size for stage in checked.stages.values()] == [value, value]
+        assert "batch_size" not in checked.trainer
+    with pytest.raises(Fault, match="stages.1.batch_size: found 'most', needed a whole number or auto"):
+        check(composed("trainer.batch_size=most"))
+
+
 def test_the_papers_values_stand_in_the_configuration():
     """Table 5 and section 4.1."""
     cfg = composed("experiment=table3")

@@ -72,6 +72,7 @@ class Checked:
     noise: NoiseSettings
     objective: ObjectiveSettings
     checkpoint: CheckpointSettings
+    trainer: dict[str, Any]
 
 
 def check(cfg: DictConfig) -> Checked:
@@ -94,6 +95,10 @@ def check(cfg: DictConfig) -> Checked:
     noise = _bind(NoiseSettings, tree.get("noise"), "noise", faults)
     objective = _bind(ObjectiveSettings, tree.get("objective"), "objective", faults)
     checkpoint = _bind(CheckpointSettings, tree.get("checkpoint"), "checkpoint", faults)
+    # trainer.batch_size speaks for every stage; it is ours and not lightning.Trainer's.
+    size = (tree.get("trainer") or {}).pop("batch_size", None)
+    for node in (tree.get("stages") or {}).values() if size is not None else ():
+        node["batch_size"] = size
     stages = {}
     for key, node in (tree.get("stages") or {}).items():
         if str(key) not in ("1", "2"):
@@ -117,7 +122,7 @@ def check(cfg: DictConfig) -> Checked:
     if faults:
         count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise Fault(f"the configuration has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
-    return Checked(ablation, stages, run_stages, model, data, noise, objective, checkpoint)
+    return Checked(ablation, stages, run_stages, model, data, noise, objective, checkpoint, tree["trainer"])
 
 
 def _bind(kind: type, node: Any, key: str, faults: list[str]) -> Any:

@@ -210,7 +210,7 @@ def fit(cfg: DictConfig, checked: Checked, number: int, module: POVIDModule, dat
         callbacks.insert(0, DataCheck(data.dataset.triples, checked.data.preferences, lambda triples: check_records(
             triples, limit=checked.model.max_length, tokens=tokens)))
     trainer = instantiate(
-        cfg.trainer, max_epochs=stage.epochs, max_steps=stage.max_steps, accumulate_grad_batches=stage.accumulate,
+        checked.trainer, max_epochs=stage.epochs, max_steps=stage.max_steps, accumulate_grad_batches=stage.accumulate,
         gradient_clip_val=stage.max_grad_norm, logger=loggers, default_root_dir=str(home),
         enable_checkpointing=False, callbacks=callbacks,
     )
