@@ -10,7 +10,7 @@ from typing import Any
 from povid.dispreference.prompts import KINDS, Kind, kind_of
 from povid.fault import Fault
 from povid.preferences.formats import conversation_turns
-from povid.preferences.records import MissingImage, mapping, member, name_of, picture, records, show, text
+from povid.preferences.records import gather, mapping, member, name_of, picture, show, text
 from povid.preferences.triple import Triple, Turn
 
 
@@ -49,25 +49,8 @@ def read_rows(path: Path, images: Path, *, kind: str = "auto", rounds: str = "fi
         raise Fault(f"rounds={rounds} does not exist; choose first or each")
     if not Path(images).is_dir():
         raise Fault(f"image folder {images} does not exist; give the folder that holds the pictures of {path}")
-    rows: list[Row] = []
-    missing: list[str] = []
-    for place, record in records(path):
-        try:
-            if isinstance(record, Fault):
-                raise record
-            rows.extend(_rows(mapping(record, "record"), Path(images), place.rpartition(" ")[2], kind, rounds))
-        except Fault as fault:
-            sentence = str(fault) if str(fault).startswith(place) else f"{place}: {fault}"
-            if skipped is not None:
-                skipped.append(sentence)
-            elif isinstance(fault, MissingImage):
-                missing.append(fault.name)
-            else:
-                raise Fault(sentence) from None
-    if missing:
-        first = ", ".join(show(name) for name in missing[:3])
-        raise Fault(f"{path}: {len(missing)} pictures are not in {images} (first: {first}); put them there, give "
-                    "another image folder, or set skip_bad=true")
+    rows = gather(path, images, skipped, lambda record, place: _rows(
+        mapping(record, "record"), Path(images), place.rpartition(" ")[2], kind, rounds), "set skip_bad=true")
     if not rows:
         raise Fault(f"{path} holds no record that can be used; mend those that were skipped")
     return rows

@@ -27,13 +27,12 @@ from typing import Any
 
 from povid.fault import Fault
 from povid.preferences.records import (
-    MissingImage,
+    gather,
     listing,
     mapping,
     member,
     name_of,
     picture,
-    records,
     show,
     text,
 )
@@ -105,26 +104,8 @@ READERS: dict[str, Reader] = {
 def _read(path: Path, images: Path | None, skipped: list[str] | None, source: str, build: Callable) -> list[Triple]:
     if images is not None and not Path(images).is_dir():
         raise Fault(f"image folder {images} does not exist; give the folder that holds the pictures of {path}")
-    triples: list[Triple] = []
-    missing: list[str] = []
-    for place, record in records(path):
-        try:
-            if isinstance(record, Fault):
-                raise record
-            triples.extend(build(record, images, place, source))
-        except Fault as fault:
-            sentence = str(fault) if str(fault).startswith(place) else f"{place}: {fault}"
-            if skipped is not None:
-                skipped.append(sentence)
-            elif isinstance(fault, MissingImage):
-                missing.append(fault.name)
-            else:
-                raise Fault(sentence) from None
-    if missing:
-        first = ", ".join(show(name) for name in missing[:3])
-        raise Fault(f"{path}: {len(missing)} pictures are not in {images} (first: {first}); put them there, give "
-                    "another image folder, or skip such records explicitly")
-    return triples
+    return gather(path, images, skipped, lambda record, place: build(record, images, place, source),
+                  "skip such records explicitly")
 
 
 def _label(record: Mapping[str, Any], key: str = "id") -> str:

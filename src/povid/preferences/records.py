@@ -13,12 +13,13 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, TypeVar
 
 from povid.fault import Fault
 
+Built = TypeVar("Built")
 LONGEST_TEXT = 100_000  # characters in one turn: nothing that a model can read is longer
 LONGEST_ID = 300
 LARGEST_JSON = 8 << 30  # bytes: a JSON list has to fit in memory, JSON Lines and parquet do not
@@ -41,6 +42,35 @@ class MissingImage(Fault):
 def show(value: Any) -> str:
     """A value as an error message can show it: short, on one line, whatever it is."""
     return _shown.repr(value).encode("utf-8", "backslashreplace").decode()
+
+
+def gather(path: Path, images: Path | None, skipped: list[str] | None,
+           build: Callable[[Any, str], Iterable[Built]], cure: str) -> list[Built]:
+    """``build(record, place)`` of every record of a file.
+
+    A bad record raises its Fault, or adds its sentence to ``skipped`` if that is a list; missing pictures are counted
+    first, and the Fault that names them ends with ``cure``.
+    """
+    built: list[Built] = []
+    missing: list[str] = []
+    for place, record in records(path):
+        try:
+            if isinstance(record, Fault):
+                raise record
+            built.extend(build(record, place))
+        except Fault as fault:
+            sentence = str(fault) if str(fault).startswith(place) else f"{place}: {fault}"
+            if skipped is not None:
+                skipped.append(sentence)
+            elif isinstance(fault, MissingImage):
+                missing.append(fault.name)
+            else:
+                raise Fault(sentence) from None
+    if missing:
+        first = ", ".join(show(name) for name in missing[:3])
+        raise Fault(f"{path}: {len(missing)} pictures are not in {images} (first: {first}); put them there, give "
+                    f"another image folder, or {cure}")
+    return built
 
 
 def records(path: Path) -> Iterator[tuple[str, Any]]:
