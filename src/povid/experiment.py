@@ -350,7 +350,7 @@ def _selection(cfg: DictConfig) -> dict[str, dict[str, Any]]:
 
 def _check_benchmarks(cfg: DictConfig, checked: Checked) -> None:
     for name, lack in suite.check(_selection(cfg), judge(cfg)).items():
-        log.warning("%s will be left out: %s (%s)", name, lack["missing"], lack["cure"])
+        log.warning("%s will not be scored: %s (%s)", name, lack["missing"], lack["cure"])
 
 
 def sample_questions(triples: Sequence[Triple], count: int) -> list[Question]:
