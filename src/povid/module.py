@@ -149,7 +149,7 @@ class POVIDModule(L.LightningModule):
         groups = [{"params": lora, "lr": self.stage.lr}]
         if projector:
             groups.append({"params": projector, "lr": self.stage.projector_lr})
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.stage.weight_decay)
+        optimizer = torch.optim.AdamW(groups, weight_decay=self.stage.weight_decay, foreach=True)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(self.stage.warmup_ratio * steps)
         schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)

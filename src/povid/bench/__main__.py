@@ -117,7 +117,7 @@ def measured(shape: Shape, policy: Policy, made: list[Step], built, options: arg
     arms = [arm for arm, _ in built]
     with _mixed(shape, device):
         losses = check_same(arms, policy, made[0], SAME[shape.dtype])
-    optimizers = {id(parameters): torch.optim.AdamW(parameters, lr=0.0) for _, parameters in built}
+    optimizers = {id(parameters): torch.optim.AdamW(parameters, lr=0.0, foreach=True) for _, parameters in built}
 
     def one(arm: Arm, parameters: list, number: int) -> None:
         with _mixed(shape, device):
