@@ -80,6 +80,28 @@ def test_peak_memory_is_what_a_step_holds_at_once():
     assert measure.peak_bytes(step, device="cpu") == pytest.approx(2 * 4 * 2**20, abs=1024)
 
 
+def test_shares_of_a_step_go_to_what_takes_the_time():
+    a, x = torch.randn(600, 600), torch.randn(3, 4)
+
+    def products():
+        for _ in range(10):
+            a @ a
+
+    def small():
+        for _ in range(300):
+            (x * x + x).view(-1)
+
+    mostly = measure.shares(products, device="cpu")
+    assert tuple(mostly) == measure.KINDS and sum(mostly.values()) == pytest.approx(1)
+    assert mostly["matrix products"] > 0.8
+    rarely = measure.shares(small, device="cpu")
+    assert rarely["matrix products"] == rarely["attention"] == 0 < rarely["element by element"]
+    assert [measure.kind_of(name) for name in ("aten::addmm", "aten::view", "aten::silu", "ampere_bf16_s16816gemm",
+                                               "void pytorch_flash::flash_fwd_kernel", "_fused_adamw_")] == [
+        "matrix products", "Python, autograd, dispatch", "element by element", "matrix products", "attention",
+        "optimizer"]
+
+
 def test_ratios_of_medians():
     def row(arm, task, ms, peak):
         return {"arm": arm, "task": task, "ms": ms, "processor_ms": ms, "peak_mb": peak}
@@ -95,11 +117,12 @@ def test_ratios_of_medians():
 def test_command(tmp_path, capsys):
     out = tmp_path / "bench.json"
     assert main(["--model", "smallest", "--repetitions", "2", "--warmups", "0", "--no-trl", "--batches", "1",
-                 "--workers", "0", "--photographs", "12", "--out", str(out)]) == 0
+                 "--profile", "--workers", "0", "--photographs", "12", "--out", str(out)]) == 0
     result = json.loads(out.read_text())
     assert {row["arm"] for row in result["rows"]} >= {"ours", "plain", "released code"}
     assert all(row["ms"] > 0 and row["gflop"] > 0 and row["peak_mb"] > 0 for row in result["rows"])
     assert result["versions"]["torch"] == torch.__version__ and 0 <= result["pipeline"][0]["share"] <= 1
-    assert "others against ours" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "others against ours" in said and "where the time goes" in said
     assert main(["--model", "llava_1_5_7b"]) == 2
     assert "--random-weights" in capsys.readouterr().err

@@ -42,6 +42,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (CPU)")
     parser.add_argument("--arms", default="", help="measure only the arms whose names hold this text, e.g. ours")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out (it is the optional extra `bench`)")
+    parser.add_argument("--profile", action="store_true", help="also say where each arm's time goes")
     parser.add_argument("--peak-tflops", type=float, default=790.0,
                         help="dense rate of the device for utilisation; 790 was measured on an H100 in bf16")
     parser.add_argument("--workers", type=int, nargs="*", default=[2, 0],
@@ -142,6 +143,9 @@ def measured(shape: Shape, policy: Policy, made: list[Step], built, options: arg
                "peak_mb": measure.peak_bytes(lambda c=call: c(0), device=device) / 2**20,
                "gflop": measure.flops(lambda c=call: c(0)) / 1e9, "floor_gflop": floor / 1e9,
                "uncached_floor_gflop": least / 1e9}
+        if options.profile:
+            row["shares"] = measure.shares(lambda c=call: c(0), device=device,
+                                            repetitions=min(options.repetitions, 10))
         if device == "cuda":
             row["utilisation"] = floor / middle / (options.peak_tflops * 1e12)
         rows.append(row)
@@ -217,6 +221,11 @@ def table(result: dict[str, Any]) -> str:
     lines += ["", f"{'others against ours':59} {'times as long':>13} {'cpu time':>8} {'our peak memory':>16}"]
     lines += [f"{entry['what']:59} {entry['speed']:13.2f} {entry['processor']:8.2f} {entry['memory']:16.0%}"
               for entry in result["ratios"]]
+    if "shares" in result["rows"][0]:
+        lines += ["", f"{'where the time goes':40} " + " ".join(f"{kind:>26}" for kind in measure.KINDS)]
+        for row in result["rows"]:
+            spent = " ".join(f"{row['shares'][kind]:26.1%}" for kind in measure.KINDS)
+            lines.append(f"{row['task']:9} {row['arm']:30} {spent}")
     lines += [f"\n{entry['workers']} loader processes, 336-pixel photographs: a step of {entry['works_ms']:.1f} ms "
               f"waits {entry['waits_ms']:.2f} ms for its data ({entry['share']:.1%})"
               for entry in result.get("pipeline", ())]

@@ -88,6 +88,65 @@ def _quiet() -> Iterator[None]:
         os.close(kept)
 
 
+KINDS = ("matrix products", "attention", "optimizer", "element by element", "Python, autograd, dispatch")
+_PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution")
+_LAYOUT = {  # operators that only say how memory is to be read, or get some
+    "view", "t", "transpose", "as_strided", "expand", "slice", "select", "permute", "unsqueeze", "squeeze", "reshape",
+    "detach", "alias", "empty", "empty_like", "empty_strided", "narrow", "split", "unbind", "_unsafe_view", "to",
+    "_to_copy", "result_type", "view_as", "expand_as", "contiguous", "flatten", "resize_", "set_", "item", "is_nonzero",
+}
+
+
+def kind_of(operator: str) -> str:
+    """Which of KINDS an event of the profiler is, by its name on a CPU (``aten::mm``) or its kernel's on CUDA."""
+    name = operator.removeprefix("aten::").lower()
+    if "attention" in name or "fmha" in name or "flash" in name:
+        return "attention"
+    if "adam" in name or "optimizer" in name:
+        return "optimizer"
+    if name in _PRODUCTS or any(word in name for word in ("convolution", "gemm", "nvjet", "cutlass", "xmma", "cudnn")):
+        return "matrix products"
+    on_device = not operator.startswith("aten::") and ("kernel" in name or "memcpy" in name or "memset" in name)
+    if on_device or (operator.startswith("aten::") and name not in _LAYOUT):
+        return "element by element"
+    return "Python, autograd, dispatch"
+
+
+def shares(step: Callable[[], object], *, device: str, repetitions: int = 10) -> dict[str, float]:
+    """Share of a step's time in each of KINDS.
+
+    The kernels' time is the profiler's, the whole is a step's without profiler (both medians or sums over the same
+    number of steps); what no kernel explains is Python, autograd and dispatch, on CUDA the time the device idles.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    for _ in range(3):
+        step()
+    whole = []
+    for _ in range(repetitions):
+        _wait(device)
+        start = time.perf_counter() if device == "cuda" else time.process_time()
+        step()
+        _wait(device)
+        whole.append((time.perf_counter() if device == "cuda" else time.process_time()) - start)
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with _quiet(), profile(activities=activities) as watched:
+        for _ in range(repetitions):
+            step()
+        _wait(device)
+    spent = dict.fromkeys(KINDS, 0.0)
+    for event in watched.key_averages():
+        if device == "cuda" and event.device_type == torch.autograd.DeviceType.CUDA:
+            spent[kind_of(event.key)] += 1e-6 * event.self_device_time_total / repetitions
+        elif device != "cuda":
+            spent[kind_of(event.key)] += 1e-6 * event.self_cpu_time_total / repetitions
+    middle = statistics.median(whole)
+    spent[KINDS[-1]] = 0.0
+    spent[KINDS[-1]] = max(middle - sum(spent.values()), 0.0)
+    total = sum(spent.values())
+    return {kind: seconds / total for kind, seconds in spent.items()}
+
+
 def flops(step: Callable[[], object]) -> int:
     """Floating-point operations of a step's matrix products and attentions, as torch counts them.
 
