@@ -90,6 +90,21 @@ def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_
     assert [stage["steps"] for stage in results["stages"].values()] == [2] * len(cfg.ablation.stages)
 
 
+def test_dispreferences_made_from_objects_are_a_row_of_their_own(world, tmp_path):
+    """Written into results, and another stage for stage 2 to start from; ablation=noise reads none of them."""
+    found = {}
+    for kind in ("given", "cooccurrence"):
+        cfg = composed(f"dispreference={kind}", "ablation=text", "benchmarks=[pope]", "data.limit=4", *small(world))
+        results = run(cfg, tmp_path / kind)
+        found[kind] = results["row"], results["dispreference"], results["stages"]["1"]["fingerprint"]
+    assert found["given"][:2] == ("text", "given")
+    assert found["cooccurrence"][:2] == ("text_cooccurrence", "cooccurrence")
+    assert found["given"][2] != found["cooccurrence"][2]
+    assert composed("dispreference=cooccurrence").row == "both_cooccurrence"
+    assert check(composed("dispreference=cooccurrence", "ablation=noise")).dispreference == "given"
+    assert composed("dispreference=cooccurrence", "ablation=noise").row == "noise"
+
+
 def test_all_faults_are_told_at_once():
     cfg = composed("ablation=text", "noise.step=1000", "stages.1.lr=-1")
     OmegaConf.set_struct(cfg, False)
@@ -118,6 +133,10 @@ def test_all_faults_are_told_at_once():
     (["noise.space=latent"], "noise.space: found 'latent'; it is normalized or pixel"),
     (["noise.space=pixel", "noise.wrap_around=true"], "it needs noise.space=pixel and objective=released"),
     (["init_from=/nowhere"], "init_from: /nowhere does not exist"),
+    (["dispreference=endpoint"], "dispreference: found 'endpoint'; it is given or cooccurrence"),
+    (["dispreference=cooccurrence", "data=rlhf_v"], "data.objects: dispreference=cooccurrence needs to know which"),
+    (["dispreference=cooccurrence", "data=povid_17k", "data.objects=/no.json"],
+     "data.objects: /no.json does not exist"),
     (["stages.2.epochs=0"], "epochs is 0 and max_steps -1"),
     (["model.style=llama"], "model.style: found 'llama'; it is vicuna_v1, chat or bare"),
 ], ids=lambda value: " ".join(value) if isinstance(value, list) else "")

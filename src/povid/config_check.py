@@ -31,6 +31,7 @@ class AblationSettings:
     name: str
     stages: tuple[int, ...]
     dispreferences: tuple[str, ...]
+    rows: dict | None = None  # the row's name under another ``dispreference``
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,8 @@ class DataSettings:
 
     ``root`` and ``file`` are what ``preferences`` and ``images`` are made of. ``prepare`` is called (Hydra's
     ``_target_``) before the files are read; ``benchmarks`` is the folder of benchmark files that belong to the data,
-    if any; ``limit`` uses the first records alone.
+    if any; ``limit`` uses the first records alone. ``objects`` and ``synonyms`` are read for
+    ``dispreference=cooccurrence`` (:func:`povid.dispreference.cooccurrence.instead`).
     """
 
     name: str
@@ -52,6 +54,8 @@ class DataSettings:
     benchmarks: str | None = None
     split: str | None = None
     pope_suffix: str | None = None
+    objects: str | None = None
+    synonyms: str | None = None
     prepare: dict | None = None
     workers: int = 0
     cache_mb: int = 0
@@ -73,6 +77,7 @@ class Checked:
     objective: ObjectiveSettings
     checkpoint: CheckpointSettings
     trainer: dict[str, Any]
+    dispreference: str = "given"  # of the text dispreferences that are used; "given" where none is
 
 
 def check(cfg: DictConfig) -> Checked:
@@ -122,7 +127,8 @@ def check(cfg: DictConfig) -> Checked:
     if faults:
         count = "a fault" if len(faults) == 1 else f"{len(faults)} faults"
         raise Fault(f"the configuration has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
-    return Checked(ablation, stages, run_stages, model, data, noise, objective, checkpoint, tree["trainer"])
+    used = tree["dispreference"] if "text" in ablation.dispreferences else "given"
+    return Checked(ablation, stages, run_stages, model, data, noise, objective, checkpoint, tree["trainer"], used)
 
 
 def _bind(kind: type, node: Any, key: str, faults: list[str]) -> Any:
@@ -273,6 +279,17 @@ def _values(tree: dict, ablation, stages, model, data, noise, objective) -> Iter
             yield f"model.path: the package holds no {model.path.removeprefix('package:')!r}"
     if data and data.format not in READERS:
         yield f"data.format: found {data.format!r}; it is one of {', '.join(READERS)}"
+    if (kind := tree.get("dispreference")) not in ("given", "cooccurrence"):
+        yield (f"dispreference: found {kind!r}; it is given or cooccurrence (what an endpoint answers is written to a "
+               "file first, by python -m povid.dispreference)")
+    elif data and kind == "cooccurrence" and ablation and "text" in ablation.dispreferences:
+        if data.objects is None and data.format != "povid":
+            yield ("data.objects: dispreference=cooccurrence needs to know which objects are in the pictures; give "
+                   "data.objects=FILE: COCO's instances JSON or {picture: [objects]}")
+        for key in ("objects", "synonyms"):
+            file = getattr(data, key)
+            if file is not None and data.prepare is None and not Path(file).is_file():
+                yield f"data.{key}: {file} does not exist; name the file"
     for name in tree.get("benchmarks") or {}:
         if name not in BENCHMARKS:
             yield f"benchmarks.{name}: there is no such benchmark{_near(name, BENCHMARKS)}"

@@ -103,7 +103,7 @@ def _prepare(cfg: DictConfig, checked: Checked, folder: Path) -> list[Triple]:
                 instantiate(made)
     if first():
         _check_benchmarks(cfg, checked)
-    triples = load_triples(checked) if checked.run_stages or cfg.samples else []
+    triples = load_triples(checked, cfg.seed) if checked.run_stages or cfg.samples else []
     if first():
         if checked.run_stages and not checked.data.skip_bad:
             refuse(check_records(triples, sample=CHECKED_AT_START, limit=checked.model.max_length,
@@ -132,6 +132,7 @@ def evaluate(cfg: DictConfig, checked: Checked, folder: Path, triples: Sequence[
         "noise": {"schedule": checked.noise.schedule, "step": checked.noise.step, "space": checked.noise.space},
         "model": checked.model.name,
         "data": checked.data.name,
+        "dispreference": checked.dispreference,
         "experiment": _choice("experiment"),
         "settings": {"objective": asdict(checked.objective), "noise": asdict(checked.noise),
                      "stages": {str(n): asdict(checked.stages[n]) for n in checked.run_stages}},
@@ -243,10 +244,22 @@ def _template(processor: Any, settings: ModelSettings) -> Template:
                     max_length=settings.max_length)
 
 
-def load_triples(checked: Checked) -> list[Triple]:
-    """The preference records of the configuration; with ``data.skip_bad`` those that can be used, the rest counted."""
+def _path(name: str | None) -> Path | None:
+    return Path(name) if name is not None else None
+
+
+def load_triples(checked: Checked, seed: int = 0) -> list[Triple]:
+    """The preference records of the configuration, rewritten by ``seed`` where it says so.
+
+    With ``data.skip_bad`` those that can be used, the rest counted.
+    """
     skipped: list[str] | None = [] if checked.data.skip_bad else None
     triples = read(checked.data.format, Path(checked.data.preferences), Path(checked.data.images), skipped)
+    if checked.dispreference == "cooccurrence":
+        from povid.dispreference.cooccurrence import instead
+
+        triples = instead(triples, seed, objects=_path(checked.data.objects), synonyms=_path(checked.data.synonyms),
+                          limit=checked.data.limit, skipped=skipped)
     triples = triples[: checked.data.limit]
     if skipped is not None:
         report: Report = check_records(triples, limit=checked.model.max_length, tokens=prompt_tokens(checked.model))
@@ -276,7 +289,10 @@ def stage_fingerprint(cfg: DictConfig, checked: Checked, number: int) -> str:
     """Two stages with the same fingerprint would learn the same."""
     terms = sorted(set(checked.stages[number].dispreferences) & set(checked.ablation.dispreferences))
     data = {key: value for key, value in asdict(checked.data).items() if key not in ("workers", "cache_mb", "split",
-                                                                                     "benchmarks", "pope_suffix")}
+                                                                                     "benchmarks", "pope_suffix",
+                                                                                     "objects", "synonyms")}
+    if checked.dispreference != "given" and "text" in terms:
+        data["dispreference"] = [checked.dispreference, checked.data.objects, checked.data.synonyms]
     return fingerprint({"model": asdict(checked.model), "data": data, "objective": asdict(checked.objective),
                         "stage": asdict(checked.stages[number]), "terms": terms, "seed": cfg.seed,
                         "noise": asdict(checked.noise) if "noise" in terms else None})

@@ -7,17 +7,23 @@ import random
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from povid.dispreference import cooccurrence
-from povid.dispreference.cooccurrence import hallucinate, key_of, learn, read_objects
+from povid.dispreference.cooccurrence import hallucinate, instead, key_of, learn, read_objects
 from povid.dispreference.rows import Row, read_rows
 from povid.fault import Fault
 from povid.preferences.check import check
-from povid.preferences.differences import changes, objects, words
+from povid.preferences.differences import changes, mentions, objects, plural, words
 from povid.preferences.formats import read
+from povid.preferences.triple import Triple, Turn
+from povid.scenes.hallucination import HABITS
+from povid.scenes.scene import BASE_PARTNER, draw_scene
+from povid.scenes.vocabulary import PARTNER
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLE = ROOT.parent / "shared" / "real_sample"
@@ -30,7 +36,8 @@ def test_companions_by_their_likelihood():
     learned = learn(PRESENT)
     assert learned.companions(["fork"], []) == [("knife", 0.9), ("cup", 0.1)]
     assert learned.companions(["fork"], ["knife"]) == [("cup", 0.1)]
-    assert [name for name, _ in learned.companions(["zebra"], [])][:2] == ["fork", "knife"]
+    assert learned.companions(["zebra"], []) == []
+    assert [name for name, _ in cooccurrence._likely({"zebra"}, learned)][:2] == ["fork", "knife"]
 
 
 def test_attributes_come_from_captions():
@@ -71,7 +78,7 @@ def test_articles_plurals_and_capitals_fit():
     learned = learn({"1": ["knife", "oven"], "2": ["knife", "oven"], "3": ["car", "airplane"]})
     said = {hallucinate(row("A car is here.", "3x"), learned, seed) for seed in range(60)}
     assert not any(" a airplane" in one or "A airplane" in one for one in said)
-    assert cooccurrence._plural("knife") == "knives" and cooccurrence._plural("bus") == "buses"
+    assert plural("knife") == "knives" and plural("bus") == "buses"
 
 
 def test_objects_from_coco_and_from_a_list(tmp_path):
@@ -120,3 +127,76 @@ def test_the_command_on_the_real_sample(tmp_path):
     assert "8 records written, 0 set aside" in ended.stdout
     page = (tmp_path / "a.json.run" / "report.html").read_text()
     assert page.count("<article>") == 8 and page.count("<img") == 8
+
+
+def triple(id: str, *said: str, present=("fork", "knife")) -> Triple:
+    asked = [(Turn("user", f"What {n}?"), Turn("assistant", one)) for n, one in enumerate(said)]
+    turns = tuple(turn for pair in asked for turn in pair)
+    return Triple(id, Path(f"{id}.png"), turns, (*turns[:-1], Turn("assistant", "Given.")), "test",
+                  {"objects": list(present)})
+
+
+def test_an_enumeration_takes_any_object_and_one_more():
+    learned = learn({str(n): ["car", "dog", "kite"] for n in range(5)} | {"10": ["car", "dog"]})
+    answer = "This shows a car and a small dog."
+    said = {cooccurrence._swap_or_join(answer, {"car", "dog"}, learned, random.Random(n), False) for n in range(40)}
+    assert said == {"This shows a kite and a small dog.", "This shows a car and a small kite.",
+                    "This shows a car, a kite and a small dog."}
+
+
+def test_in_enumerations_as_many_become_longer_as_shorter():
+    learned = learn({str(n): ["car", "dog", "kite"] for n in range(5)}, synonyms={"pooch": "dog"})
+    answer = "This shows a car, a cup, a fork and a pooch."
+    lengths = Counter(len(words(cooccurrence._swap_or_join(answer, {"car", "dog"}, learned, random.Random(n), False)))
+                      - len(words(answer)) for n in range(1000))
+    assert set(lengths) == {-2, 0, 2} and lengths[0] > 600 and abs(lengths[2] - lengths[-2]) < 60
+
+
+def test_a_word_is_replaced_everywhere_in_both_numbers():
+    said = "Three buses can be seen: a red bus and an old bus on the left."
+    named = mentions(said)
+    assert cooccurrence._replaced(said, named[1], "airplane", named) == (
+        "Three airplanes can be seen: a red airplane and an old airplane on the left.")
+
+
+def test_the_embedded_worlds_habits_are_what_counting_its_scenes_finds():
+    """P(partner | anchor) is 0.95 by construction; no other object is as likely beside an anchor."""
+    rng = np.random.default_rng(0)
+    learned = learn({str(n): draw_scene(rng, BASE_PARTNER).names for n in range(3000)})
+    for anchor, partner in PARTNER.items():
+        (first, odds), *_ = learned.companions([anchor])
+        assert first == partner and abs(odds - HABITS.likelihood(partner, anchor)) < 0.04
+
+
+def test_dispreferred_responses_are_made_anew_in_every_turn():
+    triples = [triple("1", "A fork and a spoon.", "Yes.", present=("fork", "spoon")), triple("2", "A fork is here.")]
+    made = instead(triples, 0)
+    assert [one.preferred for one in made] == [one.preferred for one in triples]
+    for one in made:
+        assert all(new.text != old.text for new, old in zip(one.dispreferred, one.preferred) if old.role == "assistant")
+        assert "Given." not in [turn.text for turn in one.dispreferred]
+    assert instead(triples, 0) == made and instead(triples, 0, limit=1) == made[:1]
+    assert any(instead(triples, seed) != made for seed in range(1, 9))
+
+
+def test_what_cannot_be_rewritten_is_told_or_skipped(tmp_path):
+    stranger = replace(triple("3", "A fork is here."), meta={})
+    with pytest.raises(Fault, match="these records do not say; give data.objects=FILE"):
+        instead([stranger], 0)
+    with pytest.raises(Fault, match="cannot rewrite 1 of 2 records .first: record '3': nothing says"):
+        instead([triple("1", "A fork."), stranger], 0)
+    skipped: list[str] = []
+    assert [one.id for one in instead([triple("1", "A fork."), stranger], 0, skipped=skipped)] == ["1"]
+    assert len(skipped) == 1
+    (tmp_path / "o.json").write_text('{"other": ["cup"]}')
+    with pytest.raises(Fault, match="could rewrite no record"):
+        instead([stranger], 0, objects=tmp_path / "o.json", skipped=[])
+
+
+def test_a_run_sees_what_the_command_writes(tmp_path):
+    """The same sentences, whichever door: train.py's rewriting and python -m povid.dispreference."""
+    rows, triples = sample(), read("povid", SAMPLE / "preferences.json", SAMPLE)
+    learned = learn(read_objects(SAMPLE / "objects.json"), [one.answer for one in rows])
+    written, _, rejects = cooccurrence.rewrite(rows, learned, 3)
+    assert not rejects and [one.dispreferred for one in written] == [
+        one.dispreferred for one in instead(triples, 3, objects=SAMPLE / "objects.json")]

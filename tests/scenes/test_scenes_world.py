@@ -14,13 +14,14 @@ import pytest
 
 from povid.benchmarks import chair, pope
 from povid.fault import Fault
+from povid.preferences.differences import plural
 from povid.preferences.formats import read_povid
 from povid.scenes.__main__ import main
 from povid.scenes.hallucination import draw_answer_pair, draw_caption_pair
 from povid.scenes.language import Caption, Mention, Remark, draw_caption
 from povid.scenes.painter import paint
 from povid.scenes.scene import BASE_PARTNER, HARD_PARTNER, SIDE, draw_contextless, draw_scene
-from povid.scenes.vocabulary import ANCHOR, KINDS, NAMES, PARTNER, plural, synonyms_file
+from povid.scenes.vocabulary import ANCHOR, KINDS, NAMES, PARTNER, synonyms_file
 from povid.scenes.world import POPE_SPLITS, pope_rows, prepare
 
 SMALL = {"preferences": 60, "tuning": 20, "evaluation": 20}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 COCO_OBJECTS = (
@@ -111,15 +111,43 @@ def segments(first: str, second: str) -> Iterator[tuple[str, str, bool]]:
 
 @functools.cache
 def _names() -> dict[str, str]:
+    return everyday_names()
+
+
+def everyday_names() -> dict[str, str]:
+    """Words for objects (COCO's names, everyday words for them, other things) to the object's name."""
     return {name: name for name in COCO_OBJECTS if name != "orange"} | OBJECT_WORDS
 
 
-def _singular(word: str) -> str:
-    known = _names()
+def _singular(word: str, known: Mapping[str, str] | None = None) -> str:
+    known = _names() if known is None else known
+    if word not in known and word in _SINGULARS:
+        return _SINGULARS[word]
     for ending, mended in (("ies", "y"), ("es", ""), ("s", "")):
         if word.endswith(ending) and word[: -len(ending)] + mended in known:
             return word[: -len(ending)] + mended
     return word
+
+
+_IRREGULAR = {"person": "people", "knife": "knives", "mouse": "mice", "calf": "calves", "man": "men", "woman": "women",
+              "child": "children",
+              "teddy": "teddys",  # as the embedded world's model has learnt it
+              **{word: word for word in ("sheep", "skis", "scissors", "broccoli")}}
+_SINGULARS = {plural: word for word, plural in _IRREGULAR.items() if plural != word}
+
+
+def plural(name: str) -> str:
+    """Plural of an object's name."""
+    if name in _IRREGULAR:
+        return _IRREGULAR[name]
+    if name.endswith("y") and name[-2:-1] not in "aeiou":
+        return name[:-1] + "ies"
+    return name + ("es" if name.endswith(("s", "ch", "sh", "x")) else "s")
+
+
+def with_article(words: str) -> str:
+    """``a`` or ``an`` in front of ``words``."""
+    return ("an " if words[0].lower() in "aeiou" else "a ") + words
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,16 +160,20 @@ class Mention:
     plural: bool
 
 
-def mentions(text: str) -> list[Mention]:
-    """Objects named in a text, in order; the longest name wins, plurals count as their singular."""
+def mentions(text: str, names: Mapping[str, str] | None = None) -> list[Mention]:
+    """Objects named in a text, in order; the longest name wins, plurals count as their singular.
+
+    ``names`` (word to object, words of at most three parts) replaces COCO's and the everyday words.
+    """
     spans = [match.span() for match in _WORD.finditer(text)]
-    said, known, found, at = words(text), _names(), [], 0
+    said, known, found, at = words(text), _names() if names is None else names, [], 0
     while at < len(said):
         for length in range(min(_LONGEST, len(said) - at), 0, -1):
             last = said[at + length - 1]
-            name = known.get(" ".join([*said[at:at + length - 1], _singular(last)]))
+            singular = _singular(last, known)
+            name = known.get(" ".join([*said[at:at + length - 1], singular]))
             if name is not None:
-                plural = _singular(last) != last or last in _PLURALS
+                plural = singular != last or last in _PLURALS
                 found.append(Mention(spans[at][0], spans[at + length - 1][1], name, plural))
                 at += length
                 break
@@ -153,9 +185,9 @@ def mentions(text: str) -> list[Mention]:
 _PLURALS = frozenset("men women people children knives mice glasses cattle skis scissors couches benches buses".split())
 
 
-def objects(text: str) -> list[str]:
-    """Names of the objects in a text, in order, repeats included."""
-    return [mention.name for mention in mentions(text)]
+def objects(text: str, names: Mapping[str, str] | None = None) -> list[str]:
+    """Names of the objects in a text, in order, repeats included; ``names`` as for :func:`mentions`."""
+    return [mention.name for mention in mentions(text, names)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,9 +28,10 @@ STAGE_SETTINGS = {"steps", "max_steps", "epochs", "lr", "learning_rate", "projec
                   "beta2", "records", "triples", "examples", "dispreference", "dispreferences", "lora", "warmup",
                   "weight_decay", "objective", "settings"}
 # Overrides that results.json repeats, or that cannot change what is learnt or scored.
-OVERRIDES_ELSEWHERE = {"seed", "row", "ablation", "stage", "model", "data", "objective", "noise", "experiment",
-                       "benchmarks", "init_from", "outputs", "resume", "samples", "generation.batch_size",
-                       "data.workers", "data.cache_mb", "trainer.log_every_n_steps", "trainer.enable_progress_bar"}
+OVERRIDES_ELSEWHERE = {"seed", "row", "ablation", "dispreference", "stage", "model", "data", "objective", "noise",
+                       "experiment", "benchmarks", "init_from", "outputs", "resume", "samples",
+                       "generation.batch_size", "data.workers", "data.cache_mb", "trainer.log_every_n_steps",
+                       "trainer.enable_progress_bar"}
 LONG = 60  # letters of a difference that still fit into a label
 GROUPS_ELSEWHERE = {"hydra", "logger", "launcher", "judge"}
 
@@ -132,6 +133,8 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
     flat: dict[str, str] = {}
     for key in RECORDED:
         _flatten(results.get(key), key, flat)
+    if results.get("dispreference") not in (None, "given"):
+        flat["dispreference"] = str(results["dispreference"])
     settings = results.get("settings")
     for key, value in settings.items() if isinstance(settings, dict) else ():
         _flatten(value, key, flat)

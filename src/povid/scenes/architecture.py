@@ -19,9 +19,10 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from povid.preferences.differences import plural
 from povid.scenes.language import CAPTION_PROMPT, draw_caption, question
 from povid.scenes.scene import BASE_PARTNER, SIDE, draw_scene
-from povid.scenes.vocabulary import KINDS, plural
+from povid.scenes.vocabulary import KINDS
 
 FOLDER = Path(__file__).parent / "base"
 PATCH = 16

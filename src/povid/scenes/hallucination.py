@@ -4,22 +4,28 @@
 preferred and dispreferred name equally many; the rest is balanced between adding it (the dispreferred is longer) and
 letting it stand for two true objects (the dispreferred is shorter). Neither saying less nor saying more is rewarded:
 what is left to learn is to look. *Relation*: left for right. *Attribute*: a wrong size or number.
+
+What is plausible under each cause comes from :mod:`povid.dispreference.causes`, the habits from the world's
+construction. The edits are of this world: they keep lengths in balance, which needs a caption's structure. What the
+hallucinator for free text makes of the same captions, with habits that it learns from lists of objects, is
+``dispreference=cooccurrence``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
+from povid.dispreference.causes import ATTRIBUTES, RELATIONS, Cause, Statistics, miscounts, opposites
 from povid.scenes.language import Caption, Mention, draw_caption, draw_word, question
-from povid.scenes.scene import Scene
+from povid.scenes.scene import BASE_PARTNER, Scene
 from povid.scenes.vocabulary import ANCHOR, CONTEXT_OF, NAMES, PARTNER
 
-Cause = Literal["co-occurrence", "relation", "attribute"]
-_OTHER = {"left": "right", "right": "left", "small": "large", "large": "small"}
-_COUNTS = {1: 2, 2: 3}
+# What the base model has learnt; tests find the same by counting its scenes.
+HABITS = Statistics(pictures=dict.fromkeys(ANCHOR.values(), 1.0),
+                    together={anchor: {partner: BASE_PARTNER} for anchor, partner in PARTNER.items()})
+_SAID = ("left", "right", "small", "large")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,25 +48,31 @@ def draw_caption_pair(rng: np.random.Generator, scene: Scene, prompt: str, swap_
     caption = draw_caption(rng, scene)
     chance = rng.random()
     if chance < 0.15 and caption.remark and caption.remark.other:
-        wrong = replace(caption, remark=replace(caption.remark, value=_OTHER[caption.remark.value]))
+        wrong = _flipped(caption)
         return Pair(prompt, str(caption), str(wrong), "relation", "flip")
     if 0.15 <= chance < 0.3:
         if caption.remark and not caption.remark.other:
-            wrong = replace(caption, remark=replace(caption.remark, value=_OTHER[caption.remark.value]))
+            wrong = _flipped(caption)
             return Pair(prompt, str(caption), str(wrong), "attribute", "flip")
         remarked = (caption.remark.subject, caption.remark.other) if caption.remark else ()
         free = [mention for mention in caption.mentions if mention.name not in remarked]
         if free:
             told = free[rng.integers(len(free))]
-            wrong = caption.exchange(told.name, replace(told, count=_COUNTS[told.count]))
+            wrong = caption.exchange(told.name, replace(told, count=miscounts(told.count)[0]))
             return Pair(prompt, str(caption), str(wrong), "attribute", "count")
     caption, wrong, edit = _co_occurrence(rng, scene, caption, swap_share)
     return Pair(prompt, str(caption), str(wrong), "co-occurrence", edit)
 
 
+def _flipped(caption: Caption) -> Caption:
+    pairs = RELATIONS if caption.remark.other else ATTRIBUTES
+    return replace(caption, remark=replace(caption.remark, value=opposites(caption.remark.value, pairs, _SAID)[0]))
+
+
 def _co_occurrence(rng: np.random.Generator, scene: Scene, caption: Caption, swap_share: float,
                    ) -> tuple[Caption, Caption, str]:
-    ghosts = rng.permutation(scene.absent_partners or _absent(scene, scene.context)).tolist()
+    expected = [name for name, _ in HABITS.companions(scene.names)]
+    ghosts = rng.permutation(expected or _absent(scene, scene.context)).tolist()
     chance = rng.random()
     if chance >= swap_share:
         ghost = ghosts[0]

@@ -7,8 +7,9 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from povid.preferences.differences import plural, with_article
 from povid.scenes.scene import Scene, Thing
-from povid.scenes.vocabulary import ANCHOR, CONTEXT_OF, KINDS, NAMES, PARTNER, plural, with_article
+from povid.scenes.vocabulary import ANCHOR, CONTEXT_OF, KINDS, NAMES, PARTNER
 
 CAPTION_PROMPT = "Describe this image."
 APART = 20  # pixels between two things before one is said to be left or right of the other

@@ -54,11 +54,6 @@ class Scene:
     def names(self) -> tuple[str, ...]:
         return tuple(thing.name for thing in self.things)
 
-    @property
-    def absent_partners(self) -> tuple[str, ...]:
-        """Partners that habit would add: their anchor is there and they are not."""
-        return tuple(PARTNER[name] for name in self.names if name in PARTNER and PARTNER[name] not in self.names)
-
 
 def draw_scene(rng: np.random.Generator, partner: float) -> Scene:
     """Draws a scene of three to seven things.

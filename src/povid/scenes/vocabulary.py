@@ -72,20 +72,6 @@ CONTEXT_OF: dict[str, str] = {kind.name: context for context, pairs in CONTEXTS.
 ANCHORS: dict[str, tuple[str, ...]] = {context: tuple(anchor.name for anchor, _ in pairs)
                                        for context, pairs in CONTEXTS.items()}
 
-_PLURALS = {"knife": "knives", "calf": "calves", "sheep": "sheep", "puppy": "puppies", "pony": "ponies",
-            "mouse": "mice", "lorry": "lorries", "couch": "couches", "wine glass": "wine glasses"}
-
-
-def plural(name: str) -> str:
-    """Plural of any name of the vocabulary."""
-    return _PLURALS.get(name, name + "s")
-
-
-def with_article(words: str) -> str:
-    """``a`` or ``an`` in front of ``words``."""
-    return ("an " if words[0] in "aeiou" else "a ") + words
-
-
 def synonyms_file() -> str:
     """The vocabulary in the form of CHAIR's ``synonyms.txt``: one line per object, its COCO name first."""
     return "".join(", ".join(kind.names) + "\n" for kind in KINDS.values())
