@@ -91,5 +91,7 @@ def test_batch_size_auto_is_a_setting_of_one_device():
     assert checked("stages.1.batch_size=auto").stages[1].batch_size == "auto"
     with pytest.raises(Fault, match="one device"):
         checked("stages.2.batch_size=auto", "trainer.devices=2")
+    with pytest.raises(Fault, match="this trainer splits it"):
+        checked("stages.2.batch_size=auto", "trainer=offload")
     with pytest.raises(Fault, match="whole number or auto"):
         checked("stages.2.batch_size=many")

@@ -17,7 +17,7 @@ import pytest
 import tiny
 from forks import at_step, finish, outcome, run, settings
 
-from povid import checkpoint
+from povid import checkpoint, experiment
 from povid.checkpoint import Checkpoints, checkpoints, newest
 from povid.fault import Fault
 from povid.resume import expand
@@ -208,3 +208,20 @@ def test_twenty_random_kills(world, undisturbed):
             status = process.exitcode
             assert status in (0, 143, -9, -15), folder.with_suffix(".log").read_text()
         assert outcome(folder) == expected
+
+
+def test_an_automatic_batch_size_stays_what_it_was(world):
+    """The machine has more room when the run goes on than when it began."""
+    def room(size: int, then: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        def sabotage() -> None:
+            experiment.largest_batch = lambda module, data: size
+            then()
+        return sabotage
+
+    auto = settings(world, "stages.1.batch_size=auto", "stages.2.batch_size=auto")
+    assert finish(auto, world / "auto_whole", room(2)) == 0
+    assert finish(auto, world / "auto", room(2, at_step(1, 3, signal.SIGKILL))) == -signal.SIGKILL
+    assert finish([*auto, "resume=true"], world / "auto", room(4, at_step(1, 7, signal.SIGTERM))) == 143
+    assert "batches of 2" in (world / "auto.log").read_text() and "batches of 4" not in (world / "auto.log").read_text()
+    config = json.loads((world / "auto_whole" / "results.json").read_text())
+    assert config["stages"]["1"]["batch_size"] == 2

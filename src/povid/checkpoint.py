@@ -190,6 +190,13 @@ def step_of(file: Path) -> int:
     return int(NAME.fullmatch(file.name)[1])
 
 
+def batch_size_of(file: Path | None) -> int | None:
+    """How many records a batch held where a checkpoint was written; None without one (or in DeepSpeed's folders)."""
+    if file is None or file.is_dir():
+        return None
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["batch_size"]
+
+
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint that is whole; those that are not are named in the log, and left alone."""
     for file in checkpoints(folder):

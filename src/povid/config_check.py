@@ -79,6 +79,16 @@ class Checked:
     trainer: dict[str, Any]
     dispreference: str = "given"  # of the text dispreferences that are used; "given" where none is
 
+    @property
+    def split(self) -> bool:
+        """Whether the trainer splits the weights, over devices or between device and machine."""
+        return _splits(self.trainer)
+
+
+def _splits(trainer: Any) -> bool:
+    strategy = (trainer or {}).get("strategy")
+    return isinstance(strategy, dict) and strategy.get("_target_") == "povid.sharding.FSDP2"
+
 
 def check(cfg: DictConfig) -> Checked:
     """Bind a composed configuration to what it instantiates.
@@ -243,6 +253,9 @@ def _values(tree: dict, ablation, stages, model, data, noise, objective) -> Iter
             continue
         if automatic and (tree.get("trainer") or {}).get("devices") != 1:
             yield f"stages.{number}.batch_size: auto is decided on one device; use trainer.devices=1 or give a number"
+        elif automatic and _splits(tree.get("trainer")):
+            yield (f"stages.{number}.batch_size: auto is measured with the whole model on the device, and this trainer "
+                   "splits it; give a number")
         for name, low in (("accumulate", 1),) if automatic else (("batch_size", 1), ("accumulate", 1)):
             if getattr(stage, name) < low:
                 yield f"stages.{number}.{name}: found {getattr(stage, name)}, needed at least {low}"

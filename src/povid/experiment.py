@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from povid.benchmarks import suite
 from povid.benchmarks.question import Answerer, Decoding, Question
-from povid.checkpoint import Checkpoints, newest, step_of, sync
+from povid.checkpoint import Checkpoints, batch_size_of, newest, step_of, sync
 from povid.config_check import Checked, check
 from povid.fault import Fault
 from povid.generation import Answers
@@ -162,8 +162,8 @@ def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequenc
              adapters[-1] if adapters else checked.model.source)
     L.seed_everything(cfg.seed, workers=True, verbose=False)
     with _timed(timings, f"stage_{number}.load"):
-        policy, template = load_policy(checked.model, adapters, adapted=True)
-        if number == checked.run_stages[0] and first():
+        policy, template = load_policy(checked.model, adapters, adapted=True, whole=not checked.split)
+        if number == checked.run_stages[0] and first() and not checked.split:
             _before(folder, samples, Answers(policy, template, cfg.generation.batch_size))
         cached = stage.epochs > 1 if cfg.reference_cache is None else cfg.reference_cache
         module = POVIDModule(policy, checked.objective, stage, terms,
@@ -176,8 +176,9 @@ def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequenc
             cache_mb=checked.data.cache_mb, group_by_length=checked.data.group_by_length,
         )
         if stage.batch_size == "auto":
-            data.batch_size = largest_batch(module, data)
-        log.info("stage %d: batches of %d; %s", number, data.batch_size, estimate(module, data, data.batch_size))
+            data.batch_size = batch_size_of(newest(home / "checkpoints")) or largest_batch(module, data)
+        log.info("stage %d: batches of %d; %s", number, data.batch_size, "memory: the weights are split, and what a "
+                 "step takes is not measured beforehand" if checked.split else estimate(module, data, data.batch_size))
     with _timed(timings, f"stage_{number}.fit"):
         steps = fit(cfg, checked, number, module, data, folder)
     weights = whole_adapter(policy)
@@ -188,6 +189,7 @@ def train_stage(cfg: DictConfig, checked: Checked, number: int, triples: Sequenc
             "stage": number, "ablation": checked.ablation.name, "terms": sorted(terms), "seed": cfg.seed,
             "fingerprint": stage_fingerprint(cfg, checked, number), "init_from": [str(a) for a in adapters],
             "adapter": str(home / "adapter"), "steps": steps, "records": len(triples),
+            "batch_size": data.batch_size,
             "finished": datetime.now(UTC).isoformat(),
         }, indent=1))
         shutil.rmtree(home / "checkpoints", ignore_errors=True)
@@ -233,10 +235,11 @@ def _answerer(cfg: DictConfig, checked: Checked, adapters: Sequence[Path]) -> An
     return Answers(policy, template, cfg.generation.batch_size, cfg.seed)
 
 
-def load_policy(settings: ModelSettings, adapters: Sequence[Path], *, adapted: bool = False) -> tuple[Policy, Template]:
-    """Policy and template on this process's device."""
+def load_policy(settings: ModelSettings, adapters: Sequence[Path], *, adapted: bool = False, whole: bool = True
+                ) -> tuple[Policy, Template]:
+    """Policy and template; on this process's device if it is to be there ``whole``, else in the machine's memory."""
     policy = Policy.load(settings, adapters=adapters, adapted=adapted)
-    return policy.to(device()), _template(policy.processor, settings)
+    return policy.to(device()) if whole else policy, _template(policy.processor, settings)
 
 
 def _template(processor: Any, settings: ModelSettings) -> Template:

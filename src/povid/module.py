@@ -77,7 +77,7 @@ class POVIDModule(L.LightningModule):
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FSDP2):
-            shard(self.policy, self.device_mesh["data_parallel"])
+            shard(self.policy, self.device_mesh["data_parallel"], offload=self.trainer.strategy.offload)
 
     def on_fit_start(self) -> None:
         self.policy.train()  # from_pretrained leaves evaluation mode, in which LoRA's dropout would do nothing

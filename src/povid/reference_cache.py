@@ -102,7 +102,7 @@ class ReferenceCache:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending."""
+        """Write what is pending, down to the disk."""
         if not self._pending:
             return
         columns = torch.cat([values for _, values in self._pending], dim=1).T.tolist()
@@ -117,6 +117,8 @@ class ReferenceCache:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 with open(self.folder / f"{socket.gethostname()}-{os.getpid()}.jsonl", "a", encoding="utf-8") as file:
                     file.write(lines + "\n")
+                    file.flush()
+                    os.fsync(file.fileno())
             except OSError as error:  # a run does not end for this: it has its values in memory
                 log.warning("%s cannot be written (%s); later runs will compute these values again", self.folder,
                             error.strerror)
