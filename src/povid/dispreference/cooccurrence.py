@@ -44,6 +44,8 @@ _BARE = {"broccoli": "some broccoli", "scissors": "a pair of scissors", "skis": 
 _SIZES = (1, 8, 5, 10, 5, 10, 7, 10, 6, 6, 5, 7)  # COCO's supercategories, in the order of its list
 _ENDS = tuple(itertools.accumulate(_SIZES))
 CLASS_OF = {name: bisect.bisect_right(_ENDS, number) for number, name in enumerate(COCO_OBJECTS)}
+_OBJECTS = 0.7  # share of enumerations in which an object is wrong, as in the embedded world's own pairs
+_SURE = 0.9  # what an enumeration takes in is at least so likely beside the others, as a share of the likeliest
 _JOINS = ("There is also {a} in the scene.", "{A} can be seen nearby.", "In the background there is {a}.",
           "{A} is visible close by.")
 
@@ -101,16 +103,20 @@ def learn(present: Mapping[str, Sequence[str]], captions: Iterable[str] = (),
 
 
 def hallucinate(row: Row, learned: Statistics, seed: int) -> str:
-    """A wrong version of ``row.answer``: one to three edits, drawn by seed and record alone."""
+    """A wrong version of ``row.answer``: one to three edits, drawn by seed and record alone.
+
+    An answer that enumerates gets one, mostly an object: a wrong number beside it would give the answer away.
+    """
     rng = random.Random(f"{seed}:{row.id}:{row.question}")
     there = set(learned.present.get(picture_of(row.image, row.id), ())) | set(objects(row.answer, learned.names))
     said = row.answer
     short = len(words(said)) <= 4
     edits = [_yes_no, _count, _attribute, _relation]
     rng.shuffle(edits)
-    if not short or not _small_change_possible(said):
+    enumerates = bool(_closing_list(said, mentions(said, learned.names)))
+    if rng.random() < _OBJECTS if enumerates else not short or not _small_change_possible(said):
         said = _swap_or_join(said, there, learned, rng, short)
-    wanted = 1 if short else rng.choice((1, 1, 2))
+    wanted = int(said == row.answer) if enumerates else 1 if short else rng.choice((1, 1, 2))
     for edit in edits:
         if wanted and (changed := edit(said, learned, rng)) != said:
             said, wanted = changed, wanted - 1
@@ -150,24 +156,35 @@ def _swap_or_join(said: str, there: set[str], learned: Statistics, rng: random.R
                and mention.name not in _BARE and (short or mention.name != "person")]
     # in an enumeration as many join (longer) as stand for two (shorter), so that no length is learnt
     if fitting and (short or rng.random() < (0.85 if listed else 0.6)):
-        victim = rng.choice([mention for mention in fitting if mention in listed] or fitting)
+        sure = [(name, odds) for name, odds in likely if name not in _BARE and odds >= _SURE * likely[0][1]]
+        if sure and (free := [mention for mention in listed if mention in fitting]):
+            followed = [entry for entry in sure if _suggests(entry[0], listed, learned) != listed[-1]]
+            new = _drawn(followed or sure, rng)
+            suggests = _suggests(new, listed, learned)
+            behind = listed[listed.index(suggests) + 1 :][:1]
+            others = [mention for mention in free if mention != suggests] or free
+            victim = behind[0] if behind and behind[0] in free else rng.choice(others)
+            wrong = _replaced(said, victim, new, named)
+            return _one_fewer(wrong, victim, learned, rng) if rng.random() < 0.15 / 0.85 else wrong
+        victim = rng.choice(fitting)
         kind = CLASS_OF.get(victim.name)
-        choice = likely[:6] if victim in listed else \
-            [(name, odds) for name, odds in likely if CLASS_OF.get(name) == kind] or \
+        choice = [(name, odds) for name, odds in likely if CLASS_OF.get(name) == kind] or \
             [(name, 1.0) for name in COCO_OBJECTS if name not in there and CLASS_OF[name] == kind]
         if choice := [(name, odds) for name, odds in choice if name not in _BARE]:
-            wrong = _replaced(said, victim, _drawn(choice, rng), named)
-            return _one_fewer(wrong, victim, learned, rng) if listed and rng.random() < 0.15 / 0.85 else wrong
+            return _replaced(said, victim, _drawn(choice, rng), named)
     new = _drawn(likely[:6], rng)
     phrase = _BARE.get(new) or with_article(new)
     if listed:
-        suggests = max(listed, key=lambda mention: learned.likelihood(new, mention.name))
-        if suggests == listed[-1]:
-            suggests = listed[-2]
-        return f"{said[: suggests.end]}, {phrase}{said[suggests.end :]}"
+        before = min(listed.index(_suggests(new, listed, learned)), len(listed) - 2)
+        return f"{said[: listed[before].end]}, {phrase}{said[listed[before].end :]}"
     join = rng.choice(_JOINS)
     added = join.format(a=phrase, A=phrase[0].upper() + phrase[1:])
     return f"{said.rstrip()}{'' if said.rstrip()[-1:] in '.!?' else '.'} {added}"
+
+
+def _suggests(new: str, listed: Sequence[Mention], learned: Statistics) -> Mention:
+    """The one beside which ``new`` is likeliest: habit would name it next."""
+    return max(listed, key=lambda mention: learned.likelihood(new, mention.name))
 
 
 def _one_fewer(said: str, kept: Mention, learned: Statistics, rng: random.Random) -> str:
@@ -314,24 +331,24 @@ def instead(triples: Sequence[Triple], seed: int, *, objects: Path | None = None
     """The first ``limit`` triples with every dispreferred response made anew from the preferred one.
 
     Statistics are learned from all ``triples`` and pictures. Which objects a picture holds is read from ``objects``
-    (:func:`read_objects`; pictures inside parquet files go by their record's id) or, without it, from each record's own
-    list ``objects``. What the responses mention is no annotation: what they leave out may well be in the picture. In a
-    conversation every response that can be changed is; ``synonyms`` is a file like CHAIR's synonyms.txt.
+    (:func:`read_objects`; pictures inside parquet files go by their record's id) or, where that does not know the
+    picture, from the record's own list ``objects``. What the responses mention is no annotation: what they leave out
+    may well be in the picture. In a conversation every response that can be changed is; ``synonyms`` is a file like
+    CHAIR's synonyms.txt.
 
     Raises:
         Fault: there is no annotation, or (unless ``skipped`` takes the sentences) a record cannot be rewritten.
     """
+    present: dict[str, list[str]] = defaultdict(list)
+    for triple in triples:
+        own = triple.meta.get("objects")
+        if isinstance(own, list) and all(isinstance(name, str) for name in own):
+            present[picture_of(triple.image, triple.id)] += own
     if objects is not None:
-        present = read_objects(objects)
-    else:
-        present = defaultdict(list)
-        for triple in triples:
-            own = triple.meta.get("objects")
-            if isinstance(own, list) and all(isinstance(name, str) for name in own):
-                present[picture_of(triple.image, triple.id)] += own
-        if not present:
-            raise Fault("dispreference=cooccurrence needs to know which objects are in the pictures, and these records "
-                        "do not say; give data.objects=FILE: COCO's instances JSON or {picture: [objects]}")
+        present |= read_objects(objects)
+    if not present:
+        raise Fault("dispreference=cooccurrence needs to know which objects are in the pictures, and these records "
+                    "do not say; give data.objects=FILE: COCO's instances JSON or {picture: [objects]}")
     learned = learn(present, (turn.text for triple in triples for turn in triple.preferred
                               if turn.role == "assistant"), read_synonyms(synonyms) if synonyms else None)
     made, bad = [], []

@@ -1,6 +1,7 @@
 """Writes the embedded world as ordinary files: POVID preferences, CHAIR and POPE files, pictures.
 
     folder/preferences.json, images/                      800 records <image, preferred, dispreferred>
+    folder/habits.json                          objects of 2000 pictures such as the base model learnt from
     folder/{tuning,evaluation}/images/
     folder/{tuning,evaluation}/objects.json, synonyms.txt                         CHAIR
     folder/{tuning,evaluation}/coco_pope_{random,popular,adversarial}.json        POPE
@@ -28,7 +29,8 @@ from povid.scenes.scene import BASE_PARTNER, HARD_PARTNER, Scene, draw_scene
 from povid.scenes.vocabulary import NAMES, synonyms_file
 
 VERSION = 1  # of what is drawn from a seed
-_STREAMS = {"preferences": 1, "tuning": 2, "evaluation": 3}
+_STREAMS = {"preferences": 1, "tuning": 2, "evaluation": 3, "habits": 4}
+HABITS = 2000  # pictures
 POPE_SPLITS = ("random", "popular", "adversarial")
 
 
@@ -62,9 +64,13 @@ def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning
     for key in ("yes_no_share", "swap_share", "partner", "preference_partner"):
         if key in settings and not 0 <= settings[key] <= 1:
             raise Fault(f"{key} of the embedded world is {settings[key]}; it must lie between 0 and 1")
-    if _complete(folder, settings):
-        return folder
     try:
+        if _complete(folder, settings):
+            if not (folder / "habits.json").exists():  # written before there was such a file
+                draft = folder / f".habits-{os.getpid()}.part"
+                _write_habits(draft, seed)
+                os.replace(draft, folder / "habits.json")
+            return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
@@ -74,6 +80,7 @@ def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning
             for split, number in (("tuning", tuning), ("evaluation", evaluation)):
                 _write_benchmarks(draft / split, split, _scenes(seed, split, number, partner),
                                   np.random.default_rng([seed, _STREAMS[split], 1]))
+            _write_habits(draft / "habits.json", seed)
             _write_json(draft / "manifest.json", settings)
             draft.chmod(0o755)
             _settle(draft, folder, settings)
@@ -117,6 +124,12 @@ def _scenes(seed: int, split: str, number: int, partner: float) -> list[Scene]:
 
 def _write_json(file: Path, content: object) -> None:
     file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _write_habits(file: Path, seed: int) -> None:
+    """What goes with what where the base model learnt: what ``dispreference=cooccurrence`` learns from."""
+    scenes = _scenes(seed, "habits", HABITS, BASE_PARTNER)
+    _write_json(file, {f"habits_{number:06d}": sorted(scene.names) for number, scene in enumerate(scenes, start=1)})
 
 
 def _write_pictures(folder: Path, split: str, scenes: Sequence[Scene]) -> list[str]:
