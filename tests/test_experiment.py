@@ -80,3 +80,9 @@ def test_a_resumed_stage_goes_on_in_its_wandb_run(world, tmp_path):
     runs = [place.name.split("-")[3] for place in (folder / "wandb").glob("offline-run-*")]
     stage, evaluation = ((folder / "wandb_ids" / job).read_text() for job in ("stage_1", "evaluate"))
     assert sorted(runs) == sorted([stage, stage, evaluation])
+
+
+def test_a_run_without_benchmarks(world, tmp_path):
+    command = [part for part in settings(world, "ablation=text", "stages.1.max_steps=1") if "benchmarks" not in part]
+    assert finish([*command, "benchmarks=[]"], tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"] == {}

@@ -19,7 +19,7 @@ import lightning as L
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.loggers import WandbLogger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from povid.benchmarks import suite
 from povid.benchmarks.question import Answerer, Decoding, Question
@@ -63,6 +63,9 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         Fault: everything that a user can mend; a finished stage stays in its folder whatever happens after it.
         Stopped: the run was told to stop and has saved what it was doing.
     """
+    if "benchmarks" not in cfg:  # what Hydra makes of benchmarks=[]
+        with open_dict(cfg):
+            cfg.benchmarks = {}
     checked = check(cfg)
     with full_disk_told(folder), one_job(folder):
         started = datetime.now(UTC).isoformat(timespec="seconds")

@@ -179,16 +179,17 @@ def predicting_rows(decoder: nn.Module, packed: Packed) -> Iterator[Tensor]:
 
 
 def _layer(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None,
-           position_embeddings: tuple[Tensor, Tensor] | None = None, cache: Any = None, **kwargs: Any) -> Tensor:
+           position_embeddings: tuple[Tensor, Tensor] | None = None, **kwargs: Any) -> Tensor:
     """A decoder layer; with ``self.rows`` [B, U] its output at these columns alone.
 
     Caches, checkpointing, and attention that somebody wants to see are left to transformers.
     """
     attention, rows_BU = self.self_attn, self.rows
-    if rows_BU is None and (cache is not None or attention._forward_hooks
+    cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))  # its name changed in 5.24
+    if rows_BU is None and (cached or attention._forward_hooks
                             or self.gradient_checkpointing and torch.is_grad_enabled()):
         return type(self).forward(self, hidden_states, attention_mask=attention_mask,
-                                  position_embeddings=position_embeddings, cache=cache, **kwargs)
+                                  position_embeddings=position_embeddings, **kwargs)
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama.modeling_llama import eager_attention_forward
 

@@ -6,13 +6,15 @@ Shape suffixes: R = rows (questions) of a batch, V = vocabulary.
 from __future__ import annotations
 
 import hashlib
+import inspect
 import logging
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from povid.benchmarks.question import Decoding, Question
 from povid.fault import Fault
@@ -155,8 +157,9 @@ class Answers:
         shared = [group.shared for group in groups]
         prefix, mask = _left_pad([group.prompts[0][:n] for group, n in zip(groups, shared)], pad, device)
         cache = key_values(network.config.get_text_config())
-        decoder(inputs_embeds=policy.embed(prefix, policy.look(images)), attention_mask=mask, use_cache=True,
-                position_ids=(mask.cumsum(-1) - 1).clamp(min=0), past_key_values=cache)
+        read = partial(decoder, use_cache=True, **{_cache_name(decoder): cache})
+        read(inputs_embeds=policy.embed(prefix, policy.look(images)), attention_mask=mask,
+             position_ids=(mask.cumsum(-1) - 1).clamp(min=0))
         owners = [number for number, group in enumerate(groups) for _ in group.prompts]
         if owners != list(range(len(groups))):
             cache.batch_select_indices(torch.tensor(owners, device=device))
@@ -170,8 +173,8 @@ class Answers:
         positions = before + (rest_mask.cumsum(-1) - 1).clamp(min=0)
         mask = torch.cat([mask, rest_mask], dim=1)
         for _ in range(decoding.max_new_tokens):
-            hidden = decoder(inputs_embeds=network.get_input_embeddings()(ids), attention_mask=mask, use_cache=True,
-                             position_ids=positions, past_key_values=cache).last_hidden_state[:, -1]
+            hidden = read(inputs_embeds=network.get_input_embeddings()(ids), attention_mask=mask,
+                          position_ids=positions).last_hidden_state[:, -1]
             chosen = _choose(head(hidden), decoding.temperature, [generators[row] for row in rows])
             for row, token in zip(rows, chosen.tolist()):
                 if row not in done:
@@ -245,6 +248,11 @@ def _end_tokens(network: torch.nn.Module, template: Template) -> set[int]:
     ends = getattr(network.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     return {token for token in (*ends, template.processor.tokenizer.eos_token_id) if token is not None}
+
+
+def _cache_name(decoder: nn.Module) -> str:
+    """What a decoder calls its keys and values: ``cache`` since transformers 5.24, where the old name is to go."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
 def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:

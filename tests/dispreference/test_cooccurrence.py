@@ -207,3 +207,26 @@ def test_a_run_sees_what_the_command_writes(tmp_path):
     written, _, rejects = cooccurrence.rewrite(rows, learned, 3)
     assert not rejects and [one.dispreferred for one in written] == [
         one.dispreferred for one in instead(triples, 3, objects=SAMPLE / "objects.json")]
+
+
+@pytest.mark.parametrize("said, wrong", [
+    ("Yes, there is a dog.", "No, there is no dog."),
+    ("No, there is no umbrella.", "Yes, there is an umbrella."),
+    ("No, there are no dogs.", "Yes, there are some dogs."),
+    ("Yes", "No"), ("no.", "yes."),
+])
+def test_a_denied_yes_denies_what_follows(said, wrong):
+    assert cooccurrence._yes_no(said, learn({}), random.Random(0)) == wrong
+
+
+def test_left_and_right_are_exchanged_where_they_are_places():
+    learned = learn({})
+    for said in ("He left the room.", "That is right, he has gone."):
+        assert cooccurrence._relation(said, learned, random.Random(0)) == said
+    assert cooccurrence._relation("He left by the door on the left.", learned, random.Random(0)) == \
+        "He left by the door on the right."
+
+
+def test_an_options_letter_is_left_alone():
+    learned = learn({"11": ["dog"], "12": ["dog", "cat"]})
+    assert [hallucinate(row(said, "11x"), learned, 0) for said in ("B", "(C)", "A.")] == ["B", "(C)", "A."]

@@ -110,6 +110,8 @@ def hallucinate(row: Row, learned: Statistics, seed: int) -> str:
     rng = random.Random(f"{seed}:{row.id}:{row.question}")
     there = set(learned.present.get(picture_of(row.image, row.id), ())) | set(objects(row.answer, learned.names))
     said = row.answer
+    if re.fullmatch(r"\W*[A-Za-z]\W*", said):  # an option's letter
+        return said
     short = len(words(said)) <= 4
     edits = [_yes_no, _count, _attribute, _relation]
     rng.shuffle(edits)
@@ -179,7 +181,7 @@ def _swap_or_join(said: str, there: set[str], learned: Statistics, rng: random.R
         return f"{said[: listed[before].end]}, {phrase}{said[listed[before].end :]}"
     join = rng.choice(_JOINS)
     added = join.format(a=phrase, A=phrase[0].upper() + phrase[1:])
-    return f"{said.rstrip()}{'' if said.rstrip()[-1:] in '.!?' else '.'} {added}"
+    return f"{said.rstrip()}{'' if said.rstrip()[-1:] in '.!?。！？' else '.'} {added}"
 
 
 def _suggests(new: str, listed: Sequence[Mention], learned: Statistics) -> Mention:
@@ -245,8 +247,18 @@ def _put(said: str, start: int, end: int, new: str) -> str:
     return before + new + said[end:]
 
 
+def _found(said: str, word: str) -> list[re.Match[str]]:
+    """Where ``word`` stands; left and right where they are places ("He left", "that is right" are not)."""
+    found = re.finditer(rf"\b{re.escape(word)}\b", said, re.IGNORECASE)
+    if word not in ("left", "right"):
+        return list(found)
+    return [match for match in found if {"the", "on", "to", "far", "upper", "lower", "top", "bottom"} & set(
+            words(said[: match.start()])[-1:]) or {"of", "side", "hand", "corner", "half", "edge", "part"} & set(
+            words(said[match.end() :])[:1])]
+
+
 def _word_swapped(said: str, old: str, new: str, rng: random.Random) -> str:
-    found = list(re.finditer(rf"\b{re.escape(old)}\b", said, re.IGNORECASE))
+    found = _found(said, old)
     if not found:
         return said
     match = rng.choice(found)
@@ -256,7 +268,7 @@ def _word_swapped(said: str, old: str, new: str, rng: random.Random) -> str:
 def _exchanged(said: str, pairs: Iterable[tuple[str, str]], learned: Statistics, rng: random.Random) -> str:
     """One word or phrase becomes its opposite, rather one that the captions use."""
     words_of = dict.fromkeys(word for pair in pairs for word in pair)
-    fitting = [word for word in words_of if re.search(rf"\b{word}\b", said, re.IGNORECASE)]
+    fitting = [word for word in words_of if _found(said, word)]
     if not fitting:
         return said
     old = rng.choice(fitting)
@@ -307,8 +319,18 @@ def _yes_no(said: str, learned: Statistics, rng: random.Random) -> str:
     start = re.match(r"(yes|no)\b", said, re.IGNORECASE)
     if not start:
         return said
-    other = "no" if start.group().lower() == "yes" else "yes"
-    return (other.capitalize() if start.group()[0].isupper() else other) + said[start.end() :]
+    denies = start.group().lower() == "yes"
+    other = "no" if denies else "yes"
+    rest = said[start.end() :]
+    there = r"\b(there (?:is|are)) " + ("(?:an?|some)" if denies else "no") + r" (?=(\w+))"
+    rest = re.sub(there, lambda match: f"{match[1]} no " if denies else f"{match[1]} {_some(match)} ", rest, count=1,
+                  flags=re.IGNORECASE)
+    return (other.capitalize() if start.group()[0].isupper() else other) + rest
+
+
+def _some(match: re.Match[str]) -> str:
+    """What stands where ``no`` stood: an article, or ``some`` in the plural."""
+    return "some" if match[1].lower().endswith("are") else with_article(match[2]).split()[0]
 
 
 def rewrite(rows: Sequence[Row], learned: Statistics, seed: int) -> tuple[list[Triple], list[str], list[tuple]]:
