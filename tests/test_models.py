@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
+import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from povid.fault import Fault
 from povid.generation import Answers
 from povid.module import ObjectiveSettings, POVIDModule, StageSettings
 from povid.packing import Encoded
-from povid.policy import ARCHITECTURES, Policy, load_model
+from povid.policy import ARCHITECTURES, UNKNOWN, Policy, load_model, lora_targets, whole_modules
 from povid.preferences.datamodule import NoiseSettings, PreferenceDataset, collate
 from povid.scoring import score
 
@@ -254,15 +256,58 @@ def test_an_architecture_that_is_not_in_the_table_is_scored_the_plain_way(folder
                                    atol=1e-4)
 
 
-def test_four_bits_without_bitsandbytes_or_gpu_is_a_fault(folders, monkeypatch):
+def test_four_bits_without_bitsandbytes_are_a_fault(folders, monkeypatch):
     settings = tiny.settings(folders("llava"), quantize="4bit")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Fault, match="bitsandbytes, which is not installed"):
         load_model(settings)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(Fault, match="needs a GPU"):
-        load_model(settings)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_four_bits_are_for_the_language_models_layers_alone(folders, name):
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    model = load(folders, name, adapted=False)[0].network
+    patterns = whole_modules(ARCHITECTURES.get(model.config.model_type, UNKNOWN))
+    linear = [place for place, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    converted = [place for place in linear if should_convert_module(place, patterns)]
+    assert converted == [place for place in linear if re.fullmatch(lora_targets(model), place)] and converted
+
+
+def test_four_bits_train_and_keep_their_adapter(pictures, tmp_path):
+    """On a CPU, with bitsandbytes' own products, which want widths of at least 64: the embedded world's model."""
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (pip install 'povid[quantize]')")
+    policy, template = tiny.load("package:scenes/base", perturb=False, quantize="4bit", max_length=256)
+    policy.train()
+    kinds = {type(module.get_base_layer()).__name__ for module in policy.network.modules()
+             if hasattr(module, "lora_A")}
+    assert kinds == {"Linear4bit"}
+    _, batch = batch_of(pictures, policy, template)
+    with torch.no_grad():
+        score_one(policy.eval(), batch)  # captions are made before training
+    ours, theirs = score(policy.train(), batch)
+    torch.testing.assert_close(ours.preferred, theirs.preferred)  # a new adapter changes nothing
+    weights = policy.trained_parameters()[0]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    before = ours.preferred.sum().item()
+    for _ in range(5):
+        optimizer.zero_grad()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # torch warns of operators that have no gradient
+            (-score(policy, batch)[0].preferred.sum()).backward()
+        assert all(weight.grad is None or weight.grad.isfinite().all() for weight in weights)
+        optimizer.step()
+    assert score(policy, batch)[0].preferred.sum().item() > before + 1
+    assert torch.equal(score(policy, batch)[1].preferred, theirs.preferred)
+    policy.save_adapter(tmp_path / "adapter")
+    again = Policy(load_model(policy.settings, [tmp_path / "adapter"]), policy.processor, policy.settings,
+                   adapted=False).eval()
+    with torch.no_grad():  # the adapter's product is added to the layer's in another order
+        torch.testing.assert_close(score_one(again, batch), score_one(policy.eval(), batch), rtol=1e-4, atol=1e-3)
+
+
+def score_one(policy, batch):
+    return policy.predict(batch.pairs, policy.look(batch.images))
 
 
 def test_models_that_need_an_image_say_so(folders):

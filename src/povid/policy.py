@@ -142,12 +142,15 @@ def load_model(settings: ModelSettings, adapters: Sequence[Path] = (), *, merged
 
     Raises:
         Fault: the weights cannot be found, an adapter folder holds no adapter, or four bits are wanted where there is
-            no bitsandbytes or no GPU.
+            no bitsandbytes.
     """
     for adapter in adapters:
         if not (adapter / "adapter_config.json").exists():
             raise Fault(f"{adapter} holds no adapter_config.json; point init_from at a run folder or adapter folder")
     model = _from_pretrained(settings, settings.source, **(_four_bits(settings) if settings.quantize else {}))
+    for module in model.modules():  # bitsandbytes' products for CPUs lose the gradient of their input
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     exact = DTYPES[settings.dtype] in (torch.float32, torch.float64) and not settings.quantize
     for number, adapter in enumerate(adapters):
         model = _merge(model, adapter) if merged or exact else _attach(model, adapter, number)
@@ -199,22 +202,28 @@ def _from_pretrained(settings: ModelSettings, source: str, **options: Any) -> nn
         return AutoModelForImageTextToText.from_pretrained(source, dtype=DTYPES[settings.dtype], **options)
 
 
+def whole_modules(kind: Architecture) -> list[str]:
+    """Patterns of what keeps its bits when the language model's layers get four: all that is not one of them."""
+    names = ["lm_head", "vision_tower", "vision_model", "visual", "qformer"]
+    if kind.projector:
+        names.append(kind.projector)
+    return [rf"(?:.*\.)?{re.escape(name)}" for name in names]  # transformers matches from a name's beginning
+
+
 def _four_bits(settings: ModelSettings) -> dict[str, Any]:
     """What from_pretrained needs for a language model in four bits."""
     from importlib.util import find_spec
 
     if find_spec("bitsandbytes") is None:
         raise Fault("model.quantize=4bit needs bitsandbytes, which is not installed: pip install 'povid[quantize]'")
-    if not torch.cuda.is_available():
-        raise Fault("model.quantize=4bit needs a GPU and none is to be seen; leave model.quantize at null here")
     from transformers import AutoConfig, BitsAndBytesConfig
 
     with _loading(settings):
         kind = ARCHITECTURES.get(AutoConfig.from_pretrained(settings.source).model_type, UNKNOWN)
-    kept = ["lm_head", "vision_tower", "vision_model", "visual", *([kind.projector] if kind.projector else [])]
     plan = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-                              bnb_4bit_compute_dtype=DTYPES[settings.dtype], llm_int8_skip_modules=kept)
-    return {"quantization_config": plan, "device_map": {"": torch.cuda.current_device()}}
+                              bnb_4bit_compute_dtype=DTYPES[settings.dtype], llm_int8_skip_modules=whole_modules(kind))
+    place = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
+    return {"quantization_config": plan, "device_map": {"": place}}
 
 
 @contextmanager
