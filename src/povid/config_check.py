@@ -233,6 +233,11 @@ def _stages(tree: dict, ablation: AblationSettings | None, faults: list[str]) ->
 
 def _values(tree: dict, ablation, stages, model, data, noise, objective) -> Iterator[str]:
     """Faults of single values."""
+    strategy = (tree.get("trainer") or {}).get("strategy")
+    if isinstance(strategy, dict) and str(strategy.get("_target_")).endswith("DeepSpeedStrategy") \
+            and strategy.get("stage") not in (None, 1, 2):
+        yield (f"trainer.strategy.stage: found {strategy['stage']}; ZeRO 1 and 2 leave every device its weights, 3 "
+               "would save adapters in pieces: use trainer=fsdp2 to split weights")
     if tree.get("reference_cache") not in (None, True, False):
         yield f"reference_cache: found {tree['reference_cache']!r}; it is true, false or null"
     seed = tree.get("seed")
