@@ -39,7 +39,7 @@ h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size
 .box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .box h3 { margin: 0 0 8px; font-size: 13px; font-weight: 600; color: var(--dim); }
 .row { display: grid; grid-template-columns: minmax(0, 1fr) 38px 38px; gap: 8px; align-items: center; font-size: 13px; }
-.row span:first-child { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.row span:first-child { overflow-wrap: anywhere; }
 .row span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .bar { background: var(--line); border-radius: 3px; height: 9px; overflow: hidden; }
 .bar i { display: block; height: 100%; background: var(--bar); }
