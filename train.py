@@ -1,10 +1,10 @@
-"""The one door: Hydra composes a configuration, povid.experiment runs it.
+"""The one door: Hydra composes a configuration, povid.run.experiment runs it.
 
-    python train.py                                    all stages of ablation=both on the embedded world
-    python train.py stage=1
-    python train.py -m ablation=none,text,noise,both   Table 3
-    python train.py resume=latest                      go on with what was interrupted, a run or a sweep
-    python train.py --cfg job                          what a command line amounts to
+python train.py                                    all stages of ablation=both on the embedded world
+python train.py stage=1
+python train.py -m ablation=none,text,noise,both   Table 3
+python train.py resume=latest                      go on with what was interrupted, a run or a sweep
+python train.py --cfg job                          what a command line amounts to
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ begun = 0  # jobs; before the first, an error of Hydra's is about the command li
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
-    from povid.checkpoint import Stopped
-    from povid.experiment import run
-    from povid.processes import first
+    from povid.run.checkpoint import Stopped
+    from povid.run.experiment import run
+    from povid.run.processes import first
 
     global begun
     begun += 1
@@ -50,8 +50,11 @@ def main(cfg: DictConfig) -> None:
         if job.mode != RunMode.MULTIRUN:
             print(f"error: {sentence}", file=sys.stderr)
             sys.exit(2)
-        print(f"error in job {job.job.num} ({job.job.override_dirname}): {sentence}\nThe other jobs go on; tables of "
-              f"those that end: python -m povid.report {folder.parent}", file=sys.stderr)
+        print(
+            f"error in job {job.job.num} ({job.job.override_dirname}): {sentence}\nThe other jobs go on; tables of "
+            f"those that end: python -m povid.report {folder.parent}",
+            file=sys.stderr,
+        )
         raise
 
 
@@ -69,7 +72,7 @@ def told(error: BaseException) -> str | None:
 def start() -> int:
     """The exit status: 0, 2 for what the user can mend, 143 for a run that was told to stop."""
     from povid.fault import Fault
-    from povid.resume import expand
+    from povid.run.resume import expand
 
     try:
         if "resume=latest" in sys.argv:
@@ -84,8 +87,10 @@ def start() -> int:
     except OSError as error:
         if begun:
             raise
-        print(f"error: {error.filename}: {error.strerror}; choose another folder with outputs= or hydra.run.dir=",
-              file=sys.stderr)
+        print(
+            f"error: {error.filename}: {error.strerror}; choose another folder with outputs= or hydra.run.dir=",
+            file=sys.stderr,
+        )
         return 2
     except Fault as fault:  # of a job, whose sentence has been printed, or of resume=latest
         if "resume=latest" in sys.argv:

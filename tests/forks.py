@@ -17,9 +17,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from povid import experiment
-from povid.checkpoint import Checkpoints, Stopped
 from povid.fault import Fault
+from povid.run import experiment
+from povid.run.checkpoint import Checkpoints, Stopped
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 TRAIN = CONF.parent / "train.py"
@@ -28,11 +28,26 @@ FORK = multiprocessing.get_context("fork")
 
 def settings(world: Path, *more: str) -> list[str]:
     """Two stages of two epochs; 9 records in batches of 2 make 5 batches an epoch, the last one short."""
-    return [f"outputs={world}/out", f"model.path={world}/tiny", "model.max_length=400", "model.lora.dropout=0.1",
-            "data.prepare.preferences=9", "data.prepare.evaluation=1", "data.prepare.tuning=1", "samples=0",
-            "stages.1.epochs=2", "stages.2.epochs=2", "stages.1.batch_size=2", "stages.2.batch_size=2",
-            "stages.1.lr=5e-4", "stages.2.lr=5e-4", "checkpoint.every_steps=2", "logger=csv",
-            "benchmarks=[pope]", *more]
+    return [
+        f"outputs={world}/out",
+        f"model.path={world}/tiny",
+        "model.max_length=400",
+        "model.lora.dropout=0.1",
+        "data.prepare.preferences=9",
+        "data.prepare.evaluation=1",
+        "data.prepare.tuning=1",
+        "samples=0",
+        "stages.1.epochs=2",
+        "stages.2.epochs=2",
+        "stages.1.batch_size=2",
+        "stages.2.batch_size=2",
+        "stages.1.lr=5e-4",
+        "stages.2.lr=5e-4",
+        "checkpoint.every_steps=2",
+        "logger=csv",
+        "benchmarks=[pope]",
+        *more,
+    ]
 
 
 @functools.cache

@@ -70,7 +70,7 @@ class ChatServer:
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
-            def do_POST(self) -> None:  # noqa: N802
+            def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 with outer._lock:
                     number = len(outer.requests)
@@ -98,8 +98,9 @@ class ChatServer:
                 else:
                     self._send(200, how.body, how.content_type)
 
-            def _send(self, code: int, data: bytes, kind: str = "application/json",
-                      headers: Mapping[str, str] | None = None) -> None:
+            def _send(
+                self, code: int, data: bytes, kind: str = "application/json", headers: Mapping[str, str] | None = None
+            ) -> None:
                 self.send_response(code)
                 for name, value in {"Content-Type": kind, "Content-Length": str(len(data)), **(headers or {})}.items():
                     self.send_header(name, value)
@@ -122,11 +123,19 @@ class ChatServer:
 
 def completion(say: Say, model: str) -> dict[str, Any]:
     """The JSON of a chat completion."""
-    whole = {"id": "c", "object": "chat.completion", "created": 0, "model": model,
-             "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": say.text}}]}
+    whole = {
+        "id": "c",
+        "object": "chat.completion",
+        "created": 0,
+        "model": model,
+        "choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": say.text}}],
+    }
     if say.usage:
-        whole["usage"] = {"prompt_tokens": say.prompt_tokens, "completion_tokens": say.completion_tokens,
-                          "total_tokens": say.prompt_tokens + say.completion_tokens}
+        whole["usage"] = {
+            "prompt_tokens": say.prompt_tokens,
+            "completion_tokens": say.completion_tokens,
+            "total_tokens": say.prompt_tokens + say.completion_tokens,
+        }
     return whole
 
 
@@ -152,7 +161,7 @@ def file_server(files: Files) -> Iterator[str]:
     """Serves ``files`` and yields the address it listens at."""
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:  # noqa: N802
+        def do_GET(self) -> None:
             wanted = self.headers.get("Range")
             files.asked.append((self.path, wanted))
             data = files.content.get(self.path)
@@ -176,7 +185,7 @@ def file_server(files: Files) -> Iterator[str]:
                 self.send_header("ETag", files.etag)
             self.end_headers()
             cut = files.cut_after.pop(0) if files.cut_after else -1
-            self.wfile.write(data[start:] if cut < 0 else data[start:start + cut])
+            self.wfile.write(data[start:] if cut < 0 else data[start : start + cut])
 
         def log_message(self, *_: Any) -> None:
             pass

@@ -7,29 +7,49 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from povid.debug_llava import prepare
-from povid.policy import LoraSettings, ModelSettings, Policy, load_processor
-from povid.preferences.template import Template
+from povid.model.debug_llava import prepare
+from povid.model.policy import LoraSettings, ModelSettings, Policy, load_processor
+from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
 
-WORDS = ("A dog and cat sit on the mat near a red bus in town . Describe this image What is Is there Yes No it two "
-         "three people walk with umbrella under tree beside blue car").split()
+WORDS = (
+    "A dog and cat sit on the mat near a red bus in town . Describe this image What is Is there Yes No it two "
+    "three people walk with umbrella under tree beside blue car"
+).split()
 
 
 def save_tiny_llava(folder: Path, *, seed: int = 0, width: int = 32, layers: int = 2, image: int = 32) -> Path:
     """With weights so large that everything differs from everything."""
-    return prepare(folder, seed=seed, image=image, patch=8, width=width, layers=layers, vision_width=24,
-                   vision_layers=3, positions=512, words=[" ".join(WORDS), "USER: ASSISTANT:"], spread=0.3)
+    return prepare(
+        folder,
+        seed=seed,
+        image=image,
+        patch=8,
+        width=width,
+        layers=layers,
+        vision_width=24,
+        vision_layers=3,
+        positions=512,
+        words=[" ".join(WORDS), "USER: ASSISTANT:"],
+        spread=0.3,
+    )
 
 
 def settings(folder: Path, **changes) -> ModelSettings:
-    values = {"name": "tiny", "path": str(folder), "dtype": "float32", "max_length": 128,
-              "lora": LoraSettings(r=4, alpha=8, dropout=0.0), **changes}
+    values = {
+        "name": "tiny",
+        "path": str(folder),
+        "dtype": "float32",
+        "max_length": 128,
+        "lora": LoraSettings(r=4, alpha=8, dropout=0.0),
+        **changes,
+    }
     return ModelSettings(**values)
 
 
-def load(folder: Path, *, adapted: bool = True, dtype: torch.dtype = torch.float32, perturb: bool = True, **changes
-         ) -> tuple[Policy, Template]:
+def load(
+    folder: Path, *, adapted: bool = True, dtype: torch.dtype = torch.float32, perturb: bool = True, **changes
+) -> tuple[Policy, Template]:
     """A policy whose adapter is not zero, so that policy and reference differ."""
     model_settings = settings(folder, **changes)
     torch.manual_seed(1)
@@ -37,9 +57,13 @@ def load(folder: Path, *, adapted: bool = True, dtype: torch.dtype = torch.float
     if adapted and perturb:
         for parameter in (p for group in policy.trained_parameters() for p in group):
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return policy.to(dtype), Template(load_processor(model_settings), style=model_settings.style,
-                                      system=model_settings.system, pad_square=model_settings.pad_square,
-                                      max_length=model_settings.max_length)
+    return policy.to(dtype), Template(
+        load_processor(model_settings),
+        style=model_settings.style,
+        system=model_settings.system,
+        pad_square=model_settings.pad_square,
+        max_length=model_settings.max_length,
+    )
 
 
 def picture(folder: Path, name: str, seed: int, size: tuple[int, int] = (40, 32)) -> Path:
@@ -51,9 +75,12 @@ def picture(folder: Path, name: str, seed: int, size: tuple[int, int] = (40, 32)
 
 def triple(name: str, image: Path, *turns: tuple[str, str, str]) -> Triple:
     """Each turn: question, preferred response, dispreferred response."""
-    return Triple(name, image,
-                  tuple(t for q, w, _ in turns for t in (Turn("user", q), Turn("assistant", w))),
-                  tuple(t for q, _, l in turns for t in (Turn("user", q), Turn("assistant", l))))
+    return Triple(
+        name,
+        image,
+        tuple(t for q, w, _ in turns for t in (Turn("user", q), Turn("assistant", w))),
+        tuple(t for q, _, l in turns for t in (Turn("user", q), Turn("assistant", l))),
+    )
 
 
 def triples(folder: Path) -> list[Triple]:
@@ -61,10 +88,30 @@ def triples(folder: Path) -> list[Triple]:
     pictures = [picture(folder, f"p{i}", i) for i in range(4)]
     return [
         triple("short", pictures[0], ("Is there a dog", "Yes", "No")),
-        triple("long", pictures[1], ("Describe this image.", "A dog and cat sit on the mat near a red bus in town.",
-                                     "A dog and two people sit on the mat near a blue car.")),
-        triple("turns", pictures[2], ("What is it", "A red bus", "A red car"), ("Is there a tree", "No", "Yes"),
-               ("Describe this image.", "three people walk", "three people walk with umbrella under tree")),
-        triple("uneven", pictures[3], ("Describe this image.", "A cat", "two cat and three dog walk near the blue bus "
-                                       "beside a tree with umbrella and people sit on the red mat in town .")),
+        triple(
+            "long",
+            pictures[1],
+            (
+                "Describe this image.",
+                "A dog and cat sit on the mat near a red bus in town.",
+                "A dog and two people sit on the mat near a blue car.",
+            ),
+        ),
+        triple(
+            "turns",
+            pictures[2],
+            ("What is it", "A red bus", "A red car"),
+            ("Is there a tree", "No", "Yes"),
+            ("Describe this image.", "three people walk", "three people walk with umbrella under tree"),
+        ),
+        triple(
+            "uneven",
+            pictures[3],
+            (
+                "Describe this image.",
+                "A cat",
+                "two cat and three dog walk near the blue bus "
+                "beside a tree with umbrella and people sit on the red mat in town .",
+            ),
+        ),
     ]

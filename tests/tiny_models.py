@@ -29,12 +29,19 @@ def byte_level(special: list[str], **named: str):
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    bpe.train_from_iterator([" ".join(tiny.WORDS), "USER: ASSISTANT:"] * 3, BpeTrainer(
-        vocab_size=380, special_tokens=["<s>", "</s>", "<pad>", *special],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    bpe.train_from_iterator(
+        [" ".join(tiny.WORDS), "USER: ASSISTANT:"] * 3,
+        BpeTrainer(
+            vocab_size=380,
+            special_tokens=["<s>", "</s>", "<pad>", *special],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                   extra_special_tokens=named)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", extra_special_tokens=named
+    )
 
 
 def llama(**options):
@@ -46,8 +53,9 @@ def llama(**options):
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Metaspace()
-    bpe.train_from_iterator([" ".join(tiny.WORDS), "USER : ASSISTANT :"] * 3,
-                            BpeTrainer(vocab_size=200, show_progress=False))
+    bpe.train_from_iterator(
+        [" ".join(tiny.WORDS), "USER : ASSISTANT :"] * 3, BpeTrainer(vocab_size=200, show_progress=False)
+    )
     learnt = sorted(bpe.get_vocab(), key=bpe.get_vocab().get)
     names = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *learnt]
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
@@ -60,17 +68,28 @@ def llama(**options):
 def text_config(vocabulary: int, kind: str = "llama", **changes):
     from transformers import LlamaConfig, Qwen2Config
 
-    shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-             "num_key_value_heads": 2, "vocab_size": vocabulary, "max_position_embeddings": 1024, "pad_token_id": 2,
-             "bos_token_id": 0, "eos_token_id": 1, **changes}
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": vocabulary,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        **changes,
+    }
     return (LlamaConfig if kind == "llama" else Qwen2Config)(**shape)
 
 
 def clip(image: int = 32):
     from transformers import CLIPVisionConfig
 
-    return CLIPVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2,
-                            image_size=image, patch_size=8)
+    return CLIPVisionConfig(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=3, num_attention_heads=2, image_size=image, patch_size=8
+    )
 
 
 def llava_vicuna():
@@ -79,13 +98,19 @@ def llava_vicuna():
 
     tokenizer = llama()
     images = CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    processor = LlavaProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
-                               num_additional_image_tokens=1)
+    processor = LlavaProcessor(
+        images, tokenizer, patch_size=8, vision_feature_select_strategy="default", num_additional_image_tokens=1
+    )
     rows = -(-len(tokenizer) // 64) * 64
-    return LlavaForConditionalGeneration(LlavaConfig(
-        vision_config=clip(), text_config=text_config(rows, bos_token_id=1, eos_token_id=2, pad_token_id=None),
-        image_token_id=processor.image_token_id, vision_feature_layer=-2,
-        vision_feature_select_strategy="default")), processor
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            vision_config=clip(),
+            text_config=text_config(rows, bos_token_id=1, eos_token_id=2, pad_token_id=None),
+            image_token_id=processor.image_token_id,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+    ), processor
 
 
 def llava_next():
@@ -93,13 +118,27 @@ def llava_next():
     from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
     tokenizer, tiles = byte_level(["<image>"], image_token="<image>"), [[32, 64], [64, 32], [64, 64]]
-    images = LlavaNextImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32},
-                                        image_grid_pinpoints=tiles)
-    processor = LlavaNextProcessor(images, tokenizer, patch_size=8, vision_feature_select_strategy="default",
-                                   num_additional_image_tokens=1, chat_template=chat("<image>"))
-    return LlavaNextForConditionalGeneration(LlavaNextConfig(
-        vision_config=clip(), text_config=text_config(len(tokenizer)), image_token_index=3, image_grid_pinpoints=tiles,
-        vision_feature_layer=-2, vision_feature_select_strategy="default")), processor
+    images = LlavaNextImageProcessorPil(
+        size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}, image_grid_pinpoints=tiles
+    )
+    processor = LlavaNextProcessor(
+        images,
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat("<image>"),
+    )
+    return LlavaNextForConditionalGeneration(
+        LlavaNextConfig(
+            vision_config=clip(),
+            text_config=text_config(len(tokenizer)),
+            image_token_index=3,
+            image_grid_pinpoints=tiles,
+            vision_feature_layer=-2,
+            vision_feature_select_strategy="default",
+        )
+    ), processor
 
 
 def llava_onevision():
@@ -107,18 +146,36 @@ def llava_onevision():
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-    from povid.policy import pictures_only
+    from povid.model.policy import pictures_only
 
     tokenizer, tiles = byte_level(["<image>", "<video>"], image_token="<image>"), [[32, 32], [32, 64], [64, 64]]
     images = LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=tiles)
     processor = pictures_only(LlavaOnevisionProcessor)(
-        images, tokenizer, None, num_image_tokens=16, vision_feature_select_strategy="full",
-        chat_template=chat("<image>"))
-    vision = SiglipVisionConfig(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
-                                image_size=32, patch_size=8, vision_use_head=False)
-    return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(
-        vision_config=vision, text_config=text_config(len(tokenizer), "qwen2"), image_token_index=3,
-        video_token_index=4, image_grid_pinpoints=tiles)), processor
+        images,
+        tokenizer,
+        None,
+        num_image_tokens=16,
+        vision_feature_select_strategy="full",
+        chat_template=chat("<image>"),
+    )
+    vision = SiglipVisionConfig(
+        hidden_size=24,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=32,
+        patch_size=8,
+        vision_use_head=False,
+    )
+    return LlavaOnevisionForConditionalGeneration(
+        LlavaOnevisionConfig(
+            vision_config=vision,
+            text_config=text_config(len(tokenizer), "qwen2"),
+            image_token_index=3,
+            video_token_index=4,
+            image_grid_pinpoints=tiles,
+        )
+    ), processor
 
 
 def qwen2_5_vl():
@@ -126,36 +183,69 @@ def qwen2_5_vl():
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from povid.policy import pictures_only
+    from povid.model.policy import pictures_only
 
     special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     tokenizer = byte_level(special, image_token=special[0])
     images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096})
     processor = pictures_only(Qwen2_5_VLProcessor)(
-        images, tokenizer, None, chat_template=chat("<|vision_start|><|image_pad|><|vision_end|>"))
-    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2, "patch_size": 8,
-              "out_hidden_size": 32, "window_size": 32, "fullatt_block_indexes": [1]}
-    text = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "vocab_size": len(tokenizer), "max_position_embeddings": 1024,
-            "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
-            "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(
-        vision_config=vision, text_config=text, image_token_id=3, video_token_id=4, vision_start_token_id=5,
-        vision_end_token_id=6)), processor
+        images, tokenizer, None, chat_template=chat("<|vision_start|><|image_pad|><|vision_end|>")
+    )
+    vision = {
+        "depth": 2,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 8,
+        "out_hidden_size": 32,
+        "window_size": 32,
+        "fullatt_block_indexes": [1],
+    }
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 1024,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    return Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=3,
+            video_token_id=4,
+            vision_start_token_id=5,
+            vision_end_token_id=6,
+        )
+    ), processor
 
 
 def idefics3():
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    tokenizer = byte_level(["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"],
-                           image_token="<image>")
+    tokenizer = byte_level(
+        ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"], image_token="<image>"
+    )
     images = Idefics3ImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
     processor = Idefics3Processor(images, tokenizer, image_seq_len=4, chat_template=chat("<image>"))
-    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8}
-    return Idefics3ForConditionalGeneration(Idefics3Config(
-        vision_config=vision, text_config=text_config(len(tokenizer)), image_token_id=3, scale_factor=2)), processor
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    return Idefics3ForConditionalGeneration(
+        Idefics3Config(vision_config=vision, text_config=text_config(len(tokenizer)), image_token_id=3, scale_factor=2)
+    ), processor
 
 
 def internvl():
@@ -163,19 +253,39 @@ def internvl():
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-    from povid.policy import pictures_only
+    from povid.model.policy import pictures_only
 
-    named = {"context_image_token": "<IMG_CONTEXT>", "start_image_token": "<img>", "end_image_token": "</img>",
-             "video_token": "<video>"}
+    named = {
+        "context_image_token": "<IMG_CONTEXT>",
+        "start_image_token": "<img>",
+        "end_image_token": "</img>",
+        "video_token": "<video>",
+    }
     tokenizer = byte_level(list(named.values()), **named)
     processor = pictures_only(InternVLProcessor)(
-        GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, None, image_seq_length=4,
-        chat_template=chat("<IMG_CONTEXT>"))
-    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": [32, 32], "patch_size": [8, 8]}
-    return InternVLForConditionalGeneration(InternVLConfig(
-        vision_config=vision, text_config=text_config(len(tokenizer), "qwen2"), image_token_id=3, image_seq_length=4,
-        tie_word_embeddings=False)), processor
+        GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}),
+        tokenizer,
+        None,
+        image_seq_length=4,
+        chat_template=chat("<IMG_CONTEXT>"),
+    )
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": [32, 32],
+        "patch_size": [8, 8],
+    }
+    return InternVLForConditionalGeneration(
+        InternVLConfig(
+            vision_config=vision,
+            text_config=text_config(len(tokenizer), "qwen2"),
+            image_token_id=3,
+            image_seq_length=4,
+            tie_word_embeddings=False,
+        )
+    ), processor
 
 
 def instructblip():
@@ -183,21 +293,47 @@ def instructblip():
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
 
     tokenizer = byte_level(["<image>"])
-    processor = InstructBlipProcessor(BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer,
-                                      byte_level([]), num_query_tokens=4)
-    vision = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
-              "image_size": 32, "patch_size": 8}
-    qformer = {"vocab_size": 400, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
-               "num_attention_heads": 2, "max_position_embeddings": 64, "pad_token_id": 2}
-    model = InstructBlipForConditionalGeneration(InstructBlipConfig(
-        vision_config=vision, qformer_config=qformer, text_config=text_config(len(tokenizer)).to_dict(),
-        num_query_tokens=4, image_token_index=3))
+    processor = InstructBlipProcessor(
+        BlipImageProcessorPil(size={"height": 32, "width": 32}), tokenizer, byte_level([]), num_query_tokens=4
+    )
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    qformer = {
+        "vocab_size": 400,
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+        "pad_token_id": 2,
+    }
+    model = InstructBlipForConditionalGeneration(
+        InstructBlipConfig(
+            vision_config=vision,
+            qformer_config=qformer,
+            text_config=text_config(len(tokenizer)).to_dict(),
+            num_query_tokens=4,
+            image_token_index=3,
+        )
+    )
     torch.nn.init.normal_(model.query_tokens)
     return model, processor
 
 
-MODELS = {"llava_next": llava_next, "llava_onevision": llava_onevision, "qwen2_5_vl": qwen2_5_vl,
-          "idefics3": idefics3, "internvl": internvl, "instructblip": instructblip}
+MODELS = {
+    "llava_next": llava_next,
+    "llava_onevision": llava_onevision,
+    "qwen2_5_vl": qwen2_5_vl,
+    "idefics3": idefics3,
+    "internvl": internvl,
+    "instructblip": instructblip,
+}
 
 
 def save(name: str, folder: Path, *, seed: int = 0) -> Path:

@@ -9,8 +9,19 @@ import sys
 from importlib.metadata import distributions, version
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-NAMED = ("torch", "lightning", "transformers", "peft", "hydra-core", "omegaconf", "diffusers", "wandb", "numpy",
-         "pillow", "povid")
+NAMED = (
+    "torch",
+    "lightning",
+    "transformers",
+    "peft",
+    "hydra-core",
+    "omegaconf",
+    "diffusers",
+    "wandb",
+    "numpy",
+    "pillow",
+    "povid",
+)
 
 
 def keep_freed_memory() -> None:
@@ -29,8 +40,12 @@ def keep_freed_memory() -> None:
 
 def versions() -> dict[str, str]:
     """Python, platform and the packages that numbers depend on."""
-    return {"python": platform.python_version(), "platform": platform.platform(), "processor": _processor(),
-            **{name: version(name) for name in NAMED}}
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        **{name: version(name) for name in NAMED},
+    }
 
 
 def _processor() -> str:

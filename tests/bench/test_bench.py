@@ -34,9 +34,18 @@ def test_examples_have_the_lengths_that_are_claimed(made):
 def test_all_arms_compute_the_same_loss_and_gradients(made, tmp_path):
     policy, stock, work = made
     cache = filled_cache(policy, work, tmp_path)
-    arms = [ours(policy, "stage 1"), ours(policy, "stage 1", cache), plain(stock, "stage 1"), ours(policy, "released"),
-            released_code(stock), released_code(stock, checkpoint=True), ours(policy, "eq5"),
-            ours(policy, "eq5", cache), plain(stock, "eq5"), plain(stock, "eq5", checkpoint=True)]
+    arms = [
+        ours(policy, "stage 1"),
+        ours(policy, "stage 1", cache),
+        plain(stock, "stage 1"),
+        ours(policy, "released"),
+        released_code(stock),
+        released_code(stock, checkpoint=True),
+        ours(policy, "eq5"),
+        ours(policy, "eq5", cache),
+        plain(stock, "eq5"),
+        plain(stock, "eq5", checkpoint=True),
+    ]
     assert check_same(arms, policy, work[0], 1e-5).keys() == {"stage 1", "released", "eq5"}
     for task in ("stage 1", "eq5"):
         gradients = []
@@ -60,9 +69,13 @@ def test_checkpointing_computes_more_and_holds_less():
     processor = build_processor(shape)
     stock = adapt(build_model(shape, device="cpu"), processor, shape, lightened=False)
     (work,) = steps(shape, processor, count=1, batch_size=1, device="cpu")
-    figures = [(measure.flops(lambda a=arm: a.run(work, None)), measure.peak_bytes(lambda a=arm: a.run(work, None),
-                                                                                   device="cpu"))
-               for arm in (plain(stock, "eq5"), plain(stock, "eq5", checkpoint=True))]
+    figures = [
+        (
+            measure.flops(lambda a=arm: a.run(work, None)),
+            measure.peak_bytes(lambda a=arm: a.run(work, None), device="cpu"),
+        )
+        for arm in (plain(stock, "eq5"), plain(stock, "eq5", checkpoint=True))
+    ]
     assert figures[1][0] > 1.2 * figures[0][0] and figures[1][1] < 0.5 * figures[0][1]
     mine = ours(adapt(build_model(shape, device="cpu"), processor, shape), "eq5")
     # torch counts the masked half of attention too, and makes its scores again: a little more than the floor
@@ -96,18 +109,35 @@ def test_shares_of_a_step_go_to_what_takes_the_time():
     assert mostly["matrix products"] > 0.8
     rarely = measure.shares(small, device="cpu")
     assert rarely["matrix products"] == rarely["attention"] == 0 < rarely["element by element"]
-    assert [measure.kind_of(name) for name in ("aten::addmm", "aten::view", "aten::silu", "ampere_bf16_s16816gemm",
-                                               "void pytorch_flash::flash_fwd_kernel", "_fused_adamw_")] == [
-        "matrix products", "Python, autograd, dispatch", "element by element", "matrix products", "attention",
-        "optimizer"]
+    assert [
+        measure.kind_of(name)
+        for name in (
+            "aten::addmm",
+            "aten::view",
+            "aten::silu",
+            "ampere_bf16_s16816gemm",
+            "void pytorch_flash::flash_fwd_kernel",
+            "_fused_adamw_",
+        )
+    ] == [
+        "matrix products",
+        "Python, autograd, dispatch",
+        "element by element",
+        "matrix products",
+        "attention",
+        "optimizer",
+    ]
 
 
 def test_ratios_of_medians():
     def row(arm, task, ms, peak):
         return {"arm": arm, "task": task, "ms": ms, "processor_ms": ms, "peak_mb": peak}
 
-    rows = [row("ours", "stage 1", 10, 30), row("ours, reference cached", "stage 1", 7, 20),
-            row("TRL DPOTrainer", "stage 1", 20, 60)]
+    rows = [
+        row("ours", "stage 1", 10, 30),
+        row("ours, reference cached", "stage 1", 7, 20),
+        row("TRL DPOTrainer", "stage 1", 20, 60),
+    ]
     found = {entry["what"]: entry for entry in ratios(rows)}
     assert found["stage 1, no cache: TRL"]["speed"] == 2 and found["stage 1, no cache: TRL"]["memory"] == 0.5
     assert found["stage 1, three epochs, the cache's cost included: TRL"]["speed"] == 20 / 8  # (10 + 7 + 7) / 3
@@ -116,8 +146,29 @@ def test_ratios_of_medians():
 
 def test_command(tmp_path, capsys):
     out = tmp_path / "bench.json"
-    assert main(["--model", "smallest", "--repetitions", "2", "--warmups", "0", "--no-trl", "--batches", "1",
-                 "--profile", "--workers", "0", "--photographs", "12", "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "--model",
+                "smallest",
+                "--repetitions",
+                "2",
+                "--warmups",
+                "0",
+                "--no-trl",
+                "--batches",
+                "1",
+                "--profile",
+                "--workers",
+                "0",
+                "--photographs",
+                "12",
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     result = json.loads(out.read_text())
     assert {row["arm"] for row in result["rows"]} >= {"ours", "plain", "released code"}
     assert all(row["ms"] > 0 and row["gflop"] > 0 and row["peak_mb"] > 0 for row in result["rows"])

@@ -80,8 +80,10 @@ def test_help_lists_the_benchmarks() -> None:
         ({"data": "nowhere"}, "nowhere is no folder; give the folder of the official files, or run"),
         ({"name": "pope"}, "holds none of coco_pope_{random,popular,adversarial}.json"),
         ({"name": "mmhal"}, "error: mmhal is scored by a judge; name its model with --judge-model."),
-        ({"content": '{"image_id": 1, "caption": "a"}\n{"image_id": 1, "caption": "b"}'},
-         "answers.jsonl line 2 describes image 1 again, after answers.jsonl line 1; keep one caption for each image."),
+        (
+            {"content": '{"image_id": 1, "caption": "a"}\n{"image_id": 1, "caption": "b"}'},
+            "answers.jsonl line 2 describes image 1 again, after answers.jsonl line 1; keep one caption for each image.",
+        ),
         ({"content": '{"image_id": 8, "caption": "a"}'}, "error: Image 8 (1 of 1 images) is not in"),
         ({"content": b"\xff\xfe"}, "answers.jsonl cannot be read"),
         ({"json": "."}, "error: "),
@@ -95,8 +97,13 @@ def test_mistakes_are_one_sentence_and_status_2(
         file.write_bytes(content)
     elif content is not None:
         file.write_text(content)
-    arguments = [change.get("name", "chair"), "--answers", str(data / change.get("answers", "answers.jsonl")),
-                 "--data", str(data / change.get("data", ""))]
+    arguments = [
+        change.get("name", "chair"),
+        "--answers",
+        str(data / change.get("answers", "answers.jsonl")),
+        "--data",
+        str(data / change.get("data", "")),
+    ]
     if "json" in change:
         arguments += ["--json", str(data / change["json"])]
     assert command.main(arguments) == 2
@@ -111,8 +118,10 @@ def test_status_2_reaches_the_shell(data: Path) -> None:
 
 
 def test_scoring_needs_no_torch(data: Path) -> None:
-    code = "import sys; from povid.benchmarks.__main__ import main; status = main(sys.argv[1:]); " \
-           "sys.exit(9 if 'torch' in sys.modules else status)"
+    code = (
+        "import sys; from povid.benchmarks.__main__ import main; status = main(sys.argv[1:]); "
+        "sys.exit(9 if 'torch' in sys.modules else status)"
+    )
     file = answer_file(data, "A cat.")
     done = subprocess.run([sys.executable, "-c", code, "chair", "--answers", file, "--data", data], capture_output=True)
     assert done.returncode == 0, done.stderr
@@ -125,7 +134,9 @@ def test_fetch_refuses_an_unknown_name(data: Path, capsys: pytest.CaptureFixture
 
 def test_table_shows_groups_and_gaps() -> None:
     scores = {"a": 1.25, "long": None, "group": {"n": 3}, "one": {"x": 1.0, "y": 2}, "two": {"x": 30.06, "y": 4}}
-    assert command.table(scores) == """\
+    assert (
+        command.table(scores)
+        == """\
 a           1.2
 long          -
               x          y
@@ -133,3 +144,4 @@ one         1.0          2
 two        30.1          4
 group:
   n          3"""
+    )

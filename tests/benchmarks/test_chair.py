@@ -80,8 +80,10 @@ def test_both_end_to_end_results_come_out_exactly(tmp_path: Path, shift: int) ->
     (tmp_path / "synonyms.txt").write_text(golden("chair_synonyms.txt").read_text())
     (tmp_path / "objects.json").write_text(json.dumps(case["ground_truth"]))
     captions = case["captions"]
-    rows = [{"image_id": captions[(i + shift) % 30]["image_id"], "caption": row["caption"]}
-            for i, row in enumerate(captions)]
+    rows = [
+        {"image_id": captions[(i + shift) % 30]["image_id"], "caption": row["caption"]}
+        for i, row in enumerate(captions)
+    ]
     (tmp_path / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     ids = [image for _, image, _ in chair.captions(tmp_path / "answers.jsonl")]
     questions = chair.load(tmp_path, only=ids)
@@ -94,34 +96,35 @@ def test_both_end_to_end_results_come_out_exactly(tmp_path: Path, shift: int) ->
     if not shift:
         for record, row in zip(score.records, captions):
             assert {key: record[key] for key in ("image_id", "objects", "hallucinated")} == {
-                key: row[key] for key in ("image_id", "objects", "hallucinated")}
+                key: row[key] for key in ("image_id", "objects", "hallucinated")
+            }
 
 
 @pytest.mark.parametrize(
     ("caption", "expected"),
     [
-        ("A man, a MAN and two men.", ["person", "person", "person"]),                # lower-cased, repeats kept
-        ("A baby elephant near a baby.", ["elephant", "person"]),                     # "baby elephant" is no person
+        ("A man, a MAN and two men.", ["person", "person", "person"]),  # lower-cased, repeats kept
+        ("A baby elephant near a baby.", ["elephant", "person"]),  # "baby elephant" is no person
         ("An adult cat. A passenger jet.", ["cat", "airplane"]),
-        ("Passenger trains pass a passenger.", ["train", "person"]),                  # singular before double words
-        ("The seat of the toilet is up; a chair stands by.", ["toilet", "chair"]),    # no "seat" beside a toilet
-        ("Toilet seats, and a seat.", ["toilet"]),                                    # merged, then "seat" dropped
+        ("Passenger trains pass a passenger.", ["train", "person"]),  # singular before double words
+        ("The seat of the toilet is up; a chair stands by.", ["toilet", "chair"]),  # no "seat" beside a toilet
+        ("Toilet seats, and a seat.", ["toilet"]),  # merged, then "seat" dropped
         ("A seat.", ["chair"]),
-        ("A motor bike and a motor cycle.", ["motorcycle"]),                          # " motor bike" is a dead synonym
+        ("A motor bike and a motor cycle.", ["motorcycle"]),  # " motor bike" is a dead synonym
         ("A motorbike.", ["motorcycle"]),
         ("Two wine glasses and a wine glass, glasses.", ["wine glass", "wine glass"]),
-        ("A bus, a minibus, two buses, airbuses.", ["bus", "airplane"]),              # bus → bu, minibus → minibu
-        ("Ties, bow ties, a tie and a bow.", ["tie", "tie", "tie"]),                  # ties → ty, so that "bow" is left
+        ("A bus, a minibus, two buses, airbuses.", ["bus", "airplane"]),  # bus → bu, minibus → minibu
+        ("Ties, bow ties, a tie and a bow.", ["tie", "tie", "tie"]),  # ties → ty, so that "bow" is left
         ("Collies, doggies, a collie.", ["dog"]),
         ("An iPhone and a cheesecake.", []),
-        ("A stove top oven.", ["oven", "oven"]),                                      # three words never merge
-        ("Home plate and train tracks.", []),                                         # merged so as not to count
+        ("A stove top oven.", ["oven", "oven"]),  # three words never merge
+        ("Home plate and train tracks.", []),  # merged so as not to count
         ("People with skis and scissors, mice, knives.", ["person", "skis", "scissors", "mouse", "knife"]),
         ("Hot dogs.", ["hot dog"]),
-        ("A hot, dog.", ["dog"]),                                                     # the comma is a word between
+        ("A hot, dog.", ["dog"]),  # the comma is a word between
         ("", []),
         ("...", []),
-        ("An ox, a bison, a chesterfield.", ["cow", "cow", "couch"]),                 # spaces at a line's end vanish
+        ("An ox, a bison, a chesterfield.", ["cow", "cow", "couch"]),  # spaces at a line's end vanish
     ],
 )
 def test_quirks(synonyms: dict[str, str], caption: str, expected: list[str]) -> None:
@@ -150,10 +153,20 @@ def test_words_are_split_as_nltk_does(caption: str, expected: list[str]) -> None
 @pytest.mark.parametrize(
     ("word", "official", "mended"),
     [
-        ("bus", "bu", "bus"), ("buses", "bus", "bus"), ("ties", "ty", "tie"), ("airbuses", "airbus", "airbus"),
-        ("mini-buses", "mini-bus", "mini-bus"), ("collies", "collies", "collie"), ("doggies", "doggies", "doggie"),
-        ("glass", "glas", "glass"), ("men", "man", "man"), ("skis", "ski", "skis"), ("skies", "sky", "sky"),
-        ("scissors", "scissors", "scissors"), ("people", "person", "people"), ("knives", "knife", "knife"),
+        ("bus", "bu", "bus"),
+        ("buses", "bus", "bus"),
+        ("ties", "ty", "tie"),
+        ("airbuses", "airbus", "airbus"),
+        ("mini-buses", "mini-bus", "mini-bus"),
+        ("collies", "collies", "collie"),
+        ("doggies", "doggies", "doggie"),
+        ("glass", "glas", "glass"),
+        ("men", "man", "man"),
+        ("skis", "ski", "skis"),
+        ("skies", "sky", "sky"),
+        ("scissors", "scissors", "scissors"),
+        ("people", "person", "people"),
+        ("knives", "knife", "knife"),
     ],
 )
 def test_singulars(synonyms: dict[str, str], word: str, official: str, mended: str) -> None:
@@ -179,8 +192,10 @@ def slow_objects(caption: str, synonyms: dict[str, str]) -> list[str]:
     return [synonyms[word] for word in out if word in synonyms]
 
 
-WORDS = [*"baby adult elephant cat bow tie ties toilet seat seats wine glass glasses motor bike hot dogs dog".split(),
-         *"passenger jet train track teddy bear stop . ,".split()]
+WORDS = [
+    *"baby adult elephant cat bow tie ties toilet seat seats wine glass glasses motor bike hot dogs dog".split(),
+    *"passenger jet train track teddy bear stop . ,".split(),
+]
 
 
 @given(st.lists(st.sampled_from(WORDS), max_size=12))
@@ -210,8 +225,9 @@ def test_score_by_hand(tmp_path: Path) -> None:
     Corrected: the second caption also names a bus that is not there: CHAIR_S 2/2, CHAIR_I 3/5.
     """
     folder = data_folder(tmp_path, {"1": ["cat", "bus"], "2": ["puppy", "person"], "3": ["cup"]})
-    score = scored(folder, [{"image_id": 2, "caption": "A man on a bus."},
-                            {"image_id": 1, "caption": "A cat and a dog, a dog."}])
+    score = scored(
+        folder, [{"image_id": 2, "caption": "A man on a bus."}, {"image_id": 1, "caption": "A cat and a dog, a dog."}]
+    )
     scores = score.scores
     assert (scores["CHAIR_S"], scores["CHAIR_I"], scores["coverage"], scores["words"]) == (50.0, 50.0, 50.0, 6.0)
     assert (scores["captions"], scores["empty"], scores["without_caption"]) == (2, 0, 1)
@@ -225,8 +241,10 @@ def test_score_by_hand(tmp_path: Path) -> None:
 def test_empty_captions_leave_the_denominator_and_are_counted(tmp_path: Path) -> None:
     """One of two counted captions hallucinates: 50 %, where counting the empty one would give 33 %."""
     folder = data_folder(tmp_path, {"1": ["cat"], "2": ["cat"], "3": ["cat"]})
-    score = scored(folder, [{"image_id": 1, "caption": "A dog."}, {"image_id": 2, "caption": ""},
-                            {"image_id": 3, "caption": "A cat."}])
+    score = scored(
+        folder,
+        [{"image_id": 1, "caption": "A dog."}, {"image_id": 2, "caption": ""}, {"image_id": 3, "caption": "A cat."}],
+    )
     assert (score.scores["CHAIR_S"], score.scores["captions"], score.scores["empty"]) == (50.0, 2, 1)
     assert [record["counted"] for record in score.records] == [True, False, True]
 
@@ -253,13 +271,20 @@ def test_no_mention_at_all_is_no_division_by_zero(tmp_path: Path) -> None:
 def test_every_layout_of_captions_is_read(tmp_path: Path, content: str) -> None:
     (tmp_path / "a.json").write_text(content, encoding="utf-8")
     assert [(image, caption) for _, image, caption in chair.captions(tmp_path / "a.json")] == [
-        (7, "A cat."), (8, "A dog.")]
+        (7, "A cat."),
+        (8, "A dog."),
+    ]
 
 
 def test_image_ids_keep_the_form_of_the_answers(tmp_path: Path) -> None:
     folder = data_folder(tmp_path, {"000000000007": ["cat"], "kitchen_3": ["cup"]})
-    score = scored(folder, [{"image_id": "COCO_val2014_000000000007.jpg", "caption": "A cat."},
-                            {"image_id": "kitchen_3.png", "caption": "A cup."}])
+    score = scored(
+        folder,
+        [
+            {"image_id": "COCO_val2014_000000000007.jpg", "caption": "A cat."},
+            {"image_id": "kitchen_3.png", "caption": "A cup."},
+        ],
+    )
     assert [record["image_id"] for record in score.records] == ["COCO_val2014_000000000007.jpg", "kitchen_3.png"]
     assert score.scores["CHAIR_I"] == 0.0
 
@@ -335,12 +360,22 @@ def coco_folder(folder: Path) -> Path:
         ("train", [4], [(4, 32)], [(4, "A man.")]),
     ):
         listing = [{"id": i, "file_name": f"COCO_{split}2014_{i:012d}.jpg"} for i in images]
-        (folder / f"instances_{split}2014.json").write_text(json.dumps({
-            "info": {"year": 2014}, "images": listing, "licenses": [],
-            "annotations": [{"image_id": i, "category_id": c, "segmentation": [[1.5, 2]]} for i, c in instances],
-            "categories": categories}))
-        (folder / f"captions_{split}2014.json").write_text(json.dumps({
-            "images": listing, "annotations": [{"image_id": i, "caption": caption} for i, caption in told]}))
+        (folder / f"instances_{split}2014.json").write_text(
+            json.dumps(
+                {
+                    "info": {"year": 2014},
+                    "images": listing,
+                    "licenses": [],
+                    "annotations": [
+                        {"image_id": i, "category_id": c, "segmentation": [[1.5, 2]]} for i, c in instances
+                    ],
+                    "categories": categories,
+                }
+            )
+        )
+        (folder / f"captions_{split}2014.json").write_text(
+            json.dumps({"images": listing, "annotations": [{"image_id": i, "caption": caption} for i, caption in told]})
+        )
     return folder
 
 
@@ -388,7 +423,8 @@ def test_images_are_drawn_by_seed_or_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["COCO_val2014_000000000007.jpg", "000000000007.jpg", "7.png", "val2014/000000000007.jpg"])
+    "name", ["COCO_val2014_000000000007.jpg", "000000000007.jpg", "7.png", "val2014/000000000007.jpg"]
+)
 def test_pictures_are_found_under_any_usual_name(tmp_path: Path, name: str) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).touch()
@@ -398,10 +434,11 @@ def test_pictures_are_found_under_any_usual_name(tmp_path: Path, name: str) -> N
 
 @pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 10_000])
 def test_streaming_reads_what_json_reads(tmp_path: Path, block: int) -> None:
-    content = {"a": [{"x": [1, 2e3, "}]\\\""]}, {}], "n": 12345, "empty": [], "s": "é,", "b": [1, 23], "o": {"k": [1]}}
+    content = {"a": [{"x": [1, 2e3, '}]\\"']}, {}], "n": 12345, "empty": [], "s": "é,", "b": [1, 23], "o": {"k": [1]}}
     (tmp_path / "f.json").write_text(json.dumps(content, indent=1, ensure_ascii=False))
-    expected = [(key, item) for key, value in content.items()
-                for item in (value if isinstance(value, list) else [value])]
+    expected = [
+        (key, item) for key, value in content.items() for item in (value if isinstance(value, list) else [value])
+    ]
     assert list(coco.entries(tmp_path / "f.json", block)) == expected
 
 

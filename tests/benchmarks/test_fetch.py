@@ -101,8 +101,11 @@ def test_a_disk_that_fills_up_keeps_what_came_and_goes_on_later(tmp_path, monkey
     whole = Path.open
 
     def opened(path, mode="r", *arguments, **more):
-        return Full(path, mode) if path.suffix == ".part" and mode in ("ab", "wb") else whole(path, mode, *arguments,
-                                                                                               **more)
+        return (
+            Full(path, mode)
+            if path.suffix == ".part" and mode in ("ab", "wb")
+            else whole(path, mode, *arguments, **more)
+        )
 
     monkeypatch.setattr(fetch, "BLOCK", 20_000)
     with monkeypatch.context() as patched:
@@ -130,7 +133,9 @@ def test_archives_are_unpacked_once_and_removed(tmp_path):
             assert fetch.fetch("x", tmp_path, [source]) == [tmp_path / "in"]
     assert len(files.asked) == 1
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()) == [
-        "fetched.json", "in/d/x.json"]
+        "fetched.json",
+        "in/d/x.json",
+    ]
 
 
 @pytest.mark.parametrize("name", ["../out.txt", "/etc/out.txt", "a/../../out.txt", "..\\out.txt", "C:/out.txt"])

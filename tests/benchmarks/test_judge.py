@@ -10,18 +10,35 @@ from servers import ChatServer, Cut, Raw, Say, Silence, Status, last_text
 
 from povid.benchmarks import mmhal, suite
 from povid.benchmarks.judge import OFFICIAL_JUDGES, Judge, mmhal_last_rating, mmhal_rating
-from povid.endpoint import NoReply
 from povid.fault import Fault
+from povid.server.endpoint import NoReply
 
-TROUBLE = [Status(429, headers={"Retry-After": "0.05"}), Status(503), Raw(b"<html>"), Raw(b'{"choices": []}'),
-           Silence(), Cut(), Status(500)]
+TROUBLE = [
+    Status(429, headers={"Retry-After": "0.05"}),
+    Status(503),
+    Raw(b"<html>"),
+    Raw(b'{"choices": []}'),
+    Silence(),
+    Cut(),
+    Status(500),
+]
 
 
 @pytest.fixture
 def questions(tmp_path):
-    rows = [{"question_type": "other", "question_topic": "x", "image_id": str(n), "image_src": f"a/{n}.jpg",
-             "image_content": [], "question": f"Q{n}?", "gt_answer": f"Truth <{n}>", "model_answer": ""}
-            for n in range(12)]
+    rows = [
+        {
+            "question_type": "other",
+            "question_topic": "x",
+            "image_id": str(n),
+            "image_src": f"a/{n}.jpg",
+            "image_content": [],
+            "question": f"Q{n}?",
+            "gt_answer": f"Truth <{n}>",
+            "model_answer": "",
+        }
+        for n in range(12)
+    ]
     (tmp_path / "response_template.json").write_text(json.dumps(rows))
     return mmhal.load(tmp_path)
 
@@ -51,8 +68,9 @@ def test_trouble_changes_nothing_and_nothing_is_paid_twice(questions, tmp_path):
         return rating(body)
 
     with ChatServer(script) as server:
-        stormy = mmhal.score(questions, answers, judge(server, tmp_path / "storm",
-                                                       input_price=10, output_price=30)).scores
+        stormy = mmhal.score(
+            questions, answers, judge(server, tmp_path / "storm", input_price=10, output_price=30)
+        ).scores
         sent = len(server.requests)
         again = mmhal.score(questions, answers, judge(server, tmp_path / "storm")).scores
         assert len(server.requests) == sent
@@ -76,11 +94,21 @@ def test_a_refused_key_is_said_in_the_servers_words(questions, tmp_path):
             mmhal.score(questions, ["yes"] * 12, judge(server, tmp_path))
 
 
-@pytest.mark.parametrize("reply, official, corrected", [
-    ("Rating: 5, very", 5, 5), ("rating: 0", 0, 0), ("Rating: 7", None, None), ("Rating:5", None, 5),
-    ("Rating: 10", 1, None), ("Rating: 3 or Rating: 4", None, 4), ("", None, None), ("**Rating: 2**", 2, 2),
-    ("Rating: [[6]]", None, 6), ("Rating: 4.5", 4, None),
-])
+@pytest.mark.parametrize(
+    "reply, official, corrected",
+    [
+        ("Rating: 5, very", 5, 5),
+        ("rating: 0", 0, 0),
+        ("Rating: 7", None, None),
+        ("Rating:5", None, 5),
+        ("Rating: 10", 1, None),
+        ("Rating: 3 or Rating: 4", None, 4),
+        ("", None, None),
+        ("**Rating: 2**", 2, 2),
+        ("Rating: [[6]]", None, 6),
+        ("Rating: 4.5", 4, None),
+    ],
+)
 def test_ratings(reply, official, corrected):
     assert (mmhal_rating(reply), mmhal_last_rating(reply)) == (official, corrected)
 

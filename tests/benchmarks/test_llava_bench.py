@@ -19,12 +19,16 @@ def lines(rows) -> str:
 @pytest.fixture
 def data(tmp_path):
     categories = ["conv", "detail", "complex", "conv"]
-    (tmp_path / "questions.jsonl").write_text(lines(
-        {"question_id": n, "image": "001.jpg", "text": f"Q{n}?", "category": kind}
-        for n, kind in enumerate(categories)))
+    (tmp_path / "questions.jsonl").write_text(
+        lines(
+            {"question_id": n, "image": "001.jpg", "text": f"Q{n}?", "category": kind}
+            for n, kind in enumerate(categories)
+        )
+    )
     (tmp_path / "context.jsonl").write_text(lines([{"image": "001.jpg", "caption": ["one", "two"]}]))
-    (tmp_path / "answers_gpt4.jsonl").write_text(lines(
-        {"question_id": n, "text": f"Reference {n}."} for n in (3, 2, 1, 0)))
+    (tmp_path / "answers_gpt4.jsonl").write_text(
+        lines({"question_id": n, "text": f"Reference {n}."} for n in (3, 2, 1, 0))
+    )
     return tmp_path
 
 
@@ -37,11 +41,24 @@ def judged(data, replies, answers=("a", "b", "c", "d")):
         return llava_bench.score(questions, answers, Judge(data / "r.jsonl", base_url=server.url)), server
 
 
-@pytest.mark.parametrize("reply, pair", [
-    ("8 9\nBecause", (8, 9)), ("8,9", (8, 9)), ("8.5 7", (8.5, 7)), ("8, 9", None), ("8  9", None), (" 8 9", None),
-    ("Scores: 8 9", None), ("8", None), ("", None), ("8 9 ", None), ("8 nan", None), ("Sure!\n8 9", None),
-    ("8 9\r", (8, 9)),
-])
+@pytest.mark.parametrize(
+    "reply, pair",
+    [
+        ("8 9\nBecause", (8, 9)),
+        ("8,9", (8, 9)),
+        ("8.5 7", (8.5, 7)),
+        ("8, 9", None),
+        ("8  9", None),
+        (" 8 9", None),
+        ("Scores: 8 9", None),
+        ("8", None),
+        ("", None),
+        ("8 9 ", None),
+        ("8 nan", None),
+        ("Sure!\n8 9", None),
+        ("8 9\r", (8, 9)),
+    ],
+)
 def test_first_line(reply, pair):
     assert llava_bench_pair(reply) == pair
 
@@ -53,22 +70,29 @@ def test_score_by_hand(data):
     score, server = judged(data, ["9 6\nFine", "8,4", "9 9", "Both are good."])
     scores = score.scores
     assert {name: scores[name] for name in ("overall", "conv", "detail", "complex")} == {
-        "overall": 72.0, "conv": 62.5, "detail": 50.0, "complex": 100.0}
+        "overall": 72.0,
+        "conv": 62.5,
+        "detail": 50.0,
+        "complex": 100.0,
+    }
     assert scores["means_x10"]["overall"] == {"reference": 62.5, "model": 45.0}
     assert (scores["corrected"]["overall"], scores["corrected"]["conv"]) == (73.1, 66.7)
     assert scores["unreadable_replies"] == 1 and score.records[3]["scores"] is None
     request = next(body for body in server.requests if "Q1?" in last_text(body))
     assert (request["model"], request["temperature"], request["max_tokens"]) == ("gpt-4-0314", 0.2, 1024)
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
-    assert last_text(request).startswith("[Context]\none\ntwo\n\n[Question]\nQ1?\n\n[Assistant 1]\nReference 1.\n\n"
-                                         "[End of Assistant 1]\n\n[Assistant 2]\nb\n\n[End of Assistant 2]\n\n[Sys")
+    assert last_text(request).startswith(
+        "[Context]\none\ntwo\n\n[Question]\nQ1?\n\n[Assistant 1]\nReference 1.\n\n"
+        "[End of Assistant 1]\n\n[Assistant 2]\nb\n\n[End of Assistant 2]\n\n[Sys"
+    )
 
 
 def test_means_are_rounded_to_three_decimals_before_the_ratio(data):
     """Pairs (1, 2), (1, 2), (1.5, 3): means 1.1666... and 2.3333... are 1.167 and 2.333 first, and 233.3 / 1.167 is
     199.9 (199.914), where the ratio of the exact means would be 200.0."""
-    (data / "questions.jsonl").write_text(lines(
-        {"question_id": n, "image": "001.jpg", "text": f"Q{n}?", "category": "conv"} for n in range(3)))
+    (data / "questions.jsonl").write_text(
+        lines({"question_id": n, "image": "001.jpg", "text": f"Q{n}?", "category": "conv"} for n in range(3))
+    )
     (data / "answers_gpt4.jsonl").write_text(lines({"question_id": n, "text": "R"} for n in range(3)))
     score, _ = judged(data, ["1 2", "1 2", "1.5 3"], ["a", "b", "c"])
     assert score.scores["overall"] == 199.9 and "corrected" not in score.scores

@@ -16,8 +16,8 @@ from servers import ChatServer, Say, last_text
 from povid.benchmarks import __main__ as command
 from povid.benchmarks import suite
 from povid.benchmarks.judge import Judge
-from povid.benchmarks.question import Decoding, Question
-from povid.generation import Answers
+from povid.model.generation import Answers
+from povid.model.question import Decoding, Question
 
 NAMES = ("mmhal", "science_qa", "mme", "mmbench", "mm_vet", "llava_bench")
 
@@ -41,14 +41,37 @@ def put(file: Path, content: object) -> None:
 @pytest.fixture
 def selection(tmp_path) -> dict[str, dict]:
     data = tmp_path / "data"
-    put(data / "mmhal/response_template.json", [
-        {"question_type": kind, "question_topic": "t", "image_id": f"i{n}", "image_src": f"http://x/{n}.jpg",
-         "image_content": ["Dog"], "question": "What is it", "gt_answer": "A dog.", "model_answer": ""}
-        for n, kind in enumerate(["attribute", "other", "counting"])])
-    put(data / "science_qa/problems.json", {
-        str(n): {"question": "What is it", "choices": ["dog", "cat"], "answer": n % 2, "hint": "", "image": "image.png",
-                 "subject": "s"} for n in range(3)} | {"9": {"question": "Is there a cat", "choices": ["Yes", "No"],
-                                                             "answer": 0, "hint": "", "image": None}})
+    put(
+        data / "mmhal/response_template.json",
+        [
+            {
+                "question_type": kind,
+                "question_topic": "t",
+                "image_id": f"i{n}",
+                "image_src": f"http://x/{n}.jpg",
+                "image_content": ["Dog"],
+                "question": "What is it",
+                "gt_answer": "A dog.",
+                "model_answer": "",
+            }
+            for n, kind in enumerate(["attribute", "other", "counting"])
+        ],
+    )
+    put(
+        data / "science_qa/problems.json",
+        {
+            str(n): {
+                "question": "What is it",
+                "choices": ["dog", "cat"],
+                "answer": n % 2,
+                "hint": "",
+                "image": "image.png",
+                "subject": "s",
+            }
+            for n in range(3)
+        }
+        | {"9": {"question": "Is there a cat", "choices": ["Yes", "No"], "answer": 0, "hint": "", "image": None}},
+    )
     put(data / "science_qa/pid_splits.json", {"test": ["0", "1", "9", "2"]})
     for n in range(3):
         put(data / f"mmhal/images/{n}.jpg", png(n))
@@ -56,20 +79,36 @@ def selection(tmp_path) -> dict[str, dict]:
         put(data / f"mm_vet/images/v1_{n}.png", png(n))
         put(data / f"llava_bench/images/00{n}.jpg", png(n))
         put(data / f"mme/MME_Benchmark_release_version/count/{n}.png", png(n))
-        put(data / f"mme/MME_Benchmark_release_version/count/{n}.txt",
-            "Is there a dog? Please answer yes or no.\tYes\nIs there a cat? Please answer yes or no.\tNo\n")
-    rows = [f"{copy + n}\tWhat is it\tdog\tcat\t{right}\tc\t{base64.b64encode(png(n)).decode()}"
-            for n in range(2) for copy, right in ((0, "A"), (1_000_000, "B"))]
+        put(
+            data / f"mme/MME_Benchmark_release_version/count/{n}.txt",
+            "Is there a dog? Please answer yes or no.\tYes\nIs there a cat? Please answer yes or no.\tNo\n",
+        )
+    rows = [
+        f"{copy + n}\tWhat is it\tdog\tcat\t{right}\tc\t{base64.b64encode(png(n)).decode()}"
+        for n in range(2)
+        for copy, right in ((0, "A"), (1_000_000, "B"))
+    ]
     put(data / "mmbench/mmbench_dev_20230712.tsv", "\n".join(["index\tquestion\tA\tB\tanswer\tcategory\timage", *rows]))
-    put(data / "mm_vet/mm-vet.json", {f"v1_{n}": {"imagename": f"v1_{n}.png", "question": "What is it",
-                                                  "answer": "dog", "capability": ["rec"]} for n in range(3)})
+    put(
+        data / "mm_vet/mm-vet.json",
+        {
+            f"v1_{n}": {"imagename": f"v1_{n}.png", "question": "What is it", "answer": "dog", "capability": ["rec"]}
+            for n in range(3)
+        },
+    )
     kinds = ["conv", "detail", "complex"]
-    put(data / "llava_bench/questions.jsonl", [{"question_id": n, "image": f"00{n}.jpg", "text": "What is it",
-                                                "category": kind} for n, kind in enumerate(kinds)])
+    put(
+        data / "llava_bench/questions.jsonl",
+        [
+            {"question_id": n, "image": f"00{n}.jpg", "text": "What is it", "category": kind}
+            for n, kind in enumerate(kinds)
+        ],
+    )
     put(data / "llava_bench/context.jsonl", [{"image": f"00{n}.jpg", "caption": "A dog."} for n in range(3)])
     put(data / "llava_bench/answers_gpt4.jsonl", [{"question_id": n, "text": "A dog."} for n in range(3)])
     return {name: {"data": str(data / name), "max_new_tokens": 6} for name in NAMES} | {
-        "science_qa": {"data": str(data / "science_qa"), "max_new_tokens": 6, "image_questions_only": True}}
+        "science_qa": {"data": str(data / "science_qa"), "max_new_tokens": 6, "image_questions_only": True}
+    }
 
 
 def judge_says(body: dict, number: int) -> Say:
@@ -124,13 +163,31 @@ def test_six_benchmarks_killed_in_the_middle_and_resumed_then_scored_by_the_comm
             official = next(path for path in sorted((tmp_path / "out" / name / "official").iterdir()))
             for file in (official, tmp_path / "out" / name / "answers.jsonl"):
                 out = tmp_path / "again.json"
-                line = [name, "--answers", str(file), "--data", selection[name]["data"], "--json", str(out),
-                        "--judge-model", "official", "--judge-url", server.url,
-                        "--judge-cache", str(tmp_path / "replies.jsonl")]
+                line = [
+                    name,
+                    "--answers",
+                    str(file),
+                    "--data",
+                    selection[name]["data"],
+                    "--json",
+                    str(out),
+                    "--judge-model",
+                    "official",
+                    "--judge-url",
+                    server.url,
+                    "--judge-cache",
+                    str(tmp_path / "replies.jsonl"),
+                ]
                 assert command.main(line) == 0, capsys.readouterr().err
                 again = json.loads(out.read_text())["scores"]
-                same = {"mmhal": "score", "science_qa": "img_accuracy", "mme": "subtasks", "mmbench": "accuracy",
-                        "mm_vet": "total", "llava_bench": "overall"}[name]
+                same = {
+                    "mmhal": "score",
+                    "science_qa": "img_accuracy",
+                    "mme": "subtasks",
+                    "mmbench": "accuracy",
+                    "mm_vet": "total",
+                    "llava_bench": "overall",
+                }[name]
                 assert again[same] == results[name][same]
         assert len(server.requests) == sent
 

@@ -16,9 +16,10 @@ from povid.fault import Fault
 def data(tmp_path):
     folder = tmp_path / "mm-vet"
     folder.mkdir()
-    rows = {f"v1_{n}": {"imagename": f"v1_{n}.png", "question": f"Q{n}?", "answer": "-1<AND>-5<OR>x",
-                        "capability": needs}
-            for n, needs in enumerate([["ocr", "math"], ["rec"], ["math", "ocr"], ["rec", "know"]])}
+    rows = {
+        f"v1_{n}": {"imagename": f"v1_{n}.png", "question": f"Q{n}?", "answer": "-1<AND>-5<OR>x", "capability": needs}
+        for n, needs in enumerate([["ocr", "math"], ["rec"], ["math", "ocr"], ["rec", "know"]])
+    }
     (folder / "mm-vet.json").write_text(json.dumps(rows))
     return tmp_path
 
@@ -29,10 +30,22 @@ def judged(data, script, runs=1):
         return mm_vet.score(mm_vet.load(data), ["a", "b", "c", "d"], judge, runs=runs), server
 
 
-@pytest.mark.parametrize("reply, grade", [
-    ("0.5", 0.5), ("1", 1.0), ("0.4\n", 0.4), ("0.9 |", 0.9), ("1.1", None), ("-0.1", None), (" 0.5", None), ("", None),
-    ("about 0.5", None), ("nan", None), ("0.5|", None),
-])
+@pytest.mark.parametrize(
+    "reply, grade",
+    [
+        ("0.5", 0.5),
+        ("1", 1.0),
+        ("0.4\n", 0.4),
+        ("0.9 |", 0.9),
+        ("1.1", None),
+        ("-0.1", None),
+        (" 0.5", None),
+        ("", None),
+        ("about 0.5", None),
+        ("nan", None),
+        ("0.5|", None),
+    ],
+)
 def test_grades(reply, grade):
     assert mm_vet_grade(reply) == grade
 
@@ -40,6 +53,7 @@ def test_grades(reply, grade):
 def test_score_by_hand(data):
     """Grades 0.5, 1.0, 0.2 and one never readable, officially 0: total 100 x 1.7 / 4 = 42.5 (corrected 56.7).
     rec: (1 + 0) / 2 = 50; ocr and math: (0.5 + 0.2) / 2 = 35; know: 0. Sets: math_ocr 35, rec 100, know_rec 0."""
+
     def script(text, body):
         grades = {"Q0": "0.5", "Q1": "1.0", "Q2": "0.2", "Q3": "good"}
         return next(grade for question, grade in grades.items() if question in text)
@@ -92,12 +106,15 @@ def test_official_file_llavas_file_and_back(data):
     assert mm_vet.read_answers(llava, questions) == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("content, sentence", [
-    ('{"v1_0": "a"}', "answers 1 of 4 questions, missing v1_1, v1_2, v1_3"),
-    ('{"v1_0": "a", "v1_9": "b"}', "v1_9 answers question 'v1_9', which is none of the 4"),
-    ('{"v1_0": ["a"]}', "v1_0 has \\['a'\\] as its answer"),
-    ('{"v1_0": "a"', "line 1 is not JSON"),
-])
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        ('{"v1_0": "a"}', "answers 1 of 4 questions, missing v1_1, v1_2, v1_3"),
+        ('{"v1_0": "a", "v1_9": "b"}', "v1_9 answers question 'v1_9', which is none of the 4"),
+        ('{"v1_0": ["a"]}', "v1_0 has \\['a'\\] as its answer"),
+        ('{"v1_0": "a"', "line 1 is not JSON"),
+    ],
+)
 def test_bad_answer_files(data, content, sentence):
     (data / "a.json").write_text(content)
     with pytest.raises(Fault, match=sentence):

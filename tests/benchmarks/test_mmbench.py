@@ -15,8 +15,22 @@ from povid.benchmarks import mmbench
 from povid.benchmarks.judge import Judge
 from povid.fault import Fault
 
-COLUMNS = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image", "source", "l2-category",
-           "comment", "split"]
+COLUMNS = [
+    "index",
+    "question",
+    "hint",
+    "A",
+    "B",
+    "C",
+    "D",
+    "answer",
+    "category",
+    "image",
+    "source",
+    "l2-category",
+    "comment",
+    "split",
+]
 PICTURE = base64.b64encode(b"jpeg").decode()
 
 
@@ -24,9 +38,13 @@ def row(index, a, b, answer, *, c="", hint="", category="cat1", image=PICTURE):
     return [index, "What is it?", hint, a, b, c, "", answer, category, image, "web", f"l2 {category}", "", "dev"]
 
 
-ROWS = [row(2, "cat", "dog", "A", hint="Look."), row(5, "red", "blue", "B", c="green", category="cat2"),
-        row(1_000_002, "dog", "cat", "B"), row(1_000_005, "blue", "green", "A", c="red", category="cat2"),
-        row(2_000_005, "green", "red", "C", c="blue", category="cat2")]
+ROWS = [
+    row(2, "cat", "dog", "A", hint="Look."),
+    row(5, "red", "blue", "B", c="green", category="cat2"),
+    row(1_000_002, "dog", "cat", "B"),
+    row(1_000_005, "blue", "green", "A", c="red", category="cat2"),
+    row(2_000_005, "green", "red", "C", c="blue", category="cat2"),
+]
 
 
 def table(folder, rows=ROWS, columns=COLUMNS):
@@ -36,8 +54,9 @@ def table(folder, rows=ROWS, columns=COLUMNS):
 
 def test_prompt_options_and_picture(tmp_path):
     questions = mmbench.load(table(tmp_path))
-    assert questions[0].text == ("Look.\nWhat is it?\nA. cat\nB. dog\n"
-                                 "Answer with the option's letter from the given choices directly.")
+    assert questions[0].text == (
+        "Look.\nWhat is it?\nA. cat\nB. dog\nAnswer with the option's letter from the given choices directly."
+    )
     assert questions[1].text.startswith("What is it?\nA. red\nB. blue\nC. green\nAnswer")
     assert questions[0].image == b"jpeg" and [q.id for q in questions] == [2, 5, 1000002, 1000005, 2000005]
 
@@ -47,12 +66,30 @@ def test_newer_tables_keep_one_picture_for_all_rotations(tmp_path):
     assert [question.image for question in mmbench.load(table(tmp_path, rows))] == [b"jpeg", b"jpeg"]
 
 
-@pytest.mark.parametrize("answer, option", [
-    ("A", "A"), ("B.", "B"), ("(C)", "C"), ("C).", "C"), (":B", "B"), ("the answer is B", "B"), ("A cat", "A"),
-    ("A small grey cat", None), ("The option is B not C", None), ("It is a red thing", "A"), ("red or blue", None),
-    ("It is RED.", "A"), ("E", "E"), ("b", None), ("", None), ("nan", None), ("Answer: B.", "B"), ("[B]", None),
-    ("It is A. in this picture here", "A"),
-])
+@pytest.mark.parametrize(
+    "answer, option",
+    [
+        ("A", "A"),
+        ("B.", "B"),
+        ("(C)", "C"),
+        ("C).", "C"),
+        (":B", "B"),
+        ("the answer is B", "B"),
+        ("A cat", "A"),
+        ("A small grey cat", None),
+        ("The option is B not C", None),
+        ("It is a red thing", "A"),
+        ("red or blue", None),
+        ("It is RED.", "A"),
+        ("E", "E"),
+        ("b", None),
+        ("", None),
+        ("nan", None),
+        ("Answer: B.", "B"),
+        ("[B]", None),
+        ("It is A. in this picture here", "A"),
+    ],
+)
 def test_rules(answer, option):
     assert mmbench.parse(answer, {"A": "red", "B": "blue", "C": "green"}) == option
 
@@ -84,7 +121,8 @@ def test_the_judge_matches_the_rest_and_is_spared_where_a_rotation_is_wrong_alre
     assert score.scores["accuracy"] == 50.0 and score.scores["matched_by_judge"] == 1 and len(server.requests) == 1
     assert (server.requests[0]["model"], server.requests[0]["temperature"]) == ("gpt-3.5-turbo-0613", 0.0)
     assert "Question: What is it??\nOptions: There are several options:\nA. dog\nB. cat\nAnswer: a pet" in str(
-        server.requests[0]["messages"][0]["content"])
+        server.requests[0]["messages"][0]["content"]
+    )
     assert score.records[2]["by"] == "judge"
 
 
@@ -142,9 +180,11 @@ def test_bad_answers_and_bad_tables(tmp_path):
     pandas.DataFrame({"index": [2, 5], "prediction": ["A", "B"]}).to_excel(tmp_path / "c.xlsx", index=False)
     with pytest.raises(Fault, match="c.xlsx answers 2 of 5 questions, missing 1000002"):
         mmbench.read_answers(tmp_path / "c.xlsx", questions)
-    for rows, sentence in [([row(2, "cat", "dog", "C")], "index 2 has the answer 'C' and the options A, B"),
-                           ([row(2, "cat", "dog", "A", image="@@")], "index 2 has no picture"),
-                           ([row(1_000_002, "cat", "dog", "A")], "rotated copy of index 2 and not index 2 itself")]:
+    for rows, sentence in [
+        ([row(2, "cat", "dog", "C")], "index 2 has the answer 'C' and the options A, B"),
+        ([row(2, "cat", "dog", "A", image="@@")], "index 2 has no picture"),
+        ([row(1_000_002, "cat", "dog", "A")], "rotated copy of index 2 and not index 2 itself"),
+    ]:
         with pytest.raises(Fault, match=sentence):
             mmbench.load(table(tmp_path, rows))
     with pytest.raises(Fault, match="lacks the column 'answer'"):

@@ -10,9 +10,15 @@ from povid.benchmarks import mme
 from povid.fault import Fault
 
 ASK = "Please answer yes or no."
-ROWS = {"existence": [("1.jpg", f"Is there a dog?  {ASK}", "Yes"), ("1.jpg", f"Is there a cat? {ASK}", "No"),
-                      ("2.jpg", f"Is there a car? {ASK}", "Yes"), ("2.jpg", f"Is there a bus? {ASK}", "No")],
-        "code_reasoning": [("3.png", f"Is it 1? {ASK}", "Yes"), ("3.png", f"Is it 2? {ASK}", "No")]}
+ROWS = {
+    "existence": [
+        ("1.jpg", f"Is there a dog?  {ASK}", "Yes"),
+        ("1.jpg", f"Is there a cat? {ASK}", "No"),
+        ("2.jpg", f"Is there a car? {ASK}", "Yes"),
+        ("2.jpg", f"Is there a bus? {ASK}", "No"),
+    ],
+    "code_reasoning": [("3.png", f"Is it 1? {ASK}", "Yes"), ("3.png", f"Is it 2? {ASK}", "No")],
+}
 
 
 @pytest.fixture
@@ -48,12 +54,27 @@ def test_the_release_alone_is_enough(tmp_path):
     assert questions[2].image == release / "artwork" / "images" / "9.png" and questions[3].meta["label"] == "No"
 
 
-@pytest.mark.parametrize("answer, official, corrected", [
-    ("Yes", "yes", "yes"), ("no.", "no", "no"), ("NO", "no", "no"), ("Yes, there is", "yes", "yes"),
-    ("Now", "no", "other"), ("Not sure", "no", "other"), ("None", "no", "other"), (" yes", "yes", "yes"),
-    ("  yes", "other", "yes"), ("\nYes", "yes", "yes"), ("", "other", "other"), ("It is no", "other", "other"),
-    ("I know", "other", "other"), ("Eyes", "yes", "other"), ("**Yes**", "other", "yes"), ("Nyes", "yes", "other"),
-])
+@pytest.mark.parametrize(
+    "answer, official, corrected",
+    [
+        ("Yes", "yes", "yes"),
+        ("no.", "no", "no"),
+        ("NO", "no", "no"),
+        ("Yes, there is", "yes", "yes"),
+        ("Now", "no", "other"),
+        ("Not sure", "no", "other"),
+        ("None", "no", "other"),
+        (" yes", "yes", "yes"),
+        ("  yes", "other", "yes"),
+        ("\nYes", "yes", "yes"),
+        ("", "other", "other"),
+        ("It is no", "other", "other"),
+        ("I know", "other", "other"),
+        ("Eyes", "yes", "other"),
+        ("**Yes**", "other", "yes"),
+        ("Nyes", "yes", "other"),
+    ],
+)
 def test_parsers(answer, official, corrected):
     assert (mme.parse(answer), mme.parse_corrected(answer)) == (official, corrected)
 
@@ -94,8 +115,10 @@ def test_llavas_layouts_are_read(data, tmp_path):
     """Its answers share a question_id between both questions of an image; its converter names the .txt, not the
     image, and writes one space before the phrase where the release has two."""
     questions = mme.load(data)
-    lines = [{"question_id": question.meta["question_id"], "prompt": question.text, "text": question.meta["label"]}
-             for question in questions]
+    lines = [
+        {"question_id": question.meta["question_id"], "prompt": question.text, "text": question.meta["label"]}
+        for question in questions
+    ]
     file = tmp_path / "llava.jsonl"
     file.write_text("\n".join(map(json.dumps, lines[::-1])))
     assert mme.read_answers(file, questions) == ["Yes", "No"] * 3
@@ -108,13 +131,19 @@ def test_llavas_layouts_are_read(data, tmp_path):
     assert mme.read_answers(folder, questions) == ["Yes", "No"] * 3
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (lambda text: text.replace("\tYes\tYes", "\tYes"), "existence.txt line 1 .* has 3 fields"),
-    (lambda text: text.replace("\tYes\tYes", "\tYes\tYes\tno"), "has 5 fields"),
-    (lambda text: "".join(text.splitlines(True)[:-1]), "answers 5 of 6 questions, missing existence/2/1"),
-    (lambda text: text + text.splitlines(True)[0], "line 5 answers question .* a second time"),
-    (lambda text: text.replace("a car", "a boat"), "line 3 answers question 'existence/2: Is there a boat\\?', which"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda text: text.replace("\tYes\tYes", "\tYes"), "existence.txt line 1 .* has 3 fields"),
+        (lambda text: text.replace("\tYes\tYes", "\tYes\tYes\tno"), "has 5 fields"),
+        (lambda text: "".join(text.splitlines(True)[:-1]), "answers 5 of 6 questions, missing existence/2/1"),
+        (lambda text: text + text.splitlines(True)[0], "line 5 answers question .* a second time"),
+        (
+            lambda text: text.replace("a car", "a boat"),
+            "line 3 answers question 'existence/2: Is there a boat\\?', which",
+        ),
+    ],
+)
 def test_bad_answer_files(data, tmp_path, change, sentence):
     questions = mme.load(data)
     folder = mme.write_official(questions, ["Yes", "No"] * 3, tmp_path / "out")

@@ -16,10 +16,19 @@ TYPES = ["attribute", "adversarial", "comparison", "counting"]
 
 @pytest.fixture
 def data(tmp_path):
-    rows = [{"question_type": kind, "question_topic": "food", "image_id": f"id{number}",
-             "image_src": f"https://example.org/a/{number}_o.jpg", "image_content": ["Apple", "Bowl"],
-             "question": f"Question {number}?", "gt_answer": f"Truth {number}.", "model_answer": ""}
-            for number, kind in enumerate(TYPES)]
+    rows = [
+        {
+            "question_type": kind,
+            "question_topic": "food",
+            "image_id": f"id{number}",
+            "image_src": f"https://example.org/a/{number}_o.jpg",
+            "image_content": ["Apple", "Bowl"],
+            "question": f"Question {number}?",
+            "gt_answer": f"Truth {number}.",
+            "model_answer": "",
+        }
+        for number, kind in enumerate(TYPES)
+    ]
     (tmp_path / "response_template.json").write_text(json.dumps(rows))
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / "2_o.jpg").write_bytes(b"x")
@@ -46,8 +55,12 @@ def test_score_by_hand(data):
     Official: (6 + 2 + 0 + 0) / 4 = 2.0; below 3 are three of four: 0.75.
     Corrected: the last rating named counts, prose is left out: (6 + 2 + 5) / 3 = 13/3; one of three is below 3."""
     questions = mmhal.load(data)
-    replies = {0: "Fine.\n- Rating: 6, very informative", 1: "It is wrong. RATING: 2",
-               2: "Between rating: 4 and more. Rating: 5, very informative", 3: "I would say it is good."}
+    replies = {
+        0: "Fine.\n- Rating: 6, very informative",
+        1: "It is wrong. RATING: 2",
+        2: "Between rating: 4 and more. Rating: 5, very informative",
+        3: "I would say it is good.",
+    }
     score, server = judged(data, replies, questions, ["a", "b", "c", "d"])
     assert score.scores["score"] == 2.0 and score.scores["hallucination_rate"] == 0.75
     assert score.scores["by_type"] == {"attribute": 6, "adversarial": 2, "comparison": 0, "counting": 0}
@@ -85,13 +98,19 @@ def test_answers_in_any_order_and_the_template_comes_back(data, tmp_path):
     assert mmhal.read_answers(file, questions) == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize("change, sentence", [
-    (lambda rows: rows[:-1], "answers 3 of 4 questions, missing 3"),
-    (lambda rows: [*rows, rows[0]], "record 5 answers question .* a second time"),
-    (lambda rows: [{**rows[0], "question": "Else?"}, *rows[1:]], "record 1 answers question 'id0 Else\\?', which"),
-    (lambda rows: [{k: v for k, v in rows[0].items() if k != "model_answer"}, *rows[1:]], "record 1 lacks 'model_ans"),
-    (lambda rows: [{**rows[0], "model_answer": None}, *rows[1:]], "has None as its answer"),
-])
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda rows: rows[:-1], "answers 3 of 4 questions, missing 3"),
+        (lambda rows: [*rows, rows[0]], "record 5 answers question .* a second time"),
+        (lambda rows: [{**rows[0], "question": "Else?"}, *rows[1:]], "record 1 answers question 'id0 Else\\?', which"),
+        (
+            lambda rows: [{k: v for k, v in rows[0].items() if k != "model_answer"}, *rows[1:]],
+            "record 1 lacks 'model_ans",
+        ),
+        (lambda rows: [{**rows[0], "model_answer": None}, *rows[1:]], "has None as its answer"),
+    ],
+)
 def test_bad_answer_files(data, change, sentence):
     questions = mmhal.load(data)
     file = data / "answers.json"

@@ -16,8 +16,11 @@ from povid.benchmarks import pope
 from povid.fault import Fault
 
 GOLDEN = Path(__file__).resolve().parents[2] / "../shared/golden"
-OBJECTS = {"random": ["cat", "orange", "dog", "car"], "popular": ["cat", "person", "dog", "chair"],
-           "adversarial": ["cat", "fork", "dog", "truck"]}
+OBJECTS = {
+    "random": ["cat", "orange", "dog", "car"],
+    "popular": ["cat", "person", "dog", "chair"],
+    "adversarial": ["cat", "fork", "dog", "truck"],
+}
 
 
 def write_lines(file: Path, rows: Iterable[Any]) -> Path:
@@ -27,9 +30,15 @@ def write_lines(file: Path, rows: Iterable[Any]) -> Path:
 
 def question_rows(split: str) -> list[dict[str, Any]]:
     """Two images, two questions each; yes and no alternate as officially."""
-    return [{"question_id": i + 1, "image": f"COCO_val2014_{1 + i // 2:012d}.jpg", "label": ("yes", "no")[i % 2],
-             "text": f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?"}
-            for i, name in enumerate(OBJECTS[split])]
+    return [
+        {
+            "question_id": i + 1,
+            "image": f"COCO_val2014_{1 + i // 2:012d}.jpg",
+            "label": ("yes", "no")[i % 2],
+            "text": f"Is there {'an' if name[0] in 'aeiou' else 'a'} {name} in the image?",
+        }
+        for i, name in enumerate(OBJECTS[split])
+    ]
 
 
 @pytest.fixture
@@ -49,8 +58,13 @@ def test_every_official_figure_of_the_golden_answers(tmp_path: Path) -> None:
     questions = pope.load(tmp_path)
     score = pope.score(questions, pope.read_answers(file, questions))
     got, expected = score.scores["adversarial"], case["expected"]
-    for key, name in (("accuracy", "Accuracy"), ("precision", "Precision"), ("recall", "Recall"), ("f1", "F1 score"),
-                      ("yes_ratio", "Yes ratio")):
+    for key, name in (
+        ("accuracy", "Accuracy"),
+        ("precision", "Precision"),
+        ("recall", "Recall"),
+        ("f1", "F1 score"),
+        ("yes_ratio", "Yes ratio"),
+    ):
         assert got[key] == pytest.approx(100 * expected[name], abs=1e-12)
         assert score.scores[key] == got[key]  # one split: the mean is its figure
     assert [got[key] for key in ("tp", "fp", "tn", "fn")] == [expected[key] for key in ("tp", "fp", "tn", "fn")]
@@ -60,13 +74,32 @@ def test_every_official_figure_of_the_golden_answers(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("answer", "official", "corrected"),
     [
-        ("Yes", False, False), ("No", True, True), ("no", True, True), ("No.", True, True), ("No, no dog", True, True),
-        ("NO", False, True), ("No\n", False, True), ("none", False, True), ("Nope", False, True), ("", False, True),
-        ("There isn't a dog", False, True), ("There isn’t one", False, True), ("I cannot see one", False, True),
-        ("Yes, it is not hard to see", True, False), ("There is a dog. No cat", False, False),
-        ("There is no dog", True, True), ("no,thing", False, True), ("Not sure", False, True), ("  no", True, True),
-        ("There is a snowboard and a knot", False, False), ("yes\nno", False, False), ("Yes no", True, False),
-        ("There is\tno dog", False, True), ("ok.no", False, False), (", No", True, True), ("!", False, True),
+        ("Yes", False, False),
+        ("No", True, True),
+        ("no", True, True),
+        ("No.", True, True),
+        ("No, no dog", True, True),
+        ("NO", False, True),
+        ("No\n", False, True),
+        ("none", False, True),
+        ("Nope", False, True),
+        ("", False, True),
+        ("There isn't a dog", False, True),
+        ("There isn’t one", False, True),
+        ("I cannot see one", False, True),
+        ("Yes, it is not hard to see", True, False),
+        ("There is a dog. No cat", False, False),
+        ("There is no dog", True, True),
+        ("no,thing", False, True),
+        ("Not sure", False, True),
+        ("  no", True, True),
+        ("There is a snowboard and a knot", False, False),
+        ("yes\nno", False, False),
+        ("Yes no", True, False),
+        ("There is\tno dog", False, True),
+        ("ok.no", False, False),
+        (", No", True, True),
+        ("!", False, True),
     ],
 )
 def test_parsers(answer: str, official: bool, corrected: bool) -> None:
@@ -90,8 +123,12 @@ def slow_parser(text: str) -> bool:
     return any(word == "No" or word == "no" or word == "not" for word in words)
 
 
-@given(st.one_of(st.text(alphabet="Nnot ,.\ny", max_size=12),
-                 st.lists(st.sampled_from(["No", "no", "not", "NO", "yes", ",", ".", " ", "\n"])).map("".join)))
+@given(
+    st.one_of(
+        st.text(alphabet="Nnot ,.\ny", max_size=12),
+        st.lists(st.sampled_from(["No", "no", "not", "NO", "yes", ",", ".", " ", "\n"])).map("".join),
+    )
+)
 def test_parser_agrees_with_a_slow_reading(text: str) -> None:
     assert pope.says_no(text) == slow_parser(text)
 
@@ -121,8 +158,20 @@ def test_score_by_hand(data: Path) -> None:
     assert scores["accuracy"] == pytest.approx((75 + 50 + 50) / 3)
     assert scores["precision"] == pytest.approx(50) and scores["recall"] == pytest.approx(50)
     assert scores["yes_ratio"] == pytest.approx(125 / 3)
-    assert scores["random"] == pytest.approx({"accuracy": 75, "precision": 100, "recall": 50, "f1": 200 / 3,
-                                              "yes_ratio": 25, "questions": 4, "tp": 1, "fp": 0, "tn": 2, "fn": 1})
+    assert scores["random"] == pytest.approx(
+        {
+            "accuracy": 75,
+            "precision": 100,
+            "recall": 50,
+            "f1": 200 / 3,
+            "yes_ratio": 25,
+            "questions": 4,
+            "tp": 1,
+            "fp": 0,
+            "tn": 2,
+            "fn": 1,
+        }
+    )
     assert list(scores)[5:8] == ["random", "popular", "adversarial"]
     assert scores["adversarial"]["precision"] == scores["adversarial"]["f1"] == 0.0
     assert scores["corrected"]["f1"] == scores["f1"]
@@ -131,8 +180,15 @@ def test_score_by_hand(data: Path) -> None:
 def test_records_tell_what_was_parsed(data: Path) -> None:
     questions = pope.load(data, splits=["random"])
     records = pope.score(questions, ["Yes", "NO", "not", "no"]).records
-    assert records[1] == {"split": "random", "question_id": 2, "image": "COCO_val2014_000000000001.jpg", "label": "no",
-                          "parsed": "yes", "correct": False, "parsed_corrected": "no"}
+    assert records[1] == {
+        "split": "random",
+        "question_id": 2,
+        "image": "COCO_val2014_000000000001.jpg",
+        "label": "no",
+        "parsed": "yes",
+        "correct": False,
+        "parsed_corrected": "no",
+    }
     assert [record["correct"] for record in records] == [True, False, False, True]
 
 
@@ -143,8 +199,16 @@ def llava_rows(data: Path) -> tuple[list[dict], list[dict]]:
         for position, row in enumerate(question_rows(split)):
             text = row["text"] + pope.SHORT_ANSWER
             asked.append({"question_id": len(asked), "image": row["image"], "text": text, "category": split})
-            given.append({"question_id": len(given), "prompt": text, "text": f"{split} {position}", "answer_id": "x",
-                          "model_id": "m", "metadata": {}})
+            given.append(
+                {
+                    "question_id": len(given),
+                    "prompt": text,
+                    "text": f"{split} {position}",
+                    "answer_id": "x",
+                    "model_id": "m",
+                    "metadata": {},
+                }
+            )
     return asked, given
 
 
@@ -213,8 +277,10 @@ def test_ids_of_another_file_count_by_position_while_they_rise(data: Path, tmp_p
 
 
 def test_spelling_of_older_questions_does_not_matter(data: Path, tmp_path: Path) -> None:
-    rows = [{"question": row["text"].replace("an orange in the image", "an orange in the imange"), "answer": "yes"}
-            for row in question_rows("random")]
+    rows = [
+        {"question": row["text"].replace("an orange in the image", "an orange in the imange"), "answer": "yes"}
+        for row in question_rows("random")
+    ]
     questions = pope.load(data, splits=["random"])
     assert pope.read_answers(write_lines(tmp_path / "a.jsonl", rows), questions) == ["yes"] * 4
 
@@ -227,8 +293,13 @@ def test_spelling_of_older_questions_does_not_matter(data: Path, tmp_path: Path)
         ([{"text": "yes"}] * 2910, "has 2910 answers, but coco_pope_random.json has 4 questions (2910 is the older"),
         ([{"question_id": i, "text": "yes"} for i in (1, 2, 2, 4)], "line 3 answers question_id '2' a second time"),
         ([{"question_id": i, "text": "yes"} for i in (11, 12, 14, 13)], "line 4 has question_id '13' after '14'"),
-        ([{"question": f"Is there a {name} in the image?", "answer": "no"} for name in ("cat", "orange", "car", "dog")],
-         "line 3 answers 'Is there a car in the image?', but question 3 of coco_pope_random.json asks"),
+        (
+            [
+                {"question": f"Is there a {name} in the image?", "answer": "no"}
+                for name in ("cat", "orange", "car", "dog")
+            ],
+            "line 3 answers 'Is there a car in the image?', but question 3 of coco_pope_random.json asks",
+        ),
         ([{"question_id": 1, "answer": 5}], 'line 1 has no answer: "answer" (POPE) or "text" (LLaVA)'),
         (["yes"], "line 1 has no answer"),
     ],

@@ -13,11 +13,24 @@ from povid.fault import Fault
 @pytest.fixture
 def data(tmp_path):
     def problem(answer, image=None, hint="", choices=("x", "y", "z")):
-        return {"question": "Which  one?", "choices": list(choices), "answer": answer, "hint": hint, "image": image,
-                "subject": "natural science", "split": "test"}
+        return {
+            "question": "Which  one?",
+            "choices": list(choices),
+            "answer": answer,
+            "hint": hint,
+            "image": image,
+            "subject": "natural science",
+            "split": "test",
+        }
 
-    problems = {"4": problem(1), "7": problem(0, "image.png", "Look."), "9": problem(2, "image.png"),
-                "11": problem(0, "image.png", choices=("x", "y")), "12": problem(1, "image.png"), "99": problem(0)}
+    problems = {
+        "4": problem(1),
+        "7": problem(0, "image.png", "Look."),
+        "9": problem(2, "image.png"),
+        "11": problem(0, "image.png", choices=("x", "y")),
+        "12": problem(1, "image.png"),
+        "99": problem(0),
+    }
     (tmp_path / "problems.json").write_text(json.dumps(problems))
     (tmp_path / "pid_splits.json").write_text(json.dumps({"test": ["4", "7", "9", "11", "12"], "val": ["99"]}))
     return tmp_path
@@ -26,8 +39,10 @@ def data(tmp_path):
 def test_prompt(data):
     questions = science_qa.load(data)
     assert [question.id for question in questions] == ["4", "7", "9", "11", "12"]
-    assert questions[1].text == ("Context: Look.\nQuestion: Which one?\nOptions: (A) x (B) y (C) z\n"
-                                 "Answer with the option's letter from the given choices directly.")
+    assert questions[1].text == (
+        "Context: Look.\nQuestion: Which one?\nOptions: (A) x (B) y (C) z\n"
+        "Answer with the option's letter from the given choices directly."
+    )
     assert questions[0].text.startswith("Context: N/A\n") and questions[0].image is None
     assert questions[1].image == data / "images" / "test" / "7" / "image.png"
     turns = [{"from": "human", "value": "Which?\nA. x\nB. y\n<image>"}, {"from": "gpt", "value": "A"}]
@@ -35,13 +50,27 @@ def test_prompt(data):
     assert science_qa.load(data)[1].text.startswith("Which?\nA. x\nB. y\nAnswer with")
 
 
-@pytest.mark.parametrize("answer, official, corrected", [
-    ("B", "B", "B"), ("B. y", "B", "B"), ("B.", None, "B"), ("(B) y", None, "B"), ("B) y", None, "B"),
-    ("b", None, None), (" B", None, "B"), ("The answer is B.", "B", "B"), ("The answer is B", None, "B"),
-    ("The answer is B, not C", "B", "B"),
-    ("The answer is B. The answer is C.", None, None), ("The answer is B. Yes, The answer is B.", None, "B"),
-    ("", None, None), ("A cat is a mammal", None, None), ("F. none", None, None), ("B.y", None, "B"),
-])
+@pytest.mark.parametrize(
+    "answer, official, corrected",
+    [
+        ("B", "B", "B"),
+        ("B. y", "B", "B"),
+        ("B.", None, "B"),
+        ("(B) y", None, "B"),
+        ("B) y", None, "B"),
+        ("b", None, None),
+        (" B", None, "B"),
+        ("The answer is B.", "B", "B"),
+        ("The answer is B", None, "B"),
+        ("The answer is B, not C", "B", "B"),
+        ("The answer is B. The answer is C.", None, None),
+        ("The answer is B. Yes, The answer is B.", None, "B"),
+        ("", None, None),
+        ("A cat is a mammal", None, None),
+        ("F. none", None, None),
+        ("B.y", None, "B"),
+    ],
+)
 def test_parsers(answer, official, corrected):
     assert (science_qa.parse(answer), science_qa.parse_corrected(answer)) == (official, corrected)
 
@@ -80,13 +109,16 @@ def test_official_file_and_back(data):
     assert science_qa.read_answers(file, questions) == ["A"] * 5
 
 
-@pytest.mark.parametrize("lines, sentence", [
-    (['{"question_id": "4", "text": "A"}'], "answers 1 of 5 questions, missing 7, 9, 11 and others"),
-    (['{"question_id": "4", "text": "A"}'] * 2, "line 2 answers question '4' a second time, first at .* line 1"),
-    (['{"question_id": "4", "te'], "line 1 is not JSON"),
-    (['{"question_id": "5", "text": "A"}'], "line 1 answers question '5', which is none of the 5"),
-    (['{"question_id": "4", "answer": "A"}'], "line 1 has the keys answer, question_id, and an answer needs"),
-])
+@pytest.mark.parametrize(
+    "lines, sentence",
+    [
+        (['{"question_id": "4", "text": "A"}'], "answers 1 of 5 questions, missing 7, 9, 11 and others"),
+        (['{"question_id": "4", "text": "A"}'] * 2, "line 2 answers question '4' a second time, first at .* line 1"),
+        (['{"question_id": "4", "te'], "line 1 is not JSON"),
+        (['{"question_id": "5", "text": "A"}'], "line 1 answers question '5', which is none of the 5"),
+        (['{"question_id": "4", "answer": "A"}'], "line 1 has the keys answer, question_id, and an answer needs"),
+    ],
+)
 def test_bad_answer_files(data, lines, sentence):
     (data / "answers.jsonl").write_text("\n".join(lines))
     with pytest.raises(Fault, match=sentence):

@@ -15,8 +15,8 @@ import yaml
 from PIL import Image
 
 from povid.benchmarks import chair, pope, suite
-from povid.benchmarks.question import Decoding, Question, Score
 from povid.fault import Fault
+from povid.model.question import Decoding, Question, Score
 
 TRUTH = {"a_1": ["cat"], "a_2": ["dog", "cup"], "a_3": ["cup"]}
 
@@ -32,8 +32,14 @@ def data(tmp_path: Path) -> Path:
     for number, (name, there) in enumerate(TRUTH.items()):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / "images" / f"{name}.png")
         for word in ("cat", "dog"):
-            rows.append({"question_id": len(rows) + 1, "image": f"{name}.png",
-                         "text": f"Is there a {word} in the image?", "label": "yes" if word in there else "no"})
+            rows.append(
+                {
+                    "question_id": len(rows) + 1,
+                    "image": f"{name}.png",
+                    "text": f"Is there a {word} in the image?",
+                    "label": "yes" if word in there else "no",
+                }
+            )
     (folder / "coco_pope_random.json").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -75,8 +81,14 @@ def test_scores_by_hand_and_files(data: Path, tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "out" / "chair" / "scores.json").read_text())
     assert kept["scores"] == results["chair"] and len(kept["records"]) == 3
     rows = [json.loads(line) for line in (tmp_path / "out" / "pope" / "answers.jsonl").read_text().splitlines()]
-    assert rows[0] == {"question_id": "random/6", "prompt": "Is there a dog in the image?", "text": "yes",
-                       "answer_id": rows[0]["answer_id"], "model_id": "povid", "metadata": {}}
+    assert rows[0] == {
+        "question_id": "random/6",
+        "prompt": "Is there a dog in the image?",
+        "text": "yes",
+        "answer_id": rows[0]["answer_id"],
+        "model_id": "povid",
+        "metadata": {},
+    }
     questions = pope.load(data, suffix="")
     official = tmp_path / "out" / "pope" / "official" / "coco_pope_random_answers.json"
     assert pope.read_answers(official, questions) == ["yes"] * 6
@@ -157,9 +169,7 @@ def test_mistakes_in_the_configuration_stop_everything(tmp_path: Path, wanted: d
     assert sentence in str(caught.value) and answers.asked == []
 
 
-def test_a_fault_in_one_scoring_leaves_the_others(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_in_one_scoring_leaves_the_others(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(questions: object, answers: object) -> None:
         raise ZeroDivisionError("float division by zero")
 
@@ -246,7 +256,7 @@ def test_a_fault_while_answering_keeps_what_came_before(data: Path, tmp_path: Pa
 def test_a_spoilt_line_is_named(data: Path, tmp_path: Path, line: str) -> None:
     suite.run({"chair": {"data": data}}, Answers(), tmp_path / "out")
     file = tmp_path / "out" / "chair" / "answers.jsonl"
-    first, second, third = file.read_text().splitlines()
+    first, _second, third = file.read_text().splitlines()
     file.write_text("\n".join([first, line, third]) + "\n")
     result = suite.run({"chair": {"data": data}}, Answers(), tmp_path / "out")["chair"]
     assert "answers.jsonl line 2 is no answer to a question still open" in result["missing"]
@@ -271,8 +281,13 @@ suite.run({"pope": {"data": sys.argv[1]}}, slowly, Path(sys.argv[2]))
 
 
 def test_killed_in_the_middle_of_a_line_and_resumed(data: Path, tmp_path: Path) -> None:
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(data), str(tmp_path / "out")], stdout=subprocess.PIPE,
-                               stderr=subprocess.DEVNULL, text=True, env={**os.environ})
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(data), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env={**os.environ},
+    )
     assert process.stdout is not None and process.stdout.readline() == "torn\n"
     process.send_signal(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL

@@ -12,11 +12,19 @@ from typing import Any
 from PIL import Image
 from servers import ChatServer, Cut, Raw, Say, Silence, Status, last_text
 
-ANSWERS = ("A red bus and two dogs are on street number {n} in the morning.",
-           "The man beside the wooden table holds a cup, and behind him there is a large window with the number {n}.",
-           "Three bicycles lean against the wall of house number {n} while a woman walks past them.")
-WRONG = (("red", "blue"), ("two dogs", "three dogs and a motorcycle"), ("cup", "knife"), ("beside", "behind"),
-         ("Three", "Four"), ("a woman", "an old man with an umbrella"))
+ANSWERS = (
+    "A red bus and two dogs are on street number {n} in the morning.",
+    "The man beside the wooden table holds a cup, and behind him there is a large window with the number {n}.",
+    "Three bicycles lean against the wall of house number {n} while a woman walks past them.",
+)
+WRONG = (
+    ("red", "blue"),
+    ("two dogs", "three dogs and a motorcycle"),
+    ("cup", "knife"),
+    ("beside", "behind"),
+    ("Three", "Four"),
+    ("a woman", "an old man with an umbrella"),
+)
 
 
 def write_rows(folder: Path, count: int) -> Path:
@@ -27,8 +35,15 @@ def write_rows(folder: Path, count: int) -> Path:
         size = (1400, 900) if number == 3 else (48, 40)
         picture = Image.new("RGBA" if number == 4 else "RGB", size, tuple(rng.randrange(256) for _ in range(3)))
         picture.save(folder / f"{number}.png")
-    rows = [{"id": f"r{n}", "image": f"{n % 12}.png", "answer": ANSWERS[n % 3].format(n=n),
-             "question": "Describe this image." if n % 2 else "What is going on, and why?"} for n in range(count)]
+    rows = [
+        {
+            "id": f"r{n}",
+            "image": f"{n % 12}.png",
+            "answer": ANSWERS[n % 3].format(n=n),
+            "question": "Describe this image." if n % 2 else "What is going on, and why?",
+        }
+        for n in range(count)
+    ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder / "rows.jsonl"
 
@@ -70,8 +85,15 @@ class Misbehaving(ChatServer):
         self.slow = slow
 
     def _treat(self, body: dict[str, Any], number: int):
-        ills = {3: Status(429, headers={"Retry-After": "0.01"}), 8: Status(500), 13: Cut(), 18: Status(503),
-                23: Raw(b'{"id": "c", "choi'), 28: Raw(b"<html>busy</html>", "text/html"), 33: Raw(b"")}
+        ills = {
+            3: Status(429, headers={"Retry-After": "0.01"}),
+            8: Status(500),
+            13: Cut(),
+            18: Status(503),
+            23: Raw(b'{"id": "c", "choi'),
+            28: Raw(b"<html>busy</html>", "text/html"),
+            33: Raw(b""),
+        }
         if number == 40:
             return Silence()
         if (ill := ills.get(number % 41)) is not None:

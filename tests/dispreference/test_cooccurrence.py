@@ -65,8 +65,10 @@ def test_nothing_but_seed_and_record_decides():
     assert len(set(first)) > 10
 
 
-@pytest.mark.parametrize(("answer", "kinds"), [("Yes.", {"relation"}), ("Two", {"count"}), ("Red.", {"attribute"}),
-                                               ("12", {"count"}), ("A dog.", {"object"})])
+@pytest.mark.parametrize(
+    ("answer", "kinds"),
+    [("Yes.", {"relation"}), ("Two", {"count"}), ("Red.", {"attribute"}), ("12", {"count"}), ("A dog.", {"object"})],
+)
 def test_short_answers_stay_short_and_become_wrong(answer, kinds):
     for seed in range(10):
         wrong = hallucinate(row(answer, question="What?"), learn(PRESENT), seed)
@@ -82,9 +84,11 @@ def test_articles_plurals_and_capitals_fit():
 
 
 def test_objects_from_coco_and_from_a_list(tmp_path):
-    coco = {"images": [{"id": 42, "file_name": "COCO_train2014_000000000042.jpg"}],
-            "categories": [{"id": 3, "name": "car"}],
-            "annotations": [{"image_id": 42, "category_id": 3}, {"image_id": 42, "category_id": 3}]}
+    coco = {
+        "images": [{"id": 42, "file_name": "COCO_train2014_000000000042.jpg"}],
+        "categories": [{"id": 3, "name": "car"}],
+        "annotations": [{"image_id": 42, "category_id": 3}, {"image_id": 42, "category_id": 3}],
+    }
     (tmp_path / "a.json").write_text(json.dumps(coco))
     assert read_objects(tmp_path / "a.json") == {"42": ["car", "car"]}
     (tmp_path / "b.json").write_text(json.dumps({"000000000042": ["car"]}))
@@ -116,8 +120,15 @@ def test_on_the_real_sample_every_answer_becomes_wrong_and_nothing_true_is_injec
 
 def test_the_command_on_the_real_sample(tmp_path):
     sample()
-    command = [sys.executable, "-m", "povid.dispreference", "dispreference=cooccurrence", f"images={SAMPLE}",
-               f"input={SAMPLE}/preferences.json", f"objects={SAMPLE}/objects.json"]
+    command = [
+        sys.executable,
+        "-m",
+        "povid.dispreference",
+        "dispreference=cooccurrence",
+        f"images={SAMPLE}",
+        f"input={SAMPLE}/preferences.json",
+        f"objects={SAMPLE}/objects.json",
+    ]
     for name in ("a", "b"):
         ended = subprocess.run([*command, f"out={tmp_path}/{name}.json"], cwd=ROOT, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
@@ -132,8 +143,9 @@ def test_the_command_on_the_real_sample(tmp_path):
 def triple(id: str, *said: str, present=("fork", "knife")) -> Triple:
     asked = [(Turn("user", f"What {n}?"), Turn("assistant", one)) for n, one in enumerate(said)]
     turns = tuple(turn for pair in asked for turn in pair)
-    return Triple(id, Path(f"{id}.png"), turns, (*turns[:-1], Turn("assistant", "Given.")), "test",
-                  {"objects": list(present)})
+    return Triple(
+        id, Path(f"{id}.png"), turns, (*turns[:-1], Turn("assistant", "Given.")), "test", {"objects": list(present)}
+    )
 
 
 def test_an_enumeration_takes_any_object_and_one_more():
@@ -154,8 +166,11 @@ def test_in_an_enumeration_one_thing_is_wrong_and_stands_behind_what_suggests_it
 def test_in_enumerations_as_many_become_longer_as_shorter():
     learned = learn({str(n): ["car", "dog", "kite"] for n in range(5)}, synonyms={"pooch": "dog"})
     answer = "This shows a car, a cup, a fork and a pooch."
-    lengths = Counter(len(words(cooccurrence._swap_or_join(answer, {"car", "dog"}, learned, random.Random(n), False)))
-                      - len(words(answer)) for n in range(1000))
+    lengths = Counter(
+        len(words(cooccurrence._swap_or_join(answer, {"car", "dog"}, learned, random.Random(n), False)))
+        - len(words(answer))
+        for n in range(1000)
+    )
     assert set(lengths) == {-2, 0, 2} and lengths[0] > 600 and abs(lengths[2] - lengths[-2]) < 60
 
 
@@ -163,7 +178,8 @@ def test_a_word_is_replaced_everywhere_in_both_numbers():
     said = "Three buses can be seen: a red bus and an old bus on the left."
     named = mentions(said)
     assert cooccurrence._replaced(said, named[1], "airplane", named) == (
-        "Three airplanes can be seen: a red airplane and an old airplane on the left.")
+        "Three airplanes can be seen: a red airplane and an old airplane on the left."
+    )
 
 
 def test_the_embedded_worlds_habits_are_what_counting_its_scenes_finds():
@@ -206,15 +222,20 @@ def test_a_run_sees_what_the_command_writes(tmp_path):
     learned = learn(read_objects(SAMPLE / "objects.json"), [one.answer for one in rows])
     written, _, rejects = cooccurrence.rewrite(rows, learned, 3)
     assert not rejects and [one.dispreferred for one in written] == [
-        one.dispreferred for one in instead(triples, 3, objects=SAMPLE / "objects.json")]
+        one.dispreferred for one in instead(triples, 3, objects=SAMPLE / "objects.json")
+    ]
 
 
-@pytest.mark.parametrize("said, wrong", [
-    ("Yes, there is a dog.", "No, there is no dog."),
-    ("No, there is no umbrella.", "Yes, there is an umbrella."),
-    ("No, there are no dogs.", "Yes, there are some dogs."),
-    ("Yes", "No"), ("no.", "yes."),
-])
+@pytest.mark.parametrize(
+    "said, wrong",
+    [
+        ("Yes, there is a dog.", "No, there is no dog."),
+        ("No, there is no umbrella.", "Yes, there is an umbrella."),
+        ("No, there are no dogs.", "Yes, there are some dogs."),
+        ("Yes", "No"),
+        ("no.", "yes."),
+    ],
+)
 def test_a_denied_yes_denies_what_follows(said, wrong):
     assert cooccurrence._yes_no(said, learn({}), random.Random(0)) == wrong
 
@@ -223,8 +244,10 @@ def test_left_and_right_are_exchanged_where_they_are_places():
     learned = learn({})
     for said in ("He left the room.", "That is right, he has gone."):
         assert cooccurrence._relation(said, learned, random.Random(0)) == said
-    assert cooccurrence._relation("He left by the door on the left.", learned, random.Random(0)) == \
-        "He left by the door on the right."
+    assert (
+        cooccurrence._relation("He left by the door on the left.", learned, random.Random(0))
+        == "He left by the door on the right."
+    )
 
 
 def test_an_options_letter_is_left_alone():

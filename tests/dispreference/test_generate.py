@@ -23,17 +23,27 @@ from povid.dispreference.__main__ import CONF, run
 from povid.dispreference.gates import Gates
 from povid.dispreference.generate import Sampling, claimed, estimate, folder_of, generate, identity
 from povid.dispreference.rows import read_rows
-from povid.endpoint import Endpoint
 from povid.fault import Fault
 from povid.preferences.formats import read
+from povid.server.endpoint import Endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def command(server: ChatServer, rows: Path, out: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "povid.dispreference", f"input={rows}", f"images={rows.parent}", f"out={out}",
-            "endpoint.model=m", f"endpoint.base_url={server.url}",
-            "endpoint.timeout=2", "endpoint.backoff=0.01", *more]
+    return [
+        sys.executable,
+        "-m",
+        "povid.dispreference",
+        f"input={rows}",
+        f"images={rows.parent}",
+        f"out={out}",
+        "endpoint.model=m",
+        f"endpoint.base_url={server.url}",
+        "endpoint.timeout=2",
+        "endpoint.backoff=0.01",
+        *more,
+    ]
 
 
 def start(*arguments) -> subprocess.Popen:
@@ -87,8 +97,15 @@ def disturbed_equals_undisturbed(tmp_path: Path, count: int, kills: list[int]) -
     triples = read("povid", calm, rows.parent)
     assert report["written"] == len(triples) and len(triples) + report["set_aside"] == count
     assert 0 < report["set_aside"] < count / 10
-    for reason in ("refusal", "broken JSON", "wrong language", "empty", "identical", "changed everything",
-                   "leaked instruction"):
+    for reason in (
+        "refusal",
+        "broken JSON",
+        "wrong language",
+        "empty",
+        "identical",
+        "changed everything",
+        "leaked instruction",
+    ):
         assert report["replies_refused"][reason] > 0
     assert report["hallucinations"]["reasoning"] > 0 and "motorcycle" in report["injected_objects"]
     assert f"{len(triples)} records written" in printed
@@ -150,8 +167,13 @@ def test_the_budget_ends_the_run_before_it_is_exceeded_and_a_larger_one_goes_on(
     good = say("Answer: A blue bus and three dogs are on street number 1 in the morning.")
     with ChatServer(good) as server:
         with pytest.raises(Fault, match="stopped before the budget"):
-            generate(rows, endpoint(server, tmp_path / "run", token_budget=2600, concurrency=1),
-                     Sampling(), Gates(), quiet=True)
+            generate(
+                rows,
+                endpoint(server, tmp_path / "run", token_budget=2600, concurrency=1),
+                Sampling(),
+                Gates(),
+                quiet=True,
+            )
         first = len(server.requests)
         assert 0 < first < 6
         generate(rows, endpoint(server, tmp_path / "run"), Sampling(attempts=1), Gates(), quiet=True)
@@ -174,10 +196,15 @@ def test_pictures_are_sent_small_and_broken_ones_set_aside(tmp_path, caplog):
     rows = some_rows(tmp_path, 5)
     (tmp_path / "rows" / "1.png").write_bytes(b"no picture")
     with ChatServer(say("Answer: A blue bus and three dogs are on street number 1 in the morning.")) as server:
-        result = generate(rows, endpoint(server, tmp_path / "run"), Sampling(attempts=1, max_side=100), Gates(),
-                          quiet=True)
-        urls = [part["image_url"]["url"] for body in server.requests for part in body["messages"][0]["content"]
-                if part["type"] == "image_url"]
+        result = generate(
+            rows, endpoint(server, tmp_path / "run"), Sampling(attempts=1, max_side=100), Gates(), quiet=True
+        )
+        urls = [
+            part["image_url"]["url"]
+            for body in server.requests
+            for part in body["messages"][0]["content"]
+            if part["type"] == "image_url"
+        ]
     assert ("r1", ["broken picture"]) in result.rejects and "1.png" in caplog.text
     assert len(urls) == 4
     for url in urls:
@@ -187,10 +214,8 @@ def test_pictures_are_sent_small_and_broken_ones_set_aside(tmp_path, caplog):
 
 def test_two_processes_cannot_write_to_one_place(tmp_path):
     out = tmp_path / "out.json"
-    with claimed(out, {"a": 1}):
-        with pytest.raises(Fault, match="another process is writing"):
-            with claimed(out, {"a": 1}):
-                pass
+    with claimed(out, {"a": 1}), pytest.raises(Fault, match="another process is writing"), claimed(out, {"a": 1}):
+        pass
     with claimed(out, {"a": 1}):
         pass
 
@@ -201,14 +226,12 @@ def test_an_existing_file_is_kept_unless_it_is_this_runs_own(tmp_path):
         out.write_text("[]")
     with claimed(out, {"a": 1}):
         pass
-    with pytest.raises(Fault, match="exists and comes from other rows or settings"):
-        with claimed(out, {"a": 2}):
-            pass
+    with pytest.raises(Fault, match="exists and comes from other rows or settings"), claimed(out, {"a": 2}):
+        pass
     other = tmp_path / "other.json"
     other.write_text("mine")
-    with pytest.raises(Fault, match="exists"):
-        with claimed(other, {"a": 1}):
-            pass
+    with pytest.raises(Fault, match="exists"), claimed(other, {"a": 1}):
+        pass
     assert other.read_text() == "mine"
 
 
@@ -231,30 +254,36 @@ def test_two_commands_at_once_end_in_one_sentence_each(tmp_path):
                 time.sleep(0.02)
             second = start(server, rows, out)
             assert second.communicate(timeout=60)[1].strip() == (
-                f"error: another process is writing {out}; wait for its end or choose another out")
+                f"error: another process is writing {out}; wait for its end or choose another out"
+            )
             assert second.returncode == 2 and first.poll() is None
         finally:
             first.kill()
             first.communicate()
 
 
-@pytest.mark.parametrize(("change", "sentence"), [
-    ("input=absent.jsonl", "absent.jsonl does not exist"),
-    ("out=a.txt", "must end in .json"),
-    ("dispreference=local", "choose endpoint or cooccurrence"),
-    ("dispreference=cooccurrence", "objects is not set"),
-    ("limit=-1", "limit=-1 takes no record"),
-    ("sampling.attempts=many", "sampling.attempts: found 'many'"),
-    ("gates.short=-1", "gates.short: found -1"),
-    ("gates.least_overlap=1", "smaller than its most_"),
-    ("prompt=captions", "prompt=captions does not exist"),
-    ("images=absent", "image folder absent does not exist"),
-    ("endpoint.model=null", "model is not set"),
-])
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ("input=absent.jsonl", "absent.jsonl does not exist"),
+        ("out=a.txt", "must end in .json"),
+        ("dispreference=local", "choose endpoint or cooccurrence"),
+        ("dispreference=cooccurrence", "objects is not set"),
+        ("limit=-1", "limit=-1 takes no record"),
+        ("sampling.attempts=many", "sampling.attempts: found 'many'"),
+        ("gates.short=-1", "gates.short: found -1"),
+        ("gates.least_overlap=1", "smaller than its most_"),
+        ("prompt=captions", "prompt=captions does not exist"),
+        ("images=absent", "image folder absent does not exist"),
+        ("endpoint.model=null", "model is not set"),
+    ],
+)
 def test_mistakes_are_one_sentence(tmp_path, change, sentence):
     rows = write_rows(tmp_path / "rows", 2)
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = compose("dispreference", [f"input={rows}", f"images={rows.parent}", f"out={tmp_path}/o.json",
-                                           "endpoint.model=m", change])
+        config = compose(
+            "dispreference",
+            [f"input={rows}", f"images={rows.parent}", f"out={tmp_path}/o.json", "endpoint.model=m", change],
+        )
     with pytest.raises(Fault, match=sentence):
         run(config)

@@ -23,14 +23,21 @@ def stored(folder: Path, value, name: str = "rows.json") -> Path:
     return folder / name
 
 
-INSTRUCT = {"id": "000000000042", "image": "coco/train2017/000000000042.jpg", "conversations": [
-    {"from": "human", "value": "What is it?\n<image>"}, {"from": "gpt", "value": "A bus."},
-    {"from": "human", "value": "Describe it."}, {"from": "gpt", "value": "It is red."}]}
+INSTRUCT = {
+    "id": "000000000042",
+    "image": "coco/train2017/000000000042.jpg",
+    "conversations": [
+        {"from": "human", "value": "What is it?\n<image>"},
+        {"from": "gpt", "value": "A bus."},
+        {"from": "human", "value": "Describe it."},
+        {"from": "gpt", "value": "It is red."},
+    ],
+}
 
 
 def test_llava_instruct_by_first_question_or_by_each(folder):
     file = stored(folder, [INSTRUCT])
-    row, = read_rows(file, folder)
+    (row,) = read_rows(file, folder)
     assert (row.id, row.question, row.answer, row.kind) == ("000000000042", "What is it?", "A bus.", "reasoning")
     assert row.image == folder / "000000000042.jpg"
     first, second = read_rows(file, folder, rounds="each")
@@ -42,8 +49,8 @@ def test_llava_instruct_by_first_question_or_by_each(folder):
 def test_plain_rows_as_json_lines_and_csv(folder):
     lines = '{"image": "000000000042.jpg", "question": "<image>\\nWhat?", "answer": "A, bus", "prompt": "captioning"}'
     table = 'image,question,answer,prompt\n000000000042.jpg,What?,"A, bus",captioning\n'
-    one, = read_rows(stored(folder, lines, "rows.jsonl"), folder)
-    two, = read_rows(stored(folder, table, "rows.csv"), folder)
+    (one,) = read_rows(stored(folder, lines, "rows.jsonl"), folder)
+    (two,) = read_rows(stored(folder, table, "rows.csv"), folder)
     for row in (one, two):
         assert (row.question, row.answer, row.kind) == ("What?", "A, bus", "captioning")
 
@@ -56,17 +63,20 @@ def test_the_prompt_can_be_set_for_all_and_by_record(folder):
     assert [row.kind for row in reasoned] == ["reasoning", "captioning"]
 
 
-@pytest.mark.parametrize(("row", "expected"), [
-    ({"image": "000000000042.jpg", "question": "What?"}, "entry 0: record 0: key 'answer' is missing"),
-    ({"image": "000000000042.jpg", "question": "What?", "answer": " "}, "answer is empty"),
-    ({"image": "000000000042.jpg", "question": "<image>", "answer": "a"}, "question is empty"),
-    ({"question": "What?", "answer": "a"}, "key 'image' is missing"),
-    ({"image": "../x.jpg", "question": "What?", "answer": "a"}, "leads out of the image folder"),
-    ({"image": "gone.jpg", "question": "What?", "answer": "a"}, "1 pictures are not in"),
-    ({"image": "000000000042.jpg", "question": "W?", "answer": "a", "prompt": "x"}, "prompt must be captioning or"),
-    (INSTRUCT | {"conversations": INSTRUCT["conversations"][:3]}, "end with gpt"),
-    (7, "must be an object"),
-])
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"image": "000000000042.jpg", "question": "What?"}, "entry 0: record 0: key 'answer' is missing"),
+        ({"image": "000000000042.jpg", "question": "What?", "answer": " "}, "answer is empty"),
+        ({"image": "000000000042.jpg", "question": "<image>", "answer": "a"}, "question is empty"),
+        ({"question": "What?", "answer": "a"}, "key 'image' is missing"),
+        ({"image": "../x.jpg", "question": "What?", "answer": "a"}, "leads out of the image folder"),
+        ({"image": "gone.jpg", "question": "What?", "answer": "a"}, "1 pictures are not in"),
+        ({"image": "000000000042.jpg", "question": "W?", "answer": "a", "prompt": "x"}, "prompt must be captioning or"),
+        (INSTRUCT | {"conversations": INSTRUCT["conversations"][:3]}, "end with gpt"),
+        (7, "must be an object"),
+    ],
+)
 def test_a_row_that_cannot_be_used_is_named_or_skipped(folder, row, expected):
     good = {"image": "000000000042.jpg", "question": "What?", "answer": "a"}
     file = stored(folder, [row, good])

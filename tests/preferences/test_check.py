@@ -33,8 +33,10 @@ def sound(tmp_path: Path) -> Path:
 
 def bomb(path: Path) -> Path:
     """A PNG of 60 bytes whose header promises 60,000 x 60,000 pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
     header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
     return path
@@ -70,14 +72,25 @@ def test_a_picture_just_beyond_the_limit_is_not_decoded(tmp_path, monkeypatch):
 
 
 def test_the_report_lists_faults_by_record(tmp_path, sound):
-    triples = [triple(sound, "ok"), triple(tmp_path / "none.jpg", "lost"), triple(sound, "alike", "A bus.", "a  bus!"),
-               triple(sound, "long"), triple(sound, "long"), triple(sound, "marks", "?", "!")]
+    triples = [
+        triple(sound, "ok"),
+        triple(tmp_path / "none.jpg", "lost"),
+        triple(sound, "alike", "A bus.", "a  bus!"),
+        triple(sound, "long"),
+        triple(sound, "long"),
+        triple(sound, "marks", "?", "!"),
+    ]
     report = check(triples, tokens=lambda t: 1024 if t.id == "long" else 1023, limit=1024)
-    assert [(f.record, f.kind) for f in report.findings] == [("lost", "image"), ("alike", "equal"), ("long", "prompt"),
-                                                             ("long", "prompt")]
+    assert [(f.record, f.kind) for f in report.findings] == [
+        ("lost", "image"),
+        ("alike", "equal"),
+        ("long", "prompt"),
+        ("long", "prompt"),
+    ]
     assert not report.sound and report.bad == {"lost", "alike", "long"} and report.duplicates == 1
-    assert report.lines()[-1] == ("6 of 6 records checked: 4 faults (equal 1, image 1, prompt 2); 1 ids are used more "
-                                  "than once")
+    assert report.lines()[-1] == (
+        "6 of 6 records checked: 4 faults (equal 1, image 1, prompt 2); 1 ids are used more than once"
+    )
 
 
 def test_a_sample_looks_at_some_and_always_the_same(tmp_path, sound):
@@ -90,14 +103,22 @@ def test_a_sample_looks_at_some_and_always_the_same(tmp_path, sound):
 
 def row(id: str, image: str, bad: str = "A blue bus.") -> dict:
     asked = {"from": "human", "value": "<image>\nWhat is it?"}
-    return {"id": id, "image": image, "conversations": [asked, {"from": "gpt", "value": "A red bus."}],
-            "rejected_conversations": [asked, {"from": "gpt", "value": bad}]}
+    return {
+        "id": id,
+        "image": image,
+        "conversations": [asked, {"from": "gpt", "value": "A red bus."}],
+        "rejected_conversations": [asked, {"from": "gpt", "value": bad}],
+    }
 
 
 def test_the_command_lists_records_and_ends_with_2(tmp_path, sound, capsys):
     (tmp_path / "cut.png").write_bytes(sound.read_bytes()[:-900])
-    rows = [row("ok", "sound.png"), row("gone", "gone.png"), row("cut", "cut.png"),
-            row("same", "sound.png", "A red bus.")]
+    rows = [
+        row("ok", "sound.png"),
+        row("gone", "gone.png"),
+        row("cut", "cut.png"),
+        row("same", "sound.png", "A red bus."),
+    ]
     (tmp_path / "data.json").write_text(json.dumps(rows))
     assert main(["check", str(tmp_path / "data.json"), "--images", str(tmp_path)]) == 2
     printed = capsys.readouterr().out
@@ -126,9 +147,11 @@ def test_convert_there_and_back(tmp_path, sound, capsys):
     assert main(["convert", trl, "--to", "trl", "--format", "trl", "--out", trl]) == 2
     assert "exists" in capsys.readouterr().err
     povid.parent.mkdir()
-    assert main(["convert", trl, "--format", "trl", "--to", "povid", "--out", str(povid), "--images",
-                 str(povid.parent)]) == 0
-    back, = read("povid", povid, povid.parent)
+    assert (
+        main(["convert", trl, "--format", "trl", "--to", "povid", "--out", str(povid), "--images", str(povid.parent)])
+        == 0
+    )
+    (back,) = read("povid", povid, povid.parent)
     assert back.image.read_bytes() == sound.read_bytes() and back.preferred[1].text == "A red bus."
 
 
@@ -144,7 +167,7 @@ def test_fuzz_300_damaged_pictures_are_told_or_decode(sound):
     for number in range(300):
         raw = bytearray(kinds[number % len(kinds)])
         if number % 3 == 0:
-            del raw[rng.randrange(len(raw)):]
+            del raw[rng.randrange(len(raw)) :]
         for _ in range(rng.choice((1, 4, 40)) if number % 3 else 0):
             raw[rng.randrange(min(len(raw), 400))] = rng.randrange(256)
         fault = picture_fault(bytes(raw))

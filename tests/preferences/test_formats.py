@@ -63,7 +63,7 @@ def stored(folder: Path, value, name: str = "data.json") -> Path:
 
 
 def test_povid_finds_the_picture_by_its_basename_and_drops_the_marker(tmp_path, images):
-    triple, = read("povid", stored(tmp_path, [record()]), images)
+    (triple,) = read("povid", stored(tmp_path, [record()]), images)
     assert triple == Triple(
         "COCO_train2014_000000000001",
         images / "COCO_train2014_000000000001.png",
@@ -77,12 +77,12 @@ def test_povid_prefers_more_of_the_path_to_the_basename(tmp_path, images):
     (images / "coco").mkdir()
     shorter = images / "coco" / "COCO_train2014_000000000001.png"
     shorter.write_bytes(encoded("green"))
-    triple, = read("povid", stored(tmp_path, [record()]), images)
+    (triple,) = read("povid", stored(tmp_path, [record()]), images)
     assert triple.image == shorter
     (images / "data" / "coco").mkdir(parents=True)
     nested = images / "data" / "coco" / "COCO_train2014_000000000001.png"
     nested.write_bytes(encoded("blue"))
-    triple, = read("povid", stored(tmp_path, [record()]), images)
+    (triple,) = read("povid", stored(tmp_path, [record()]), images)
     assert triple.image == nested
 
 
@@ -90,7 +90,7 @@ def test_povid_keeps_records_of_several_turns_whole(tmp_path, images):
     good = talk("<image>\nWhat is it?", "A bus.", "Which colour?", "Red.")
     bad = talk("<image>\nWhat is it?", "A tram.", "Which colour?", "Blue.")
     lines = stored(tmp_path, [record(conversations=good, rejected_conversations=bad)], "data.jsonl")
-    triple, = read("povid", lines, images)
+    (triple,) = read("povid", lines, images)
     assert [turn.text for turn in triple.preferred] == ["What is it?", "A bus.", "Which colour?", "Red."]
     assert [turn.text for turn in triple.dispreferred] == ["What is it?", "A tram.", "Which colour?", "Blue."]
 
@@ -106,8 +106,16 @@ def test_the_real_sample_reads_whole():
 
 def test_povid_round_trip_with_pictures_as_bytes(tmp_path):
     asked = Turn("user", "What?")
-    triples = [Triple(f"a/{n}", encoded(colour), (asked, Turn("assistant", "Ein Käfer.")),
-                      (asked, Turn("assistant", "Zwei.")), "povid") for n, colour in enumerate(("red", "blue"))]
+    triples = [
+        Triple(
+            f"a/{n}",
+            encoded(colour),
+            (asked, Turn("assistant", "Ein Käfer.")),
+            (asked, Turn("assistant", "Zwei.")),
+            "povid",
+        )
+        for n, colour in enumerate(("red", "blue"))
+    ]
     folder = tmp_path / "pictures"
     write_povid(triples, tmp_path / "out.json", folder)
     back = read("povid", tmp_path / "out.json", folder)
@@ -116,19 +124,23 @@ def test_povid_round_trip_with_pictures_as_bytes(tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["out.json", "pictures"]
 
 
-@pytest.mark.parametrize("asked", ["000000000001.jpg", "coco/train2017/000000000001.jpg",
-                                   "./data/coco/COCO_train2014_000000000001.jpg"])
-@pytest.mark.parametrize("there", ["COCO_train2014_000000000001.jpg", "COCO_val2014_000000000001.jpg",
-                                   "000000000001.jpg"])
+@pytest.mark.parametrize(
+    "asked", ["000000000001.jpg", "coco/train2017/000000000001.jpg", "./data/coco/COCO_train2014_000000000001.jpg"]
+)
+@pytest.mark.parametrize(
+    "there", ["COCO_train2014_000000000001.jpg", "COCO_val2014_000000000001.jpg", "000000000001.jpg"]
+)
 def test_a_picture_of_coco_is_found_under_any_years_name(tmp_path, asked, there):
     (tmp_path / "images").mkdir()
     (tmp_path / "images" / there).write_bytes(encoded(kind="JPEG"))
-    triple, = read("povid", stored(tmp_path, [record(image=asked)]), tmp_path / "images")
+    (triple,) = read("povid", stored(tmp_path, [record(image=asked)]), tmp_path / "images")
     assert triple.image == tmp_path / "images" / there
 
 
-@pytest.mark.parametrize("write", [lambda triple, path: write_povid([triple], path, path.parent),
-                                   lambda triple, path: write_trl([triple], path)])
+@pytest.mark.parametrize(
+    "write",
+    [lambda triple, path: write_povid([triple], path, path.parent), lambda triple, path: write_trl([triple], path)],
+)
 def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypatch, write):
     (tmp_path / "out").write_text("old")
     triple = several_turns(encoded())
@@ -150,8 +162,11 @@ def test_a_full_disk_is_one_sentence_and_leaves_the_old_file(tmp_path, monkeypat
 
 def completion(response: str, *ratings) -> dict:
     names = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
-    return {"model": "m", "response": response,
-            "annotations": {name: {"Rating": rating, "Rationale": "r"} for name, rating in zip(names, ratings)}}
+    return {
+        "model": "m",
+        "response": response,
+        "annotations": {name: {"Rating": rating, "Rationale": "r"} for name, rating in zip(names, ratings)},
+    }
 
 
 def test_vlfeedback_makes_every_pair_but_ties_and_unrated(tmp_path, images):
@@ -159,10 +174,18 @@ def test_vlfeedback_makes_every_pair_but_ties_and_unrated(tmp_path, images):
 
     Pairs: A-B (A preferred), A-C tie, B-C (C preferred), every pair with D unrated: two pairs.
     """
-    row = {"id": "x-1", "prompt": "What is shown?", "img_path": "merged_images/COCO_train2014_000000000001.png",
-           "models": ["m"] * 4,
-           "completions": [completion("A.", "4", "5", "5"), completion("B.", "3", "5", "5"),
-                           completion("C.", "5", "4", "5"), completion("D.", "N/A", "5", "5")]}
+    row = {
+        "id": "x-1",
+        "prompt": "What is shown?",
+        "img_path": "merged_images/COCO_train2014_000000000001.png",
+        "models": ["m"] * 4,
+        "completions": [
+            completion("A.", "4", "5", "5"),
+            completion("B.", "3", "5", "5"),
+            completion("C.", "5", "4", "5"),
+            completion("D.", "N/A", "5", "5"),
+        ],
+    }
     expected = [("x-1-0-1", "A.", "B."), ("x-1-1-2", "C.", "B.")]
     triples = read("vlfeedback", stored(tmp_path, [row], "v.jsonl"), images)
     assert [(t.id, t.preferred[-1].text, t.dispreferred[-1].text) for t in triples] == expected
@@ -173,18 +196,31 @@ def test_vlfeedback_makes_every_pair_but_ties_and_unrated(tmp_path, images):
 
 
 def test_vlfeedback_leaves_out_pairs_that_teach_nothing(tmp_path, images):
-    row = {"id": 7, "prompt": "?", "img_path": "COCO_train2014_000000000001.png",
-           "completions": [completion("Same.", "5", "5", "5"), completion("Same.", "1", "1", "1"),
-                           completion("", "2", "2", "2"), completion("nan", "NaN", "2", "2")]}
+    row = {
+        "id": 7,
+        "prompt": "?",
+        "img_path": "COCO_train2014_000000000001.png",
+        "completions": [
+            completion("Same.", "5", "5", "5"),
+            completion("Same.", "1", "1", "1"),
+            completion("", "2", "2", "2"),
+            completion("nan", "NaN", "2", "2"),
+        ],
+    }
     assert read("vlfeedback", stored(tmp_path, [row], "v.jsonl"), images) == []
 
 
 @pytest.mark.parametrize(("preference", "good", "bad"), [(1, "A cat.", "A dog."), (2, "A dog.", "A cat.")])
 def test_human_preference_replaces_the_last_turn(tmp_path, images, preference, good, bad):
-    row = {"id": "1", "image": "COCO_train2014_000000000001.png", "preference": preference,
-           "conversations": talk("<image>\nHello", "Hi.", "What is this?", ""),
-           "output_1": {"from": "gpt", "value": "A cat."}, "output_2": {"from": "gpt", "value": "A dog."}}
-    triple, = read("human_preference", stored(tmp_path, [row]), images)
+    row = {
+        "id": "1",
+        "image": "COCO_train2014_000000000001.png",
+        "preference": preference,
+        "conversations": talk("<image>\nHello", "Hi.", "What is this?", ""),
+        "output_1": {"from": "gpt", "value": "A cat."},
+        "output_2": {"from": "gpt", "value": "A dog."},
+    }
+    (triple,) = read("human_preference", stored(tmp_path, [row]), images)
     assert [turn.text for turn in triple.preferred] == ["Hello", "Hi.", "What is this?", good]
     assert [turn.text for turn in triple.dispreferred] == ["Hello", "Hi.", "What is this?", bad]
 
@@ -192,23 +228,28 @@ def test_human_preference_replaces_the_last_turn(tmp_path, images, preference, g
 FIELDS = {"question": "Describe it.", "chosen": "A cup.", "rejected": "A cup and a plate."}
 
 
-@pytest.mark.parametrize("packed", [
-    json.dumps(FIELDS),
-    json.dumps(list(FIELDS.values())),
-    base64.b64encode(json.dumps(list(FIELDS.values())).encode()).decode(),
-    FIELDS,
-])
+@pytest.mark.parametrize(
+    "packed",
+    [
+        json.dumps(FIELDS),
+        json.dumps(list(FIELDS.values())),
+        base64.b64encode(json.dumps(list(FIELDS.values())).encode()).decode(),
+        FIELDS,
+    ],
+)
 def test_rlhf_v_text_in_each_packing(tmp_path, images, packed):
     row = {"ds_name": "RLHF-V", "text": packed, "idx": 0, "image_path": "a/COCO_train2014_000000000001.png"}
-    triple, = read("rlhf_v", stored(tmp_path, [row], "r.jsonl"), images)
+    (triple,) = read("rlhf_v", stored(tmp_path, [row], "r.jsonl"), images)
     assert (triple.id, triple.question) == ("0", "Describe it.")
     assert (triple.preferred[-1].text, triple.dispreferred[-1].text) == ("A cup.", "A cup and a plate.")
 
 
 @pytest.mark.parametrize("image", [encoded(), {"bytes": encoded(), "path": "a.png"}])
 def test_rlhf_v_parquet_with_pictures_inside(tmp_path, image):
-    rows = [{"ds_name": "RLHF-V", "image": image, "text": json.dumps(FIELDS), "idx": n, "image_path": "a.png"}
-            for n in range(70)]
+    rows = [
+        {"ds_name": "RLHF-V", "image": image, "text": json.dumps(FIELDS), "idx": n, "image_path": "a.png"}
+        for n in range(70)
+    ]
     pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / "r.parquet")
     triples = read("rlhf_v", tmp_path / "r.parquet")
     assert [t.id for t in triples] == [str(n) for n in range(70)]
@@ -217,24 +258,39 @@ def test_rlhf_v_parquet_with_pictures_inside(tmp_path, image):
 
 def test_rlaif_v_reads_a_folder_of_shards_in_order(tmp_path):
     for shard in (1, 0):
-        rows = [{"ds_name": "RLAIF-V", "image": {"bytes": encoded(), "path": None}, "idx": str(shard),
-                 "origin_split": "{}", "image_path": ""} | FIELDS]
+        rows = [
+            {
+                "ds_name": "RLAIF-V",
+                "image": {"bytes": encoded(), "path": None},
+                "idx": str(shard),
+                "origin_split": "{}",
+                "image_path": "",
+            }
+            | FIELDS
+        ]
         pa.parquet.write_table(pa.Table.from_pylist(rows), tmp_path / f"RLAIF-V-Dataset_00{shard}.parquet")
     assert [t.id for t in read("rlaif_v", tmp_path)] == ["0", "1"]
 
 
-@pytest.mark.parametrize("image", [
-    base64.b64encode(encoded()).decode(),
-    "data:image/png;base64," + base64.b64encode(encoded()).decode(),
-])
+@pytest.mark.parametrize(
+    "image",
+    [
+        base64.b64encode(encoded()).decode(),
+        "data:image/png;base64," + base64.b64encode(encoded()).decode(),
+    ],
+)
 def test_pictures_in_base64(tmp_path, image):
-    triple, = read("rlaif_v", stored(tmp_path, [{"image": image, "idx": 1} | FIELDS], "r.jsonl"))
+    (triple,) = read("rlaif_v", stored(tmp_path, [{"image": image, "idx": 1} | FIELDS], "r.jsonl"))
     assert triple.image == encoded()
 
 
 def test_trl_reads_text_content_and_content_in_parts(tmp_path, images):
-    said = {"prompt": [{"role": "user", "content": "What?"}], "chosen": [{"role": "assistant", "content": "A bus."}],
-            "rejected": [{"role": "assistant", "content": "A tram."}], "images": ["COCO_train2014_000000000001.png"]}
+    said = {
+        "prompt": [{"role": "user", "content": "What?"}],
+        "chosen": [{"role": "assistant", "content": "A bus."}],
+        "rejected": [{"role": "assistant", "content": "A tram."}],
+        "images": ["COCO_train2014_000000000001.png"],
+    }
     parts = copy.deepcopy(said)
     parts["prompt"][0]["content"] = [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]
     implicit = {"images": said["images"]} | {key: said["prompt"] + said[key] for key in ("chosen", "rejected")}
@@ -257,9 +313,13 @@ def test_trl_conversion_is_exact_both_ways(images):
 
 
 def test_trl_conversion_when_the_first_of_several_answers_differs(images):
-    triple = Triple("m", images / "COCO_train2014_000000000001.png",
-                    (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")),
-                    (Turn("user", "a"), Turn("assistant", "x"), Turn("user", "c"), Turn("assistant", "y")), "trl")
+    triple = Triple(
+        "m",
+        images / "COCO_train2014_000000000001.png",
+        (Turn("user", "a"), Turn("assistant", "b"), Turn("user", "c"), Turn("assistant", "d")),
+        (Turn("user", "a"), Turn("assistant", "x"), Turn("user", "c"), Turn("assistant", "y")),
+        "trl",
+    )
     assert [len(to_trl(triple)[key]) for key in ("prompt", "chosen", "rejected")] == [1, 3, 3]
     assert from_trl(to_trl(triple), images) == triple
 
@@ -286,29 +346,35 @@ def refusal(path: Path, images: Path | None, format: str = "povid") -> str:
     return sentence
 
 
-@pytest.mark.parametrize(("changes", "expected"), [
-    ({"image": "../../etc/passwd"}, "leads out of the image folder"),
-    ({"image": "/etc/passwd"}, "leads out of the image folder"),
-    ({"image": "C:\\pictures\\a.png"}, "leads out of the image folder"),
-    ({"image": "a\x00.png"}, "NUL"),
-    ({"image": "a" * 5000}, "5,000 characters"),
-    ({"image": "a" * 600}, "1 pictures are not in"),
-    ({"image": 5}, "image must be text, found a number 5"),
-    ({"image": ["a.png", "b.png"]}, "must hold one picture, found 2"),
-    ({"conversations": "hello"}, "conversations must be a list"),
-    ({"conversations": []}, "conversations must be a list with entries, found an empty list"),
-    ({"conversations": talk("<image>", "A bus.")}, "asks nothing beside the image marker"),
-    ({"conversations": talk("<image>\nWhat?", " ")}, "conversations[1].value is empty"),
-    ({"conversations": talk("<image>\nWhat?", "\ud800 bus")}, "half a surrogate pair"),
-    ({"conversations": talk("<image>\nWhat?", "bus " * 30_000)}, "120,000 characters"),
-    ({"conversations": [{"from": "system", "value": "x"}]}, "conversations[0].from must be 'human' or 'gpt'"),
-    ({"conversations": talk("<image>\nDescribe this image.", "A.", "More?", "B.")}, "has 4 turns and dispreferred 2"),
-    ({"conversations": talk("<image>\nWhat else?", "A.")}, "user turn 0 differs"),
-    ({"rejected_conversations": record()["conversations"]}, "are equal"),
-    ({"rejected_conversations": None}, "key 'rejected_conversations' is missing"),
-    ({"id": {"a": 1}}, "id must be text, found an object"),
-    ({"id": "a" * 301}, "301 characters"),
-])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"image": "../../etc/passwd"}, "leads out of the image folder"),
+        ({"image": "/etc/passwd"}, "leads out of the image folder"),
+        ({"image": "C:\\pictures\\a.png"}, "leads out of the image folder"),
+        ({"image": "a\x00.png"}, "NUL"),
+        ({"image": "a" * 5000}, "5,000 characters"),
+        ({"image": "a" * 600}, "1 pictures are not in"),
+        ({"image": 5}, "image must be text, found a number 5"),
+        ({"image": ["a.png", "b.png"]}, "must hold one picture, found 2"),
+        ({"conversations": "hello"}, "conversations must be a list"),
+        ({"conversations": []}, "conversations must be a list with entries, found an empty list"),
+        ({"conversations": talk("<image>", "A bus.")}, "asks nothing beside the image marker"),
+        ({"conversations": talk("<image>\nWhat?", " ")}, "conversations[1].value is empty"),
+        ({"conversations": talk("<image>\nWhat?", "\ud800 bus")}, "half a surrogate pair"),
+        ({"conversations": talk("<image>\nWhat?", "bus " * 30_000)}, "120,000 characters"),
+        ({"conversations": [{"from": "system", "value": "x"}]}, "conversations[0].from must be 'human' or 'gpt'"),
+        (
+            {"conversations": talk("<image>\nDescribe this image.", "A.", "More?", "B.")},
+            "has 4 turns and dispreferred 2",
+        ),
+        ({"conversations": talk("<image>\nWhat else?", "A.")}, "user turn 0 differs"),
+        ({"rejected_conversations": record()["conversations"]}, "are equal"),
+        ({"rejected_conversations": None}, "key 'rejected_conversations' is missing"),
+        ({"id": {"a": 1}}, "id must be text, found an object"),
+        ({"id": "a" * 301}, "301 characters"),
+    ],
+)
 def test_a_damaged_povid_record_is_refused_by_place_record_and_key(tmp_path, images, changes, expected):
     path = stored(tmp_path, [record(2), record(1, **changes)])
     sentence = refusal(path, images)
@@ -317,18 +383,21 @@ def test_a_damaged_povid_record_is_refused_by_place_record_and_key(tmp_path, ima
         assert sentence.startswith(f"{path}, entry 1: record ")
 
 
-@pytest.mark.parametrize(("content", "expected"), [
-    (b"", "not valid JSON"),
-    (b"[]", "holds no records"),
-    (b"{}", "must be a JSON list of records, found an object"),
-    (b"[1]", "entry 0: record: the record must be an object, found a number 1"),
-    (b'[{"id": "a"', "not valid JSON (Expecting"),
-    (b'{"id": 1}\n{"id": 2}', "a record per line, name it .jsonl"),
-    (b'["\xff"]', "not UTF-8 (0xff at byte 2)"),
-    (b"[" * 100_000, "nests lists or objects too deeply"),
-    (b'[{"id": NaN}]', "a number that JSON does not allow (NaN)"),
-    (b'[{"id": ' + b"9" * 5000 + b"}]", "a number that JSON does not allow"),
-])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (b"", "not valid JSON"),
+        (b"[]", "holds no records"),
+        (b"{}", "must be a JSON list of records, found an object"),
+        (b"[1]", "entry 0: record: the record must be an object, found a number 1"),
+        (b'[{"id": "a"', "not valid JSON (Expecting"),
+        (b'{"id": 1}\n{"id": 2}', "a record per line, name it .jsonl"),
+        (b'["\xff"]', "not UTF-8 (0xff at byte 2)"),
+        (b"[" * 100_000, "nests lists or objects too deeply"),
+        (b'[{"id": NaN}]', "a number that JSON does not allow (NaN)"),
+        (b'[{"id": ' + b"9" * 5000 + b"}]", "a number that JSON does not allow"),
+    ],
+)
 def test_a_damaged_file_is_refused(tmp_path, images, content, expected):
     (tmp_path / "data.json").write_bytes(content)
     assert expected in refusal(tmp_path / "data.json", images)
@@ -370,8 +439,13 @@ def test_unknown_format_kind_folder_and_file(tmp_path, images):
 
 
 def test_skipping_is_explicit_and_counts(tmp_path, images):
-    lines = [json.dumps(record(1)), "{half", json.dumps(record(3)), json.dumps(record(2, id=None)),
-             json.dumps(record(2))]
+    lines = [
+        json.dumps(record(1)),
+        "{half",
+        json.dumps(record(3)),
+        json.dumps(record(2, id=None)),
+        json.dumps(record(2)),
+    ]
     path = tmp_path / "data.jsonl"
     path.write_text("\n".join(lines))
     skipped: list[str] = []
@@ -380,28 +454,78 @@ def test_skipping_is_explicit_and_counts(tmp_path, images):
     assert [sentence.partition(", line ")[2][:1] for sentence in skipped] == ["2", "3", "4"]
 
 
-@pytest.mark.parametrize(("format", "row", "expected"), [
-    ("vlfeedback", {"id": "1", "prompt": "?", "img_path": "COCO_train2014_000000000001.png", "completions": 3},
-     "completions must be a list"),
-    ("vlfeedback", {"id": "1", "prompt": "?", "img_path": "COCO_train2014_000000000001.png",
-                    "completions": [{"response": "a", "annotations": {}}]}, "key 'Helpfulness' is missing"),
-    ("vlfeedback", {"id": "1", "prompt": "?", "img_path": "COCO_train2014_000000000001.png",
-                    "completions": {"response": ["a"], "annotations": [{}, {}]}}, "differ in length"),
-    ("human_preference", {"id": "1", "image": "COCO_train2014_000000000001.png", "preference": 0,
-                          "conversations": talk("?", "x"), "output_1": {"value": "a"}, "output_2": {"value": "b"}},
-     "preference must be 1 or 2, found 0"),
-    ("human_preference", {"id": "1", "image": "COCO_train2014_000000000001.png", "preference": True,
-                          "conversations": talk("?", "x")}, "preference must be 1 or 2, found True"),
-    ("human_preference", {"id": "1", "image": "COCO_train2014_000000000001.png", "preference": 1,
-                          "conversations": talk("?")}, "must end with the gpt turn"),
-    ("rlhf_v", {"idx": 1, "text": "{half", "image_path": "COCO_train2014_000000000001.png"}, "text is not JSON"),
-    ("rlhf_v", {"idx": 1, "text": "[" * 9000, "image_path": "a"}, "text is not JSON"),
-    ("rlhf_v", {"idx": 1, "text": "{}", "image_path": "a"}, "key 'question' is missing in text"),
-    ("rlaif_v", {"idx": 1, "question": "?", "chosen": "a", "image": b"".hex()}, "key 'rejected' is missing"),
-    ("trl", {"images": ["COCO_train2014_000000000001.png"], "prompt": [{"role": "system", "content": "x"}],
-             "chosen": [], "rejected": []}, "prompt[0].role must be 'user' or 'assistant'"),
-    ("trl", {"images": [], "prompt": "?"}, "prompt must be a list"),
-])
+@pytest.mark.parametrize(
+    ("format", "row", "expected"),
+    [
+        (
+            "vlfeedback",
+            {"id": "1", "prompt": "?", "img_path": "COCO_train2014_000000000001.png", "completions": 3},
+            "completions must be a list",
+        ),
+        (
+            "vlfeedback",
+            {
+                "id": "1",
+                "prompt": "?",
+                "img_path": "COCO_train2014_000000000001.png",
+                "completions": [{"response": "a", "annotations": {}}],
+            },
+            "key 'Helpfulness' is missing",
+        ),
+        (
+            "vlfeedback",
+            {
+                "id": "1",
+                "prompt": "?",
+                "img_path": "COCO_train2014_000000000001.png",
+                "completions": {"response": ["a"], "annotations": [{}, {}]},
+            },
+            "differ in length",
+        ),
+        (
+            "human_preference",
+            {
+                "id": "1",
+                "image": "COCO_train2014_000000000001.png",
+                "preference": 0,
+                "conversations": talk("?", "x"),
+                "output_1": {"value": "a"},
+                "output_2": {"value": "b"},
+            },
+            "preference must be 1 or 2, found 0",
+        ),
+        (
+            "human_preference",
+            {
+                "id": "1",
+                "image": "COCO_train2014_000000000001.png",
+                "preference": True,
+                "conversations": talk("?", "x"),
+            },
+            "preference must be 1 or 2, found True",
+        ),
+        (
+            "human_preference",
+            {"id": "1", "image": "COCO_train2014_000000000001.png", "preference": 1, "conversations": talk("?")},
+            "must end with the gpt turn",
+        ),
+        ("rlhf_v", {"idx": 1, "text": "{half", "image_path": "COCO_train2014_000000000001.png"}, "text is not JSON"),
+        ("rlhf_v", {"idx": 1, "text": "[" * 9000, "image_path": "a"}, "text is not JSON"),
+        ("rlhf_v", {"idx": 1, "text": "{}", "image_path": "a"}, "key 'question' is missing in text"),
+        ("rlaif_v", {"idx": 1, "question": "?", "chosen": "a", "image": b"".hex()}, "key 'rejected' is missing"),
+        (
+            "trl",
+            {
+                "images": ["COCO_train2014_000000000001.png"],
+                "prompt": [{"role": "system", "content": "x"}],
+                "chosen": [],
+                "rejected": [],
+            },
+            "prompt[0].role must be 'user' or 'assistant'",
+        ),
+        ("trl", {"images": [], "prompt": "?"}, "prompt must be a list"),
+    ],
+)
 def test_damaged_records_of_the_other_formats(tmp_path, images, format, row, expected):
     sentence = refusal(stored(tmp_path, [row]), images, format)
     assert expected in sentence and "entry 0: record" in sentence
@@ -409,9 +533,31 @@ def test_damaged_records_of_the_other_formats(tmp_path, images, format, row, exp
 
 # --- the fuzz: nothing that a file may hold makes a reader crash or hang ---
 
-RUBBISH = [None, True, 0, -1, 1e308, 10**40, "", " ", "\x00", "\ud800", "<image>", "../../x", "/etc/passwd",
-           "a" * 200_000, [], {}, [[]], {"": {}}, [None] * 1000, [{"from": "human"}],
-           {"bytes": "x", "path": 3}, "💥\u202e", "1e999"]
+RUBBISH = [
+    None,
+    True,
+    0,
+    -1,
+    1e308,
+    10**40,
+    "",
+    " ",
+    "\x00",
+    "\ud800",
+    "<image>",
+    "../../x",
+    "/etc/passwd",
+    "a" * 200_000,
+    [],
+    {},
+    [[]],
+    {"": {}},
+    [None] * 1000,
+    [{"from": "human"}],
+    {"bytes": "x", "path": 3},
+    "💥\u202e",
+    "1e999",
+]
 
 
 def variants(count: int, seed: int):
@@ -437,7 +583,7 @@ def variants(count: int, seed: int):
         if kind == 9:
             pass
         elif kind == 4:
-            del raw[rng.randrange(len(raw)):]
+            del raw[rng.randrange(len(raw)) :]
         elif kind == 5:
             for _ in range(rng.choice((1, 5, 50))):
                 raw[rng.randrange(len(raw))] = rng.randrange(256)
@@ -445,8 +591,23 @@ def variants(count: int, seed: int):
             at = rng.randrange(len(raw))
             raw[at:at] = rng.choice((b"[" * 50_000, b"NaN", b"\xff\xfe", b"\x00", b'"', b"," * 99, b"9" * 6000))
         elif kind == 7:
-            raw = bytearray(rng.choice((b"", b"null", b"3", b'"x"', b"{}", b"[[]]", b"[null]", b"[[[",
-                                        b"\xef\xbb\xbf[]", raw.decode().encode("utf-16"), bytes(rng.randbytes(500)))))
+            raw = bytearray(
+                rng.choice(
+                    (
+                        b"",
+                        b"null",
+                        b"3",
+                        b'"x"',
+                        b"{}",
+                        b"[[]]",
+                        b"[null]",
+                        b"[[[",
+                        b"\xef\xbb\xbf[]",
+                        raw.decode().encode("utf-16"),
+                        bytes(rng.randbytes(500)),
+                    )
+                )
+            )
         else:
             lines = [json.dumps(row).encode() for row in rows]
             lines[rng.randrange(6)] = rng.choice((b"{", b"\xff", b"null", b"[" * 9999, b"{}", lines[0] * 2))
@@ -490,15 +651,34 @@ def test_fuzz_450_damaged_files_are_refused_in_one_sentence_or_read_right(tmp_pa
 
 PICTURE = "COCO_train2014_000000000001.png"
 GOOD = {
-    "vlfeedback": {"id": "x", "prompt": "What?", "img_path": PICTURE, "models": ["m"] * 3, "completions": [
-        completion("A.", "4", "5", "5"), completion("B.", "3", "5", "5"), completion("C.", "N/A", "4", "5")]},
-    "human_preference": {"id": "1", "image": PICTURE, "preference": 2, "conversations": talk("<image>\nWhat?", "x"),
-                         "output_1": {"from": "gpt", "value": "A."}, "output_2": {"from": "gpt", "value": "B."}},
+    "vlfeedback": {
+        "id": "x",
+        "prompt": "What?",
+        "img_path": PICTURE,
+        "models": ["m"] * 3,
+        "completions": [
+            completion("A.", "4", "5", "5"),
+            completion("B.", "3", "5", "5"),
+            completion("C.", "N/A", "4", "5"),
+        ],
+    },
+    "human_preference": {
+        "id": "1",
+        "image": PICTURE,
+        "preference": 2,
+        "conversations": talk("<image>\nWhat?", "x"),
+        "output_1": {"from": "gpt", "value": "A."},
+        "output_2": {"from": "gpt", "value": "B."},
+    },
     "rlhf_v": {"ds_name": "RLHF-V", "idx": 3, "image_path": PICTURE, "origin_split": "{}", "text": FIELDS},
     "rlaif_v": {"ds_name": "RLAIF-V", "idx": 3, "image": PICTURE, "origin_split": "{}"} | FIELDS,
-    "trl": {"id": "a", "images": [{"bytes": None, "path": PICTURE}], "prompt": [
-        {"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}],
-        "chosen": [{"role": "assistant", "content": "A."}], "rejected": [{"role": "assistant", "content": "B."}]},
+    "trl": {
+        "id": "a",
+        "images": [{"bytes": None, "path": PICTURE}],
+        "prompt": [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}],
+        "chosen": [{"role": "assistant", "content": "A."}],
+        "rejected": [{"role": "assistant", "content": "B."}],
+    },
 }
 
 
@@ -532,8 +712,15 @@ def test_fuzz_150_damaged_records_of_every_other_format(tmp_path, images, format
 
 def test_a_release_of_17184_records_is_read_in_seconds(tmp_path, images):
     said = "A red bus waits on a street beside two cyclists, and a man with an umbrella walks past. " * 6
-    rows = [record(1 + n % 2, id=f"r{n}", conversations=talk("<image>\nWhat?", said),
-                   rejected_conversations=talk("<image>\nWhat?", said + "A dog.")) for n in range(17_184)]
+    rows = [
+        record(
+            1 + n % 2,
+            id=f"r{n}",
+            conversations=talk("<image>\nWhat?", said),
+            rejected_conversations=talk("<image>\nWhat?", said + "A dog."),
+        )
+        for n in range(17_184)
+    ]
     path = stored(tmp_path, rows)
     started = time.process_time()
     assert len(read("povid", path, images)) == 17_184

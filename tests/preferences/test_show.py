@@ -26,7 +26,8 @@ def triple(image, id="a", good="A red bus.", bad="A blue bus and a dog.") -> Tri
 def test_marks_are_on_words_that_differ():
     assert marked("A red bus.", "A blue bus & a dog.") == (
         'A <mark class="good">red</mark> bus.',
-        'A <mark class="bad">blue</mark> bus<mark class="bad"> &amp; a dog</mark>.')
+        'A <mark class="bad">blue</mark> bus<mark class="bad"> &amp; a dog</mark>.',
+    )
 
 
 def test_segments_join_to_both_texts():
@@ -35,16 +36,19 @@ def test_segments_join_to_both_texts():
     assert "".join(a for a, _, _ in pieces) == first and "".join(b for _, b, _ in pieces) == second
 
 
-@pytest.mark.parametrize(("good", "bad", "kinds", "added"), [
-    ("A red bus.", "A blue bus.", {"attribute"}, ()),
-    ("A red bus.", "Two red buses.", {"count"}, ()),
-    ("A bus.", "A bus and a fire hydrant.", {"object"}, ("fire hydrant",)),
-    ("A cup left of a plate.", "A cup right of a plate.", {"relation"}, ()),
-    ("Yes.", "No.", {"relation"}, ()),
-    ("A unicorn.", "Two unicorns.", {"count"}, ()),
-    ("A man holds a knife.", "A man holds a zither.", {"object"}, ()),
-    ("It is good.", "It is well.", set(), ()),
-])
+@pytest.mark.parametrize(
+    ("good", "bad", "kinds", "added"),
+    [
+        ("A red bus.", "A blue bus.", {"attribute"}, ()),
+        ("A red bus.", "Two red buses.", {"count"}, ()),
+        ("A bus.", "A bus and a fire hydrant.", {"object"}, ("fire hydrant",)),
+        ("A cup left of a plate.", "A cup right of a plate.", {"relation"}, ()),
+        ("Yes.", "No.", {"relation"}, ()),
+        ("A unicorn.", "Two unicorns.", {"count"}, ()),
+        ("A man holds a knife.", "A man holds a zither.", {"object"}, ()),
+        ("It is good.", "It is well.", set(), ()),
+    ],
+)
 def test_kinds_of_hallucination(good, bad, kinds, added):
     found = changes(good, bad)
     assert (set(found.kinds), found.objects) == (kinds, added)
@@ -52,7 +56,12 @@ def test_kinds_of_hallucination(good, bad, kinds, added):
 
 def test_objects_by_their_coco_name():
     assert objects("Two men with wine glasses, puppies and a hot dog on the dining table.") == [
-        "person", "wine glass", "dog", "hot dog", "dining table"]
+        "person",
+        "wine glass",
+        "dog",
+        "hot dog",
+        "dining table",
+    ]
 
 
 def test_overlap_counts_words_in_order():
@@ -90,8 +99,9 @@ def test_the_page_is_whole_and_shows_nothing_but_text(tmp_path):
 
 def test_several_questions_and_a_draw_by_seed(tmp_path):
     turns = [Turn("user", "q1"), Turn("assistant", "a1"), Turn("user", "q2")]
-    triples = [Triple(f"id{n}", b"x", (*turns, Turn("assistant", "yes")), (*turns, Turn("assistant", "no")))
-               for n in range(30)]
+    triples = [
+        Triple(f"id{n}", b"x", (*turns, Turn("assistant", "yes")), (*turns, Turn("assistant", "no"))) for n in range(30)
+    ]
     pages = []
     for seed in (1, 1, 2):
         write_page(triples, tmp_path / "p.html", title="t", count=4, seed=seed)

@@ -34,8 +34,17 @@ def test_marks_stand_on_mentions_of_what_is_not_there():
 
 def test_rows_hold_pictures_texts_and_hallucinated_objects():
     picture = Image.new("RGB", (4, 4))
-    record = {"id": 7, "image": picture, "noised": picture, "question": "What?", "preferred": "A cat.",
-              "dispreferred": "A fork.", "before": "A cat, a fork, a fork.", "after": "A kitten.", "objects": ["cat"]}
+    record = {
+        "id": 7,
+        "image": picture,
+        "noised": picture,
+        "question": "What?",
+        "preferred": "A cat.",
+        "dispreferred": "A fork.",
+        "before": "A cat, a fork, a fork.",
+        "after": "A kitten.",
+        "objects": ["cat"],
+    }
     columns, rows = table_rows([record], find)
     row = dict(zip(columns, rows[0], strict=True))
     assert row["id"] == "7" and row["picture"] is picture
@@ -60,8 +69,9 @@ def test_marks_by_chairs_own_object_finder():
 
 
 def test_the_page_needs_nothing_else(tmp_path):
-    table = table_rows([{"id": "<7>", "image": Image.new("RGB", (4, 4), "red"), "before": "A fork.", "objects": []}],
-                       find)
+    table = table_rows(
+        [{"id": "<7>", "image": Image.new("RGB", (4, 4), "red"), "before": "A fork.", "objects": []}], find
+    )
     page = dashboards.write_page(table, tmp_path / "table.html").read_text()
     assert page.count("data:image/png;base64,") == 1 and ">fork</mark>" in page and "&lt;7&gt;" in page
 
@@ -74,8 +84,13 @@ def test_wandb_takes_the_table_offline(tmp_path, monkeypatch):
     picture = Image.new("RGB", (8, 8), "red")
     file = tmp_path / "picture.png"
     picture.save(file)
-    table = table_rows([{"id": "a", "image": file, "noised": picture, "before": "A fork.", "objects": []},
-                        {"id": "b", "image": file.read_bytes()}], find)
+    table = table_rows(
+        [
+            {"id": "a", "image": file, "noised": picture, "before": "A fork.", "objects": []},
+            {"id": "b", "image": file.read_bytes()},
+        ],
+        find,
+    )
     run = wandb.init(mode="offline", dir=str(tmp_path), project="test", settings=wandb.Settings(x_disable_stats=True))
     try:
         dashboards.log_table(run, table)

@@ -20,8 +20,10 @@ def log(folder, text, stage="stage_1", version=""):
 def test_metrics_are_read_whatever_columns_there_are(tmp_path):
     """Blanks and NaN are no points; a missing step column counts lines; two values of one step keep the later."""
     log(tmp_path, "epoch,step,train/loss,train/reward/text,note\n0,5,0.7,,a\n0,9,,-0.5,\n0,9,0.6,nan,\n", version="v0")
-    assert figures._metrics(tmp_path / "stage_1") == {"train/loss": [(5.0, 0.7), (9.0, 0.6)],
-                                                      "train/reward/text": [(9.0, -0.5)]}
+    assert figures._metrics(tmp_path / "stage_1") == {
+        "train/loss": [(5.0, 0.7), (9.0, 0.6)],
+        "train/reward/text": [(9.0, -0.5)],
+    }
     log(tmp_path, "train/loss\n0.7\n0.5\n", stage="stage_2")
     assert figures._metrics(tmp_path / "stage_2") == {"train/loss": [(0.0, 0.7), (1.0, 0.5)]}
     assert figures._metrics(tmp_path / "stage_3") == {}
@@ -70,8 +72,17 @@ def test_training_curves_have_a_column_per_row_and_stage(write, outputs, tmp_pat
 def test_chair_against_coverage_draws_each_row_and_its_way_there(write, outputs, tmp_path, monkeypatch):
     for seed in range(2):
         write("none", seed)
-        write("text", seed, 2.0 * seed, curve=[{"step": 0, "CHAIR_I": 34.0, "coverage": 65.0}, {"step": 9},
-                                               {"step": 25, "CHAIR_I": 27.0, "coverage": 51.0}, "broken"])
+        write(
+            "text",
+            seed,
+            2.0 * seed,
+            curve=[
+                {"step": 0, "CHAIR_I": 34.0, "coverage": 65.0},
+                {"step": 9},
+                {"step": 25, "CHAIR_I": 27.0, "coverage": 51.0},
+                "broken",
+            ],
+        )
     drawn = {}
     save = figures._save
     monkeypatch.setattr(figures, "_save", lambda figure, file: drawn.update(axes=figure.axes) or save(figure, file))

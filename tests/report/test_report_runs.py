@@ -29,15 +29,18 @@ def test_one_run_has_no_spread(write, outputs):
     assert found.mean == 72.0 and math.isnan(found.sd) and math.isnan(found.se)
 
 
-@pytest.mark.parametrize("row, changes, shown", [
-    ("text", {"objective": "released"}, "objective=released"),
-    ("noise", {"noise": {"schedule": "linear", "step": 500, "space": "normalized"}}, "noise.schedule=linear"),
-    ("noise", {"noise": {"schedule": "sigmoid", "step": 600, "space": "normalized"}}, "noise.step=600"),
-    ("text", {"stages": {"1": {"steps": 75}}}, "75 steps"),
-    ("both", {"experiment": "table3"}, "experiment=table3"),
-    ("text", {"decoding": {"chair": {"max_new_tokens": 64, "temperature": 0.2}}}, "decoding.chair.temperature=0.2"),
-    ("both", {"stage": 1}, "stage 1 only"),
-])
+@pytest.mark.parametrize(
+    "row, changes, shown",
+    [
+        ("text", {"objective": "released"}, "objective=released"),
+        ("noise", {"noise": {"schedule": "linear", "step": 500, "space": "normalized"}}, "noise.schedule=linear"),
+        ("noise", {"noise": {"schedule": "sigmoid", "step": 600, "space": "normalized"}}, "noise.step=600"),
+        ("text", {"stages": {"1": {"steps": 75}}}, "75 steps"),
+        ("both", {"experiment": "table3"}, "experiment=table3"),
+        ("text", {"decoding": {"chair": {"max_new_tokens": 64, "temperature": 0.2}}}, "decoding.chair.temperature=0.2"),
+        ("both", {"stage": 1}, "stage 1 only"),
+    ],
+)
 def test_runs_that_differ_in_more_than_the_seed_are_two_rows(write, outputs, row, changes, shown):
     write(row, 0)
     write(row, 1, folder="other", **changes)
@@ -46,13 +49,16 @@ def test_runs_that_differ_in_more_than_the_seed_are_two_rows(write, outputs, row
     assert any(shown in found.difference for found in rows)
 
 
-@pytest.mark.parametrize("row, changes", [
-    ("none", {"objective": "released", "experiment": "controls"}),
-    ("text", {"noise": {"schedule": "linear", "step": 900, "space": "pixel"}}),
-    ("text", {"stage": 1}),
-    ("noise", {"stage": "2"}),
-    ("both", {"timings": {"fit": 99.0}, "started": "2027", "versions": {}}),
-])
+@pytest.mark.parametrize(
+    "row, changes",
+    [
+        ("none", {"objective": "released", "experiment": "controls"}),
+        ("text", {"noise": {"schedule": "linear", "step": 900, "space": "pixel"}}),
+        ("text", {"stage": 1}),
+        ("noise", {"stage": "2"}),
+        ("both", {"timings": {"fit": 99.0}, "started": "2027", "versions": {}}),
+    ],
+)
 def test_what_cannot_touch_a_row_does_not_split_it(write, outputs, row, changes):
     write(row, 0)
     write(row, 1, folder="other", **changes)
@@ -69,9 +75,14 @@ def test_the_command_line_tells_runs_apart_where_results_do_not(write, outputs):
 
 
 def settings(lr=1e-3, alpha=0.1, stages=("1", "2")):
-    return {"settings": {"objective": {"name": "paper", "alpha": alpha}, "noise": {"schedule": "sigmoid", "step": 500},
-                         "stages": {number: {"name": "text", "lr": lr} for number in stages}},
-            "stages": {number: {"steps": 25, "fingerprint": str(lr), "seconds": lr} for number in stages}}
+    return {
+        "settings": {
+            "objective": {"name": "paper", "alpha": alpha},
+            "noise": {"schedule": "sigmoid", "step": 500},
+            "stages": {number: {"name": "text", "lr": lr} for number in stages},
+        },
+        "stages": {number: {"steps": 25, "fingerprint": str(lr), "seconds": lr} for number in stages},
+    }
 
 
 def test_settings_are_told_by_the_names_of_the_command_line(write, outputs):
@@ -79,7 +90,9 @@ def test_settings_are_told_by_the_names_of_the_command_line(write, outputs):
     write("both", 1, **settings(), adapters=["a/1"])
     write("both", 2, folder="a", **settings(lr=0.01), adapters=["b/2"])
     assert [(row.difference, len(row.runs), row.whole) for row in group(find_runs(outputs))] == [
-        ("stages.1.lr=0.001, stages.2.lr=0.001", 2, True), ("stages.1.lr=0.01, stages.2.lr=0.01", 1, True)]
+        ("stages.1.lr=0.001, stages.2.lr=0.001", 2, True),
+        ("stages.1.lr=0.01, stages.2.lr=0.01", 1, True),
+    ]
 
 
 def test_a_long_difference_becomes_a_number_with_a_remark(write, outputs):
@@ -87,8 +100,9 @@ def test_a_long_difference_becomes_a_number_with_a_remark(write, outputs):
     write("both", 1, folder="a", experiment="released", objective="released", **settings(lr=0.01, alpha=0.2))
     first, second = group(find_runs(outputs))
     assert (first.label, second.label) == ("both (setting 1)", "both (setting 2)")
-    assert second.remarks == ["setting 2 is experiment=released, objective=released, objective.alpha=0.2, "
-                              "stages.1.lr=0.01, stages.2.lr=0.01"]
+    assert second.remarks == [
+        "setting 2 is experiment=released, objective=released, objective.alpha=0.2, stages.1.lr=0.01, stages.2.lr=0.01"
+    ]
     assert "experiment=default" in first.remarks[0]
 
 
@@ -106,13 +120,24 @@ def test_runs_with_fewer_benchmarks_join_the_others(write, outputs):
     (row,) = group(find_runs(outputs))
     assert summarise(row, "chair.CHAIR_S").n == 2
     write("none", 2, decoding={"chair": {"temperature": 0.2}})
-    assert [row.difference for row in group(find_runs(outputs))] == ["decoding.chair.temperature=0.0",
-                                                                     "decoding.chair.temperature=0.2"]
+    assert [row.difference for row in group(find_runs(outputs))] == [
+        "decoding.chair.temperature=0.0",
+        "decoding.chair.temperature=0.2",
+    ]
 
 
 def test_overrides_that_change_nothing_do_not_split(write, outputs):
-    for seed, more in enumerate(("logger=csv", "generation.batch_size=8", "logger.mode=offline", "hydra.job.num=3",
-                                 "stages@stages.2=image", "init_from=elsewhere", "noise.step=300")):
+    for seed, more in enumerate(
+        (
+            "logger=csv",
+            "generation.batch_size=8",
+            "logger.mode=offline",
+            "hydra.job.num=3",
+            "stages@stages.2=image",
+            "init_from=elsewhere",
+            "noise.step=300",
+        )
+    ):
         hydra = write("text", seed) / ".hydra"
         hydra.mkdir()
         (hydra / "overrides.yaml").write_text(f"- seed={seed}\n- {more}\n")
@@ -129,8 +154,13 @@ def test_a_seed_run_twice_counts_once_by_its_newest_run(write, outputs):
 
 def test_unreadable_results_are_named_and_left_out(write, outputs, capsys):
     write("none", 0)
-    for name, text in (("half", '{"row": "text", "bench'), ("list", "[]"), ("early", '{"row": "text"}'),
-                       ("nameless", '{"benchmarks": {}}'), ("binary", "\x00")):
+    for name, text in (
+        ("half", '{"row": "text", "bench'),
+        ("list", "[]"),
+        ("early", '{"row": "text"}'),
+        ("nameless", '{"benchmarks": {}}'),
+        ("binary", "\x00"),
+    ):
         (outputs / name).mkdir()
         (outputs / name / "results.json").write_text(text)
     (outputs / "folder" / "results.json").mkdir(parents=True)
@@ -185,8 +215,11 @@ def test_a_score_that_some_seeds_lack_says_of_how_many_it_is(write, outputs):
 
 def test_scores_of_two_judges_or_of_two_sizes_are_not_averaged(write, outputs):
     for seed, (judge, captions) in enumerate((("gpt-4-0314", 300), ("gpt-4o", 30))):
-        write("none", seed, benchmarks={"mmhal": {"score": 2.0, "judge": judge},
-                                        "chair": {"CHAIR_S": 50.0, "captions": captions}})
+        write(
+            "none",
+            seed,
+            benchmarks={"mmhal": {"score": 2.0, "judge": judge}, "chair": {"CHAIR_S": 50.0, "captions": captions}},
+        )
     (row,) = group(find_runs(outputs))
     assert summarise(row, "mmhal.score").mean is None
     assert "judge gpt-4-0314 and gpt-4o" in summarise(row, "mmhal.score").reason
@@ -197,4 +230,5 @@ def test_mixed_versions_are_said(write, outputs):
     write("none", 0)
     write("none", 1, versions={"torch": "2.12.0"})
     assert group(find_runs(outputs))[0].remarks == [
-        "its runs were made with different versions: torch 2.12.0 and 2.13.0"]
+        "its runs were made with different versions: torch 2.12.0 and 2.13.0"
+    ]

@@ -42,8 +42,10 @@ def test_the_papers_own_marks_come_out(number, write, outputs):
     write("none", 0, model="llava_1_5_7b", data="povid_17k", benchmarks={"llava_bench": {"overall": 60.0}})
     theirs = lines(table(number, find_runs(outputs)), "paper")
     keys = paper.BREAKDOWN if number == 4 else paper.EIGHT
-    best, second = ([next(name for name, line in theirs.items() if line.cells[key].place == place) for key in keys]
-                    for place in (1, 2))
+    best, second = (
+        [next(name for name, line in theirs.items() if line.cells[key].place == place) for key in keys]
+        for place in (1, 2)
+    )
     if number == 1:
         assert set(best) == {"povid"}
         assert second == ["rlhf_v", "rlhf_v", "rlhf_v", "vlfeedback", "rlhf_v", "vlfeedback", "vlfeedback", "rlhf_v"]
@@ -116,8 +118,7 @@ def test_difference_from_the_base_with_its_error(sweep):
     assert found["noise"].summary.mean == -12.0
     assert found["noise"].summary.se == pytest.approx(0.70710678)
     assert found["noise"].text(1) == "−12.0 ± 0.7"
-    assert {name: cell.place for name, cell in found.items()} == {"text": 0, "noise": 1, "both": 1,
-                                                                  "preferred_only": 1}
+    assert {name: cell.place for name, cell in found.items()} == {"text": 0, "noise": 1, "both": 1, "preferred_only": 1}
     assert any(block.title.startswith("difference from preferred_only") for block in made.blocks)
 
 
@@ -141,7 +142,8 @@ def test_a_single_run_is_never_better_than_its_error(write, outputs):
 def test_each_row_stands_above_the_papers_with_its_check_marks(sweep):
     block = table(3, find_runs(sweep)).blocks[0]
     assert [(line.name, line.kind) for line in block.lines] == [
-        (name, kind) for name in ("none", "text", "noise", "both") for kind in ("ours", "paper")]
+        (name, kind) for name in ("none", "text", "noise", "both") for kind in ("ours", "paper")
+    ]
     assert [line.lead[:2] for line in block.lines[::2]] == [("✗", "✗"), ("✓", "✗"), ("✗", "✓"), ("✓", "✓")]
     assert block.lines[1].lead[2] == "paper, Table 3"
 
@@ -149,11 +151,10 @@ def test_each_row_stands_above_the_papers_with_its_check_marks(sweep):
 def test_a_table_of_the_embedded_world_says_so(sweep, write):
     made = table(3, find_runs(sweep))
     assert "come from the embedded scenes (data=scenes, model=scenes_tiny)" in made.blocks[0].warnings[0]
-    assert made.blocks[0].notes[0].endswith(
-        "ours none > noise > text † > both; paper none > noise > text > both.")
+    assert made.blocks[0].notes[0].endswith("ours none > noise > text † > both; paper none > noise > text > both.")
     write("both", 0, folder="real", model="llava_1_5_7b", data="povid_17k")
     write("none", 0, folder="base", model="llava_1_5_7b", data="povid_17k")
-    real = [block for block in table(3, find_runs(sweep)).blocks if "llava_1_5_7b" in block.title][0]
+    real = next(block for block in table(3, find_runs(sweep)).blocks if "llava_1_5_7b" in block.title)
     assert not real.warnings
 
 
@@ -164,8 +165,9 @@ def test_base_models_and_other_preference_data_stand_elsewhere(write, outputs):
     write("text", 0, folder="c", model="llava_1_5_7b", data="rlhf_v")
     made = table(3, find_runs(outputs))
     assert {block.title for block in made.blocks} == {"model llava_1_5_7b, data povid_17k"}
-    assert made.notes[-1] == ("left out here, see Tables 1 and 2 (model, data): llava_1_5_7b, rlhf_v; qwen_vl_chat, "
-                              "povid_17k")
+    assert made.notes[-1] == (
+        "left out here, see Tables 1 and 2 (model, data): llava_1_5_7b, rlhf_v; qwen_vl_chat, povid_17k"
+    )
     assert [block.title for block in table(1, find_runs(outputs)).blocks] == ["model llava_1_5_7b"]
 
 
@@ -185,15 +187,27 @@ def test_table_1_sorts_runs_by_preference_data(write, outputs):
     write("both", 0, folder="scenes")
     made = table(1, find_runs(outputs))
     assert [(line.name, line.kind, line.lead[0]) for line in made.blocks[0].lines] == [
-        ("none", "ours", "LLaVA-1.5"), ("none", "paper", "LLaVA-1.5"), ("vlfeedback", "paper", "+ Vlfeedback"),
-        ("human_preference", "paper", "+ Human-Preference"), ("text", "ours", "+ RLHF-V"),
-        ("rlhf_v", "paper", "+ RLHF-V"), ("both", "ours", "POVID"), ("povid", "paper", "POVID")]
+        ("none", "ours", "LLaVA-1.5"),
+        ("none", "paper", "LLaVA-1.5"),
+        ("vlfeedback", "paper", "+ Vlfeedback"),
+        ("human_preference", "paper", "+ Human-Preference"),
+        ("text", "ours", "+ RLHF-V"),
+        ("rlhf_v", "paper", "+ RLHF-V"),
+        ("both", "ours", "POVID"),
+        ("povid", "paper", "POVID"),
+    ]
     assert made.blocks[0].lines[0].lead[1] == "none, n = 2"
 
 
-EIGHT = {"chair": {"CHAIR_S": 0.0, "CHAIR_I": 0.0}, "pope": {"f1": 0.0}, "mmhal": {"score": 0.0},
-         "science_qa": {"img_accuracy": 0.0}, "mm_vet": {"total": 0.0}, "mmbench": {"accuracy": 0.0},
-         "llava_bench": {"overall": 0.0}}
+EIGHT = {
+    "chair": {"CHAIR_S": 0.0, "CHAIR_I": 0.0},
+    "pope": {"f1": 0.0},
+    "mmhal": {"score": 0.0},
+    "science_qa": {"img_accuracy": 0.0},
+    "mm_vet": {"total": 0.0},
+    "mmbench": {"accuracy": 0.0},
+    "llava_bench": {"overall": 0.0},
+}
 
 
 def test_average_ranks_are_computed_and_printed_ones_marked(write, outputs):
@@ -208,11 +222,16 @@ def test_average_ranks_are_computed_and_printed_ones_marked(write, outputs):
     for score, ranks in (("rank.hallucination", [3.0, 2.0, 3.5, 1.5]), ("rank.comprehensive", [3.75, 2.0, 2.75, 1.5])):
         assert [line.cells[score].summary.mean for line in theirs.values()] == ranks
     assert theirs["qwen_vl_chat"].cells["rank.hallucination"].notes == [
-        "paper, Table 2 prints 2.50 for Qwen-VL-Chat; its own scores give 2.00"]
+        "paper, Table 2 prints 2.50 for Qwen-VL-Chat; its own scores give 2.00"
+    ]
     assert not theirs["povid"].cells["rank.hallucination"].notes
     ours = {line.lead[0]: line.cells["rank.hallucination"] for line in made.blocks[0].lines if line.kind == "ours"}
     assert {name: cell.summary.mean for name, cell in ours.items()} == {
-        "InstructBLIP": 1.875, "Qwen-VL-Chat": 1.875, "qwen2_5_vl": 2.25, "llava_next": None}
+        "InstructBLIP": 1.875,
+        "Qwen-VL-Chat": 1.875,
+        "qwen2_5_vl": 2.25,
+        "llava_next": None,
+    }
     assert "only rows that have all four" in ours["llava_next"].notes[0]
 
 
@@ -226,8 +245,13 @@ def test_a_row_that_says_less_is_marked_in_every_table(write, outputs):
 
 
 def test_table_4_is_the_breakdown(write, outputs):
-    write("both", 0, model="llava_1_5_7b", data="povid_17k",
-          benchmarks={"llava_bench": {"conv": 55.0, "detail": 60.0, "complex": 81.0, "overall": 68.0}})
+    write(
+        "both",
+        0,
+        model="llava_1_5_7b",
+        data="povid_17k",
+        benchmarks={"llava_bench": {"conv": 55.0, "detail": 60.0, "complex": 81.0, "overall": 68.0}},
+    )
     cells = lines(table(4, find_runs(outputs)))["both"].cells
     assert [cells[key].summary.mean for key in paper.BREAKDOWN] == [55.0, 60.0, 81.0, 68.0]
 
@@ -235,7 +259,8 @@ def test_table_4_is_the_breakdown(write, outputs):
 def test_what_the_corrected_rule_gives_stands_beside_the_official_score(write, outputs):
     write("none", 0, benchmarks={"pope": {"f1": 80.0, "corrected": {"f1": 81.5}}})
     assert lines(table(3, find_runs(outputs)))["none"].cells["pope.f1"].notes == [
-        "pope: official rule; corrected 81.50"]
+        "pope: official rule; corrected 81.50"
+    ]
 
 
 def test_a_run_without_a_correction_counts_with_its_official_score(write, outputs):
@@ -243,12 +268,18 @@ def test_a_run_without_a_correction_counts_with_its_official_score(write, output
     write("none", 0, benchmarks={"pope": {"f1": 80.0, "corrected": {"f1": 82.0, "what": "a parser"}}})
     write("none", 1, benchmarks={"pope": {"f1": 60.0}})
     assert lines(table(3, find_runs(outputs)))["none"].cells["pope.f1"].notes == [
-        "pope: official rule; corrected 71.00"]
+        "pope: official rule; corrected 71.00"
+    ]
 
 
 def test_an_adapter_evaluated_without_training_is_no_base(write, outputs):
-    write("none", 0, folder="evaluated", adapters=["somewhere/stage_2/adapter"], benchmarks={
-        "chair": {"CHAIR_S": 10.0, "coverage": 20.0}})
+    write(
+        "none",
+        0,
+        folder="evaluated",
+        adapters=["somewhere/stage_2/adapter"],
+        benchmarks={"chair": {"CHAIR_S": 10.0, "coverage": 20.0}},
+    )
     write("none", 0)
     write("both", 0)
     made = table(3, find_runs(outputs))
@@ -258,10 +289,21 @@ def test_an_adapter_evaluated_without_training_is_no_base(write, outputs):
     assert not lines(made)["both"].says_less
 
 
-@pytest.mark.parametrize("odd", [
-    {"stages": [1]}, {"noise": "sigmoid"}, {"curve": 5}, {"versions": "x"}, {"started": None}, {"model": {"name": "m"}},
-    {"benchmarks": {"chair": 5, "pope": None}}, {"stage": None}, {"data": None}, {"decoding": ["greedy"]},
-])
+@pytest.mark.parametrize(
+    "odd",
+    [
+        {"stages": [1]},
+        {"noise": "sigmoid"},
+        {"curve": 5},
+        {"versions": "x"},
+        {"started": None},
+        {"model": {"name": "m"}},
+        {"benchmarks": {"chair": 5, "pope": None}},
+        {"stage": None},
+        {"data": None},
+        {"decoding": ["greedy"]},
+    ],
+)
 def test_odd_results_break_nothing(write, outputs, odd):
     write("none", 0)
     write("both", 0, **odd)
@@ -298,8 +340,9 @@ def test_equal_values_have_no_best(write, outputs):
 
 
 def test_latex_escapes_everything(write, outputs):
-    write("preferred_only", 0, model="a_b", data="50%&#x", benchmarks={
-        "mmhal": {"missing": "costs $5 {x} ~^\\ a|b <c>"}})
+    write(
+        "preferred_only", 0, model="a_b", data="50%&#x", benchmarks={"mmhal": {"missing": "costs $5 {x} ~^\\ a|b <c>"}}
+    )
     text = render.latex(table(3, find_runs(outputs)))
     assert r"preferred\_only, n = 1" in text and r"model a\_b, data 50\%\&\#x" in text
     assert r"mmhal: costs \$5 \{x\} \textasciitilde{}\textasciicircum{}\textbackslash{} a$|$b $<$c$>$" in text
@@ -315,8 +358,14 @@ def test_write_tables_writes_what_belongs_and_pictures_open(sweep):
     from PIL import Image
 
     files = write_tables(sweep)
-    assert {file.name for file in files} == {"table3.md", "table3.txt", "table3.csv", "table3.tex", "table3.png",
-                                             "chair_against_coverage.png"}
+    assert {file.name for file in files} == {
+        "table3.md",
+        "table3.txt",
+        "table3.csv",
+        "table3.tex",
+        "table3.png",
+        "chair_against_coverage.png",
+    }
     assert {path.name for path in (sweep / "tables").iterdir()} == {file.name for file in files}  # no half file left
     for file in files:
         if file.suffix == ".png":
@@ -333,7 +382,6 @@ def test_plain_text_is_aligned_and_leaves_out_empty_columns(sweep):
     assert len(rows) == 8 and {row[end] for row in rows} == {" "} and {row[end - 1] for row in rows} <= set(" *_")
 
 
-
 def test_a_table_that_no_run_belongs_to_is_a_fault(sweep):
     with pytest.raises(Fault, match="no run for Table 2; it needs"):
         write_tables(sweep, only=(2,), pictures=False)
@@ -346,9 +394,11 @@ def test_a_folder_that_cannot_be_written_is_a_fault(sweep, tmp_path):
 
 
 def test_command_prints_the_table_and_imports_no_torch(sweep, tmp_path):
-    code = ("import sys; from povid.report.__main__ import main; "
-            f"code = main([{str(sweep)!r}, '--table', '3', '--out', {str(tmp_path / 'out')!r}]); "
-            "assert not {'torch', 'lightning', 'transformers', 'wandb', 'pandas'} & set(sys.modules); sys.exit(code)")
+    code = (
+        "import sys; from povid.report.__main__ import main; "
+        f"code = main([{str(sweep)!r}, '--table', '3', '--out', {str(tmp_path / 'out')!r}]); "
+        "assert not {'torch', 'lightning', 'transformers', 'wandb', 'pandas'} & set(sys.modules); sys.exit(code)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Table 3. Ablation" in done.stdout and "CHAIR_S" in done.stdout and "table3.png" in done.stdout

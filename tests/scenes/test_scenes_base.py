@@ -34,8 +34,12 @@ def test_base_loads_as_any_llava_in_float32_from_a_file_of_a_few_megabytes():
     assert model.lm_head.weight is model.get_input_embeddings().weight
     assert (FOLDER / "model.safetensors").stat().st_size < 6e6
     assert processor.tokenizer.padding_side == "left"
-    inputs = processor(images=[paint(scene) for scene in scenes(2)], padding=True, return_tensors="pt",
-                       text=["USER: <image>\nDescribe this image. ASSISTANT:", "USER: <image>\nHi. ASSISTANT:"])
+    inputs = processor(
+        images=[paint(scene) for scene in scenes(2)],
+        padding=True,
+        return_tensors="pt",
+        text=["USER: <image>\nDescribe this image. ASSISTANT:", "USER: <image>\nHi. ASSISTANT:"],
+    )
     assert (inputs["input_ids"] == model.config.image_token_id).sum(1).tolist() == [GRID**2] * 2
     assert inputs["input_ids"][1, 0] == processor.tokenizer.pad_token_id
     assert model(**inputs).logits.shape[0] == 2
@@ -73,13 +77,13 @@ def test_packed_conversations_are_scored_as_if_each_were_alone():
     packed = pack(prefix, [[first, second], [second]], pad=3)
     with torch.no_grad():
         together = model.model.language_model(
-            input_ids=packed["ids"], attention_mask=packed["mask"], position_ids=packed["positions"]).last_hidden_state
+            input_ids=packed["ids"], attention_mask=packed["mask"], position_ids=packed["positions"]
+        ).last_hidden_state
         for row, number, (prompt, response) in ((0, 0, first), (0, 1, second), (1, 0, second)):
             alone = model.model.language_model(input_ids=torch.tensor([prefix + prompt + response])).last_hidden_state
             places = packed["segments"][row] == number
-            torch.testing.assert_close(together[row, places], alone[0, len(prefix):], atol=1e-5, rtol=1e-5)
-            assert packed["labels"][row, places].tolist() == \
-                [-100] * (len(prompt) - 1) + response + [-100]
+            torch.testing.assert_close(together[row, places], alone[0, len(prefix) :], atol=1e-5, rtol=1e-5)
+            assert packed["labels"][row, places].tolist() == [-100] * (len(prompt) - 1) + response + [-100]
 
 
 def test_the_course_repeats_itself_and_freezes_what_it_has_taught_to_see():
@@ -101,8 +105,14 @@ def test_the_course_repeats_itself_and_freezes_what_it_has_taught_to_see():
 def test_base_hallucinates_where_habit_fails_and_hardly_elsewhere(tmp_path):
     """60 new scenes of each kind; a standard error of CHAIR_S is about 6 points."""
     answers = answers_of()
-    hard, habitual = (measure(answers, prepare(tmp_path / str(partner), seed=9, preferences=0, tuning=60, evaluation=0,
-                                               partner=partner) / "tuning") for partner in (HARD_PARTNER, BASE_PARTNER))
+    hard, habitual = (
+        measure(
+            answers,
+            prepare(tmp_path / str(partner), seed=9, preferences=0, tuning=60, evaluation=0, partner=partner)
+            / "tuning",
+        )
+        for partner in (HARD_PARTNER, BASE_PARTNER)
+    )
     assert 45 < hard["CHAIR_S"] < 90 and habitual["CHAIR_S"] < 30
     assert hard["coverage"] > 55 and habitual["coverage"] > 75
     assert 75 < hard["POPE_F1"] < habitual["POPE_F1"] and habitual["POPE_F1"] > 85
@@ -120,8 +130,9 @@ def test_short_build_writes_what_is_shipped(tmp_path, capsys, monkeypatch):
     shipped = json.loads((FOLDER / "figures.json").read_text())
     monkeypatch.setattr(making, "measure_base", lambda folder: answers_of(folder) and shipped)
     figures = making.build(tmp_path / "base", seed=3, course=FEW)
-    assert {file.name for file in (tmp_path / "base").iterdir()} == \
-        {file.name for file in FOLDER.iterdir()} - {"CARD.md"}
+    assert {file.name for file in (tmp_path / "base").iterdir()} == {file.name for file in FOLDER.iterdir()} - {
+        "CARD.md"
+    }
     assert set(figures) == {"tuning", "habitual"}
     assert "shipped" in capsys.readouterr().out
 
@@ -131,7 +142,9 @@ def test_rebuilt_base_is_like_the_shipped_one(tmp_path):
     """The whole course anew with the shipped seed. Threads add floats in other orders on other machines, so figures may
     differ by a few standard errors (2.8 points of CHAIR_S at 300 captions)."""
     made, shipped = making.build(tmp_path / "base"), json.loads((FOLDER / "figures.json").read_text())
-    for split, bounds in (("tuning", {"CHAIR_S": 10, "coverage": 7, "POPE_F1": 4}),
-                          ("habitual", {"CHAIR_S": 10, "coverage": 7, "POPE_F1": 4})):
+    for split, bounds in (
+        ("tuning", {"CHAIR_S": 10, "coverage": 7, "POPE_F1": 4}),
+        ("habitual", {"CHAIR_S": 10, "coverage": 7, "POPE_F1": 4}),
+    ):
         for key, bound in bounds.items():
             assert abs(made[split][key] - shipped[split][key]) < bound, (split, key)

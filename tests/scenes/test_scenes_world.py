@@ -35,13 +35,18 @@ def world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def pairs():
     rng = np.random.default_rng(3)
-    return [(scene, draw_caption_pair(rng, scene, "?", 0.7)) for scene in
-            (draw_scene(rng, HARD_PARTNER) for _ in range(2000))]
+    return [
+        (scene, draw_caption_pair(rng, scene, "?", 0.7))
+        for scene in (draw_scene(rng, HARD_PARTNER) for _ in range(2000))
+    ]
 
 
 def fingerprint(folder: Path) -> dict[str, str]:
-    return {str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
-            for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): hashlib.sha256(file.read_bytes()).hexdigest()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def records(world: Path) -> list[dict]:
@@ -49,8 +54,19 @@ def records(world: Path) -> list[dict]:
 
 
 def test_same_settings_give_the_same_bytes_in_another_process(world, tmp_path):
-    command = [sys.executable, "-m", "povid.scenes", "prepare", str(tmp_path / "again"), "--preferences", "60",
-               "--tuning", "20", "--evaluation", "20"]
+    command = [
+        sys.executable,
+        "-m",
+        "povid.scenes",
+        "prepare",
+        str(tmp_path / "again"),
+        "--preferences",
+        "60",
+        "--tuning",
+        "20",
+        "--evaluation",
+        "20",
+    ]
     subprocess.run(command, check=True, capture_output=True)
     assert fingerprint(tmp_path / "again") == fingerprint(world)
 
@@ -113,8 +129,11 @@ def test_scenes_hold_three_to_seven_different_things_inside_the_picture():
     rng = np.random.default_rng(1)
     for scene in [draw_scene(rng, HARD_PARTNER) for _ in range(300)] + [draw_contextless(rng) for _ in range(50)]:
         assert 3 <= len(scene.names) <= 7 and len(set(scene.names)) == len(scene.names)
-        assert all(0 <= left <= SIDE - side and 0 <= top <= SIDE - side
-                   for thing in scene.things for left, top, side in thing.boxes)
+        assert all(
+            0 <= left <= SIDE - side and 0 <= top <= SIDE - side
+            for thing in scene.things
+            for left, top, side in thing.boxes
+        )
 
 
 def test_paint_shows_each_thing():
@@ -125,7 +144,7 @@ def test_paint_shows_each_thing():
     ground = np.asarray(paint(type(scene)(scene.context, (), scene.ground))).astype(int)
     for thing in scene.things:
         left, top, side = thing.boxes[0]
-        changed = np.abs(picture - ground)[top:top + side, left:left + side].max(-1) > 10
+        changed = np.abs(picture - ground)[top : top + side, left : left + side].max(-1) > 10
         assert changed.mean() > 0.08, thing
 
 
@@ -152,11 +171,13 @@ def test_true_captions_are_complete_and_true_for_chair(tmp_path):
 def test_a_caption_is_spelt_as_expected():
     mentions = (Mention("umbrella", "umbrella", 1), Mention("mouse", "mouse", 2), Mention("cell phone", "phone", 1))
     caption = Caption(2, "office", mentions, Remark("umbrella", "left", "cell phone"))
-    assert str(caption) == ("An office scene with an umbrella, two mice and a phone. "
-                            "The umbrella is to the left of the phone.")
+    assert str(caption) == (
+        "An office scene with an umbrella, two mice and a phone. The umbrella is to the left of the phone."
+    )
     swapped = caption.exchange("cell phone", Mention("car", "automobile", 1))
-    assert str(swapped) == ("An office scene with an umbrella, two mice and an automobile. "
-                            "The umbrella is to the left of the automobile.")
+    assert str(swapped) == (
+        "An office scene with an umbrella, two mice and an automobile. The umbrella is to the left of the automobile."
+    )
 
 
 def test_the_three_causes_and_their_shares(pairs):
@@ -186,8 +207,12 @@ def test_dispreferred_captions_hallucinate_and_preferred_ones_do_not(pairs, tmp_
 def test_hallucinated_objects_are_those_that_habit_expects(pairs, tmp_path):
     (tmp_path / "synonyms.txt").write_text(synonyms_file(), encoding="utf-8")
     synonyms = chair.read_synonyms(tmp_path / "synonyms.txt")
-    expected = [ANCHOR.get(name) in scene.names for scene, pair in pairs if pair.cause == "co-occurrence"
-                for name in set(chair.objects(pair.dispreferred, synonyms)) - set(scene.names)]
+    expected = [
+        ANCHOR.get(name) in scene.names
+        for scene, pair in pairs
+        if pair.cause == "co-occurrence"
+        for name in set(chair.objects(pair.dispreferred, synonyms)) - set(scene.names)
+    ]
     assert np.mean(expected) > 0.8
 
 
@@ -238,8 +263,11 @@ def test_pope_asks_true_questions_in_turns(world, split):
     assert [row["label"] for row in rows] == ["yes", "no"] * 60
     asked: dict[str, list[str]] = {}
     for row in rows:
-        name = next(name for name in NAMES if row["text"] in (f"Is there a {name} in the image?",
-                                                              f"Is there an {name} in the image?"))
+        name = next(
+            name
+            for name in NAMES
+            if row["text"] in (f"Is there a {name} in the image?", f"Is there an {name} in the image?")
+        )
         assert ("an" in row["text"].split()) == (name[0] in "aeiou")
         assert (row["label"] == "yes") == (name in objects[Path(row["image"]).stem])
         asked.setdefault(row["image"], []).append(name)
@@ -270,5 +298,6 @@ def test_adversarial_negatives_are_what_habit_expects(tmp_path):
         f" {partner} in the image?" in negative["text"]
         for positive, negative in zip(rows[::2], rows[1::2])
         for anchor, partner in PARTNER.items()
-        if f" {anchor} in the image?" in positive["text"] and partner not in objects[Path(positive["image"]).stem]]
+        if f" {anchor} in the image?" in positive["text"] and partner not in objects[Path(positive["image"]).stem]
+    ]
     assert len(asked_for_partner) > 50 and np.mean(asked_for_partner) > 0.8

@@ -22,19 +22,26 @@ from povid.bench.pipeline import waiting
 from povid.bench.subject import SHAPES, Shape, Step, adapt, build_model, build_processor, steps, twin
 from povid.fault import Fault
 from povid.machine import keep_freed_memory, versions
-from povid.objective import most_likely
-from povid.policy import Policy
+from povid.method.objective import most_likely
+from povid.model.policy import Policy
 
 SAME = {"float32": 1e-5, "bfloat16": 2e-2}  # relative difference of losses that summation order explains
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m povid.bench", description=__doc__)
-    parser.add_argument("--model", default="proportional", choices=list(SHAPES),
-                        help="proportional (for a CPU), llava_1_5_7b (for a GPU) or smallest")
-    parser.add_argument("--random-weights", action="store_true",
-                        help="the architecture without its weights; the only way there is, and asked for by name "
-                             "because the time is real and the losses are not")
+    parser.add_argument(
+        "--model",
+        default="proportional",
+        choices=list(SHAPES),
+        help="proportional (for a CPU), llava_1_5_7b (for a GPU) or smallest",
+    )
+    parser.add_argument(
+        "--random-weights",
+        action="store_true",
+        help="the architecture without its weights; the only way there is, and asked for by name "
+        "because the time is real and the losses are not",
+    )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--warmups", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=1)
@@ -43,26 +50,41 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", default="", help="measure only the arms whose names hold this text, e.g. ours")
     parser.add_argument("--no-trl", action="store_true", help="leave TRL out (it is the optional extra `bench`)")
     parser.add_argument("--profile", action="store_true", help="also say where each arm's time goes")
-    parser.add_argument("--peak-tflops", type=float, default=790.0,
-                        help="dense rate of the device for utilisation; 790 was measured on an H100 in bf16")
-    parser.add_argument("--workers", type=int, nargs="*", default=[2, 0],
-                        help="loader processes with which the wait for data is measured (on a CPU)")
+    parser.add_argument(
+        "--peak-tflops",
+        type=float,
+        default=790.0,
+        help="dense rate of the device for utilisation; 790 was measured on an H100 in bf16",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        nargs="*",
+        default=[2, 0],
+        help="loader processes with which the wait for data is measured (on a CPU)",
+    )
     parser.add_argument("--photographs", type=int, default=60, help="how many photographs are loaded for that")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
     return parser.parse_args(arguments)
 
 
-def build_arms(policy: Policy, made: list[Step], options: argparse.Namespace, base: Any, processor: Any,
-               folder: Path) -> list[tuple[Arm, list[torch.nn.Parameter]]]:
+def build_arms(
+    policy: Policy, made: list[Step], options: argparse.Namespace, base: Any, processor: Any, folder: Path
+) -> list[tuple[Arm, list[torch.nn.Parameter]]]:
     """Every arm with the parameters that it trains."""
     stock = adapt(twin(base), processor, SHAPES[options.model], lightened=False)
     mine, theirs = ([p for group in each.trained_parameters() for p in group] for each in (policy, stock))
     cache = filled_cache(policy, made, folder)
     built = [
-        (ours(policy, "stage 1"), mine), (ours(policy, "stage 1", cache), mine), (plain(stock, "stage 1"), theirs),
-        (ours(policy, "released"), mine), (released_code(stock), theirs),
+        (ours(policy, "stage 1"), mine),
+        (ours(policy, "stage 1", cache), mine),
+        (plain(stock, "stage 1"), theirs),
+        (ours(policy, "released"), mine),
+        (released_code(stock), theirs),
         (released_code(stock, checkpoint=True), theirs),
-        (ours(policy, "eq5"), mine), (ours(policy, "eq5", cache), mine), (plain(stock, "eq5"), theirs),
+        (ours(policy, "eq5"), mine),
+        (ours(policy, "eq5", cache), mine),
+        (plain(stock, "eq5"), theirs),
         (plain(stock, "eq5", checkpoint=True), theirs),
     ]
     if not options.no_trl:
@@ -83,8 +105,10 @@ def check_same(arms: list[Arm], policy: Policy, step: Step, tolerance: float) ->
         loss = arm.run(step, None if arm.task == "stage 1" else pinned).item()
         expected = losses.setdefault(arm.task, loss)
         if abs(loss - expected) > tolerance * abs(expected):
-            raise Fault(f"{arm.name} computes the loss {loss:.7f} in {arm.task} where {expected:.7f} was expected; the "
-                        "arms do not do the same work and no times are taken")
+            raise Fault(
+                f"{arm.name} computes the loss {loss:.7f} in {arm.task} where {expected:.7f} was expected; the "
+                "arms do not do the same work and no times are taken"
+            )
     return losses
 
 
@@ -94,8 +118,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     if options.model == "llava_1_5_7b" and not options.random_weights:
         raise Fault("--model llava_1_5_7b: the benchmark loads no weights; add --random-weights to say that you know")
     if options.model == "llava_1_5_7b" and device == "cpu":
-        raise Fault("--model llava_1_5_7b needs a CUDA device with 40 GB; there is none here, use --model "
-                    "proportional")
+        raise Fault("--model llava_1_5_7b needs a CUDA device with 40 GB; there is none here, use --model proportional")
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -108,13 +131,15 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             built = build_arms(policy, made, options, base, processor, Path(folder))
         result = measured(shape, policy, made, built, options, device)
     if device == "cpu":
-        result["pipeline"] = [waiting(policy, processor, shape, workers=n, count=options.photographs)
-                              for n in options.workers]
+        result["pipeline"] = [
+            waiting(policy, processor, shape, workers=n, count=options.photographs) for n in options.workers
+        ]
     return result
 
 
-def measured(shape: Shape, policy: Policy, made: list[Step], built, options: argparse.Namespace,
-             device: str) -> dict[str, Any]:
+def measured(
+    shape: Shape, policy: Policy, made: list[Step], built, options: argparse.Namespace, device: str
+) -> dict[str, Any]:
     arms = [arm for arm, _ in built]
     with _mixed(shape, device):
         losses = check_same(arms, policy, made[0], SAME[shape.dtype])
@@ -137,25 +162,36 @@ def measured(shape: Shape, policy: Policy, made: list[Step], built, options: arg
         cached = arm.name == "ours, reference cached"
         floor = options.batch_size * measure.floor_flops(shape, arm.task, cached=cached)
         least = options.batch_size * measure.floor_flops(shape, arm.task)
-        row = {"arm": arm.name, "task": arm.task, "ms": 1e3 * middle, "processor_ms": 1e3 * worked,
-               "quartiles_ms": [1e3 * low, 1e3 * high],
-               "ms_per_example": 1e3 * middle / options.batch_size,
-               "peak_mb": measure.peak_bytes(lambda c=call: c(0), device=device) / 2**20,
-               "gflop": measure.flops(lambda c=call: c(0)) / 1e9, "floor_gflop": floor / 1e9,
-               "uncached_floor_gflop": least / 1e9}
+        row = {
+            "arm": arm.name,
+            "task": arm.task,
+            "ms": 1e3 * middle,
+            "processor_ms": 1e3 * worked,
+            "quartiles_ms": [1e3 * low, 1e3 * high],
+            "ms_per_example": 1e3 * middle / options.batch_size,
+            "peak_mb": measure.peak_bytes(lambda c=call: c(0), device=device) / 2**20,
+            "gflop": measure.flops(lambda c=call: c(0)) / 1e9,
+            "floor_gflop": floor / 1e9,
+            "uncached_floor_gflop": least / 1e9,
+        }
         if options.profile:
-            row["shares"] = measure.shares(lambda c=call: c(0), device=device,
-                                            repetitions=min(options.repetitions, 10))
+            row["shares"] = measure.shares(lambda c=call: c(0), device=device, repetitions=min(options.repetitions, 10))
         if device == "cuda":
             row["utilisation"] = floor / middle / (options.peak_tflops * 1e12)
         rows.append(row)
     return {
-        "model": options.model, "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(), "batch_size": options.batch_size, "repetitions": options.repetitions,
+        "model": options.model,
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "batch_size": options.batch_size,
+        "repetitions": options.repetitions,
         "tokens": {"image": shape.image_tokens, "prompt": shape.prompt, "response": shape.response},
-        "losses": losses, "rows": rows, "ratios": ratios(rows),
+        "losses": losses,
+        "rows": rows,
+        "ratios": ratios(rows),
         "load_average": [round(load_before, 2), round(load_after, 2)],
-        "versions": versions() | {"trl": _version("trl")}, "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": versions() | {"trl": _version("trl")},
+        "taken": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": "python -m povid.bench " + " ".join(sys.argv[1:]),
     }
 
@@ -182,21 +218,32 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         mean = sum(at[key]["ms"] for key in mine) / len(mine)
         peak = max(at[key]["peak_mb"] for key in mine)
         worked = sum(at[key]["processor_ms"] for key in mine) / len(mine)
-        return {"what": what, "speed": at[other]["ms"] / mean, "processor": at[other]["processor_ms"] / worked,
-                "memory": peak / at[other]["peak_mb"]}
+        return {
+            "what": what,
+            "speed": at[other]["ms"] / mean,
+            "processor": at[other]["processor_ms"] / worked,
+            "memory": peak / at[other]["peak_mb"],
+        }
 
     one, cached = ("stage 1", "ours"), ("stage 1", "ours, reference cached")
     found = [
         ratio("stage 1, no cache: TRL", ("stage 1", "TRL DPOTrainer"), [one]),
-        ratio("stage 1, three epochs, the cache's cost included: TRL", ("stage 1", "TRL DPOTrainer"),
-              [one, cached, cached]),
+        ratio(
+            "stage 1, three epochs, the cache's cost included: TRL",
+            ("stage 1", "TRL DPOTrainer"),
+            [one, cached, cached],
+        ),
         ratio("stage 1, no cache: TRL as it comes", ("stage 1", "TRL DPOTrainer, as it comes"), [one]),
-        ratio("stage 1, three epochs: TRL as it comes", ("stage 1", "TRL DPOTrainer, as it comes"),
-              [one, cached, cached]),
+        ratio(
+            "stage 1, three epochs: TRL as it comes", ("stage 1", "TRL DPOTrainer, as it comes"), [one, cached, cached]
+        ),
         ratio("stage 1, no cache: plain", ("stage 1", "plain"), [one]),
         ratio("stage 2, released objective: released code", ("released", "released code"), [("released", "ours")]),
-        ratio("stage 2, released objective: released code, checkpointing", ("released", "released code, checkpointing"),
-              [("released", "ours")]),
+        ratio(
+            "stage 2, released objective: released code, checkpointing",
+            ("released", "released code, checkpointing"),
+            [("released", "ours")],
+        ),
         ratio("stage 2, Eq. 5: plain", ("eq5", "plain"), [("eq5", "ours")]),
         ratio("stage 2, Eq. 5: plain, checkpointing", ("eq5", "plain, checkpointing"), [("eq5", "ours")]),
         ratio("stage 2, Eq. 5, reference cached: plain", ("eq5", "plain"), [("eq5", "ours, reference cached")]),
@@ -205,30 +252,41 @@ def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    lines = [f"{result['model']} on {result['device']} ({result['threads']} threads), batches of "
-             f"{result['batch_size']}, median of {result['repetitions']}; image, prompt and response tokens: "
-             f"{', '.join(map(str, result['tokens'].values()))}; load average {result['load_average'][0]} before and "
-             f"{result['load_average'][1]} after", ""]
+    lines = [
+        f"{result['model']} on {result['device']} ({result['threads']} threads), batches of "
+        f"{result['batch_size']}, median of {result['repetitions']}; image, prompt and response tokens: "
+        f"{', '.join(map(str, result['tokens'].values()))}; load average {result['load_average'][0]} before and "
+        f"{result['load_average'][1]} after",
+        "",
+    ]
     used = "  of peak" if "utilisation" in result["rows"][0] else ""
-    lines.append(f"{'task':9} {'arm':30} {'ms':>8} {'quartiles':>17} {'cpu ms':>8} {'peak MiB':>9} {'GFLOP':>9} "
-                 f"{'of floor':>8}{used}")
+    lines.append(
+        f"{'task':9} {'arm':30} {'ms':>8} {'quartiles':>17} {'cpu ms':>8} {'peak MiB':>9} {'GFLOP':>9} "
+        f"{'of floor':>8}{used}"
+    )
     for row in result["rows"]:
         low, high = row["quartiles_ms"]
         share = f"  {row['utilisation']:7.1%}" if used else ""
-        lines.append(f"{row['task']:9} {row['arm']:30} {row['ms']:8.1f} {low:8.1f} {high:8.1f} "
-                     f"{row['processor_ms']:8.1f} {row['peak_mb']:9.1f} {row['gflop']:9.2f} "
-                     f"{row['gflop'] / row['uncached_floor_gflop']:8.2f}{share}")
+        lines.append(
+            f"{row['task']:9} {row['arm']:30} {row['ms']:8.1f} {low:8.1f} {high:8.1f} "
+            f"{row['processor_ms']:8.1f} {row['peak_mb']:9.1f} {row['gflop']:9.2f} "
+            f"{row['gflop'] / row['uncached_floor_gflop']:8.2f}{share}"
+        )
     lines += ["", f"{'others against ours':59} {'times as long':>13} {'cpu time':>8} {'our peak memory':>16}"]
-    lines += [f"{entry['what']:59} {entry['speed']:13.2f} {entry['processor']:8.2f} {entry['memory']:16.0%}"
-              for entry in result["ratios"]]
+    lines += [
+        f"{entry['what']:59} {entry['speed']:13.2f} {entry['processor']:8.2f} {entry['memory']:16.0%}"
+        for entry in result["ratios"]
+    ]
     if "shares" in result["rows"][0]:
         lines += ["", f"{'where the time goes':40} " + " ".join(f"{kind:>26}" for kind in measure.KINDS)]
         for row in result["rows"]:
             spent = " ".join(f"{row['shares'][kind]:26.1%}" for kind in measure.KINDS)
             lines.append(f"{row['task']:9} {row['arm']:30} {spent}")
-    lines += [f"\n{entry['workers']} loader processes, 336-pixel photographs: a step of {entry['works_ms']:.1f} ms "
-              f"waits {entry['waits_ms']:.2f} ms for its data ({entry['share']:.1%})"
-              for entry in result.get("pipeline", ())]
+    lines += [
+        f"\n{entry['workers']} loader processes, 336-pixel photographs: a step of {entry['works_ms']:.1f} ms "
+        f"waits {entry['waits_ms']:.2f} ms for its data ({entry['share']:.1%})"
+        for entry in result.get("pipeline", ())
+    ]
     return "\n".join(lines)
 
 

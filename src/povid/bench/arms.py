@@ -1,6 +1,6 @@
 """The ways to take one step. Each returns the loss of a batch, with gradients of the adapter computed.
 
-Ours is ``povid.scoring``. The plain way sends every sequence through the whole model by itself. The released code's
+Ours is ``povid.training.scoring``. The plain way sends every sequence through the whole model by itself. The released code's
 way is written after what it computes (public repository YiyangZhou/POVID, tool/dpo_trainer_inherent.py): per model
 three forwards and two more vision passes, made only to lay out labels.
 """
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from povid.bench.subject import Step
-from povid.module import ObjectiveSettings
-from povid.objective import LogProbs, Objective, povid, released, text_dispreference
-from povid.packing import Encoded
-from povid.policy import Policy
-from povid.preferences.datamodule import Example
-from povid.reference_cache import ReferenceCache
-from povid.scoring import score
+from povid.method.objective import LogProbs, Objective, povid, released, text_dispreference
+from povid.model.packing import Encoded
+from povid.model.policy import Policy
+from povid.training.datamodule import Example
+from povid.training.module import ObjectiveSettings
+from povid.training.reference_cache import ReferenceCache
+from povid.training.scoring import score
 
 COEFFICIENTS = ObjectiveSettings()
 
@@ -69,8 +69,9 @@ def ours(policy: Policy, task: str, cache: ReferenceCache | None = None) -> Arm:
     def run(step: Step, pinned: Tensor | None = None) -> Tensor:
         batch = step.text if task == "stage 1" else step.both
         known = cache.find(batch) if cache is not None else None
-        logps = score(policy, batch, noise_on_clean_image=task == "released", noise_tokens_N=pinned,
-                      known_reference=known)
+        logps = score(
+            policy, batch, noise_on_clean_image=task == "released", noise_tokens_N=pinned, known_reference=known
+        )
         loss = loss_of(task, *logps).loss_B.mean()
         loss.backward()
         return loss
@@ -127,8 +128,9 @@ def plain(policy: Policy, task: str, *, checkpoint: bool = False) -> Arm:
     """Every sequence by itself, full logits, vision each time: Eq. 3 (stage 1) or Eq. 5."""
 
     def sides(example: Example, chosen: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
-        terms = [logp(whole_logits(policy, side, example.images), side)
-                 for side in (example.preferred, example.dispreferred)]
+        terms = [
+            logp(whole_logits(policy, side, example.images), side) for side in (example.preferred, example.dispreferred)
+        ]
         if task == "eq5":
             noised = whole_logits(policy, example.preferred, example.noised)
             chosen = _choose(noised, example.preferred) if chosen is None else chosen

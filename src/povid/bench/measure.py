@@ -16,8 +16,9 @@ import torch
 from povid.bench.subject import Shape
 
 
-def interleaved(arms: Sequence[Callable[[int], object]], *, warmups: int, repetitions: int,
-                device: str) -> list[list[tuple[float, float]]]:
+def interleaved(
+    arms: Sequence[Callable[[int], object]], *, warmups: int, repetitions: int, device: str
+) -> list[list[tuple[float, float]]]:
     """(seconds, seconds of processor time) of every repetition of every arm.
 
     The arms take turns, each time beginning with another one, so that a slow minute of the machine falls on all of
@@ -65,8 +66,9 @@ def peak_bytes(step: Callable[[], object], *, device: str) -> int:
     step()  # what is allocated once and kept is not the step's
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         step()
-    changes = sorted((e.start_ns(), e.nbytes()) for e in watched.profiler.kineto_results.events()
-                     if e.name() == "[memory]")
+    changes = sorted(
+        (e.start_ns(), e.nbytes()) for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
     held = peak = 0
     for _, change in changes:
         held += change
@@ -91,9 +93,37 @@ def _quiet() -> Iterator[None]:
 KINDS = ("matrix products", "attention", "optimizer", "element by element", "Python, autograd, dispatch")
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution")
 _LAYOUT = {  # operators that only say how memory is to be read, or get some
-    "view", "t", "transpose", "as_strided", "expand", "slice", "select", "permute", "unsqueeze", "squeeze", "reshape",
-    "detach", "alias", "empty", "empty_like", "empty_strided", "narrow", "split", "unbind", "_unsafe_view", "to",
-    "_to_copy", "result_type", "view_as", "expand_as", "contiguous", "flatten", "resize_", "set_", "item", "is_nonzero",
+    "view",
+    "t",
+    "transpose",
+    "as_strided",
+    "expand",
+    "slice",
+    "select",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "reshape",
+    "detach",
+    "alias",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "narrow",
+    "split",
+    "unbind",
+    "_unsafe_view",
+    "to",
+    "_to_copy",
+    "result_type",
+    "view_as",
+    "expand_as",
+    "contiguous",
+    "flatten",
+    "resize_",
+    "set_",
+    "item",
+    "is_nonzero",
 }
 
 

@@ -7,20 +7,29 @@ from typing import Any
 
 from povid.bench.arms import ours
 from povid.bench.subject import Shape, Step, template_for, triples
-from povid.policy import Policy
-from povid.preferences.datamodule import NoiseSettings, PreferenceDataModule
+from povid.model.policy import Policy
+from povid.training.datamodule import NoiseSettings, PreferenceDataModule
 
 
-def waiting(policy: Policy, processor: Any, shape: Shape, *, workers: int, count: int = 60,
-            pixels: tuple[int, int] = (336, 336)) -> dict[str, float]:
+def waiting(
+    policy: Policy, processor: Any, shape: Shape, *, workers: int, count: int = 60, pixels: tuple[int, int] = (336, 336)
+) -> dict[str, float]:
     """Milliseconds per step that stage 2 (Eq. 5, the one that needs two images) takes and waits, after ten steps in
     which the loader processes start.
 
     On a CPU the loaders work on the same cores as the step, so what they take shows in the step as well.
     """
     made = triples(shape, count, pixels=pixels, seed=1000)
-    data = PreferenceDataModule(made, template_for(processor), noise=NoiseSettings(), text=True, packable=True,
-                                batch_size=1, seed=0, workers=workers)
+    data = PreferenceDataModule(
+        made,
+        template_for(processor),
+        noise=NoiseSettings(),
+        text=True,
+        packable=True,
+        batch_size=1,
+        seed=0,
+        workers=workers,
+    )
     data.trainer = None
     arm = ours(policy, "eq5")
     waited = worked = 0.0
@@ -35,5 +44,9 @@ def waiting(policy: Policy, processor: Any, shape: Shape, *, workers: int, count
             waited += ready - start
             worked += time.perf_counter() - ready
     steps = count - 10
-    return {"workers": workers, "waits_ms": 1e3 * waited / steps, "works_ms": 1e3 * worked / steps,
-            "share": waited / (waited + worked)}
+    return {
+        "workers": workers,
+        "waits_ms": 1e3 * waited / steps,
+        "works_ms": 1e3 * worked / steps,
+        "share": waited / (waited + worked),
+    }

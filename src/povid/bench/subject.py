@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from povid.policy import LoraSettings, ModelSettings, Policy
-from povid.preferences.datamodule import Example, NoiseSettings, PreferenceBatch, PreferenceDataset, collate
-from povid.preferences.template import Template
+from povid.model.policy import LoraSettings, ModelSettings, Policy
+from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
+from povid.training.datamodule import Example, NoiseSettings, PreferenceBatch, PreferenceDataset, collate
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +46,7 @@ SHAPES = {
     # The 7B model's proportions at a four-hundredth of its work per token: head 4 %, vision 4.5 %, adapter 4.8 %.
     "proportional": Shape("proportional", 256, 8, 8, 688, 1000, 64, 6, 4, 28, 8, 15, 25),
     # LLaVA-1.5-7B: 7,063,427,072 parameters.
-    "llava_1_5_7b": Shape("llava_1_5_7b", 4096, 32, 32, 11008, 32064, 1024, 24, 16, 14, 128, 60, 100,
-                          dtype="bfloat16"),
+    "llava_1_5_7b": Shape("llava_1_5_7b", 4096, 32, 32, 11008, 32064, 1024, 24, 16, 14, 128, 60, 100, dtype="bfloat16"),
     # For tests of the benchmark itself.
     "smallest": Shape("smallest", 32, 2, 4, 64, 100, 24, 3, 2, 112, 4, 8, 6),
 }
@@ -59,14 +58,29 @@ def build_model(shape: Shape, *, device: str, seed: int = 0) -> nn.Module:
 
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
-            hidden_size=shape.vision_width, intermediate_size=4 * shape.vision_width, patch_size=shape.patch,
-            num_hidden_layers=shape.vision_layers, num_attention_heads=shape.vision_heads, image_size=shape.pixels,
-            projection_dim=shape.vision_width),
+            hidden_size=shape.vision_width,
+            intermediate_size=4 * shape.vision_width,
+            patch_size=shape.patch,
+            num_hidden_layers=shape.vision_layers,
+            num_attention_heads=shape.vision_heads,
+            image_size=shape.pixels,
+            projection_dim=shape.vision_width,
+        ),
         text_config=LlamaConfig(
-            hidden_size=shape.width, intermediate_size=shape.inner, num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads, vocab_size=shape.vocabulary, max_position_embeddings=4096,
-            bos_token_id=0, eos_token_id=1, pad_token_id=2),
-        image_token_id=3, vision_feature_layer=-2, vision_feature_select_strategy="default")
+            hidden_size=shape.width,
+            intermediate_size=shape.inner,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            vocab_size=shape.vocabulary,
+            max_position_embeddings=4096,
+            bos_token_id=0,
+            eos_token_id=1,
+            pad_token_id=2,
+        ),
+        image_token_id=3,
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
     torch.manual_seed(seed)
     before = torch.get_default_dtype()
     torch.set_default_dtype(getattr(torch, shape.dtype))
@@ -89,21 +103,38 @@ def build_processor(shape: Shape) -> Any:
     bare = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w0"))
     bare.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bare.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bare, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                                        extra_special_tokens={"image_token": "<image>"})
-    pictures = CLIPImageProcessor(size={"shortest_edge": shape.pixels},
-                                  crop_size={"height": shape.pixels, "width": shape.pixels})
-    return LlavaProcessor(pictures, tokenizer, patch_size=shape.patch, num_additional_image_tokens=1,
-                          vision_feature_select_strategy="default")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bare,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    pictures = CLIPImageProcessor(
+        size={"shortest_edge": shape.pixels}, crop_size={"height": shape.pixels, "width": shape.pixels}
+    )
+    return LlavaProcessor(
+        pictures,
+        tokenizer,
+        patch_size=shape.patch,
+        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default",
+    )
 
 
 def adapt(model: nn.Module, processor: Any, shape: Shape, *, lightened: bool = True, seed: int = 1) -> Policy:
     """A policy on the model whose adapter is not zero, so that policy and reference differ. Dropout is off.
 
-    ``lightened=False`` leaves the modules as transformers and peft made them (see ``povid.fused``).
+    ``lightened=False`` leaves the modules as transformers and peft made them (see ``povid.model.fused``).
     """
-    settings = ModelSettings(shape.name, "", dtype=shape.dtype, system="", max_length=4096,
-                             lora=LoraSettings(shape.lora, 2 * shape.lora, 0.0))
+    settings = ModelSettings(
+        shape.name,
+        "",
+        dtype=shape.dtype,
+        system="",
+        max_length=4096,
+        lora=LoraSettings(shape.lora, 2 * shape.lora, 0.0),
+    )
     torch.manual_seed(seed)
     policy = Policy(model, processor, settings, adapted=True)
     if not lightened:
@@ -178,4 +209,3 @@ def _to(entry: Any, device: str) -> Any:
     from lightning.fabric.utilities import move_data_to_device
 
     return move_data_to_device(entry, device)
-

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from povid.bench.arms import COEFFICIENTS, Arm
 from povid.bench.subject import Step, twin
-from povid.policy import Policy
+from povid.model.policy import Policy
 
 
 def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool) -> tuple[Arm, list[nn.Parameter]]:
@@ -29,12 +29,22 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
     folder = tempfile.mkdtemp(prefix="povid-bench-trl-")
     trainer = DPOTrainer(
         model=model,
-        args=DPOConfig(folder, beta=COEFFICIENTS.alpha, gradient_checkpointing=checkpoint,
-                       bf16=policy.settings.dtype == "bfloat16", use_cpu=device.type == "cpu", report_to="none",
-                       per_device_train_batch_size=1, max_length=None, disable_tqdm=True, save_strategy="no"),
+        args=DPOConfig(
+            folder,
+            beta=COEFFICIENTS.alpha,
+            gradient_checkpointing=checkpoint,
+            bf16=policy.settings.dtype == "bfloat16",
+            use_cpu=device.type == "cpu",
+            report_to="none",
+            per_device_train_batch_size=1,
+            max_length=None,
+            disable_tqdm=True,
+            save_strategy="no",
+        ),
         # TRL asks for a data set when it is made; its steps below get batches as its own collator lays them out.
-        train_dataset=Dataset.from_list([{"images": [Image.new("RGB", (8, 8))], "prompt": "USER: <image>",
-                                          "chosen": "w1", "rejected": "w2"}]),
+        train_dataset=Dataset.from_list(
+            [{"images": [Image.new("RGB", (8, 8))], "prompt": "USER: <image>", "chosen": "w1", "rejected": "w2"}]
+        ),
         processing_class=processor,
         peft_config=copy.deepcopy(policy.model.peft_config["default"]),
     )
@@ -60,8 +70,7 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
 
 
 def inputs_of(step: Step, dtype: torch.dtype) -> dict[str, Tensor]:
-    """TRL's layout: all chosen rows, then all rejected ones, padded on the right; images repeated for the second half.
-    """
+    """TRL's layout: all chosen rows, then all rejected ones, padded on the right; images repeated for the second half."""
     rows = [e.preferred for e in step.examples] + [e.dispreferred for e in step.examples]
     longest = max(len(row.input_ids) for row in rows)
     device = step.text.pairs.input_ids_BT.device

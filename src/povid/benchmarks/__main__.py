@@ -12,8 +12,8 @@ from typing import Any
 
 from povid.benchmarks import suite
 from povid.benchmarks.answer_file import write_text
-from povid.benchmarks.question import Question
 from povid.fault import Fault
+from povid.model.question import Question
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,18 +51,32 @@ def _score(arguments: Sequence[str]) -> int:
         "python -m povid.benchmarks fetch NAME --data DIR",
     )
     parser.add_argument("name", metavar="NAME", help="the benchmark, or: fetch")
-    parser.add_argument("--answers", metavar="FILE", type=Path, required=True,
-                        help="answers in any official layout; for pope also a folder with one file per split")
+    parser.add_argument(
+        "--answers",
+        metavar="FILE",
+        type=Path,
+        required=True,
+        help="answers in any official layout; for pope also a folder with one file per split",
+    )
     parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder of the official files")
     parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures, where scoring needs them")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write scores and the decision about each answer here")
     judge = parser.add_argument_group("judge (mmhal, mm_vet, llava_bench; mmbench where rules do not decide)")
     judge.add_argument("--judge-model", metavar="MODEL", help="the judging model; 'official' for the official one")
     judge.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server; by default OPENAI_BASE_URL")
-    judge.add_argument("--judge-key-env", metavar="NAME", default="OPENAI_API_KEY",
-                       help="environment variable that holds the key (default: %(default)s)")
-    judge.add_argument("--judge-cache", metavar="FILE", type=Path, default=Path("outputs/judge_replies.jsonl"),
-                       help="every reply is kept here, nothing is asked twice (default: %(default)s)")
+    judge.add_argument(
+        "--judge-key-env",
+        metavar="NAME",
+        default="OPENAI_API_KEY",
+        help="environment variable that holds the key (default: %(default)s)",
+    )
+    judge.add_argument(
+        "--judge-cache",
+        metavar="FILE",
+        type=Path,
+        default=Path("outputs/judge_replies.jsonl"),
+        help="every reply is kept here, nothing is asked twice (default: %(default)s)",
+    )
     judge.add_argument("--judge-token-budget", metavar="N", type=int, help="stop before more tokens would be used")
     given = parser.parse_args(arguments)
 
@@ -70,8 +84,10 @@ def _score(arguments: Sequence[str]) -> int:
     if not given.answers.exists():
         raise Fault(f"{given.answers}: no such file; give the answers to be scored.")
     if not given.data.is_dir():
-        raise Fault(f"{given.data} is no folder; give the folder of the official files, or run "
-                    f"`python -m povid.benchmarks fetch {given.name} --data {given.data}`.")
+        raise Fault(
+            f"{given.data} is no folder; give the folder of the official files, or run "
+            f"`python -m povid.benchmarks fetch {given.name} --data {given.data}`."
+        )
     if suite.judged(module) and not given.judge_model:
         raise Fault(f"{given.name} is scored by a judge; name its model with --judge-model.")
     questions = _questions(given.name, module, given)
@@ -99,8 +115,13 @@ def _judge(given: argparse.Namespace) -> Any:
     from povid.benchmarks.judge import Judge  # only here: most benchmarks need no judge
 
     model = None if given.judge_model == "official" else given.judge_model
-    return Judge(given.judge_cache, model=model, base_url=given.judge_url, api_key_env=given.judge_key_env,
-                 token_budget=given.judge_token_budget)
+    return Judge(
+        given.judge_cache,
+        model=model,
+        base_url=given.judge_url,
+        api_key_env=given.judge_key_env,
+        token_budget=given.judge_token_budget,
+    )
 
 
 def _notes(name: str, scores: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
@@ -109,8 +130,10 @@ def _notes(name: str, scores: Mapping[str, Any], records: Sequence[Mapping[str, 
         return
     empty = [record["image_id"] for record in records if not record["counted"]]
     if empty:
-        yield (f"{len(empty)} empty captions left out, as the official to_chair.py does; the first is of image "
-               f"{empty[0]!r}.")
+        yield (
+            f"{len(empty)} empty captions left out, as the official to_chair.py does; the first is of image "
+            f"{empty[0]!r}."
+        )
     if scores.get("without_caption"):
         yield f"{scores['without_caption']} images of objects.json have no caption and are not in the score."
 
@@ -119,16 +142,22 @@ def table(scores: Mapping[str, Any], *, decimals: int = 1, indent: str = "") -> 
     """Lines "name  value"; groups indented under their name, and groups of the same figures as rows of one grid."""
     single = {key: value for key, value in scores.items() if not isinstance(value, Mapping)}
     groups = {key: value for key, value in scores.items() if isinstance(value, Mapping)}
-    flat = {key: list(group) for key, group in groups.items()
-            if len(group) > 1 and not any(isinstance(value, Mapping) for value in group.values())}
+    flat = {
+        key: list(group)
+        for key, group in groups.items()
+        if len(group) > 1 and not any(isinstance(value, Mapping) for value in group.values())
+    }
     alike = [key for key in flat if list(flat.values()).count(flat[key]) > 1 and flat[key] == next(iter(flat.values()))]
     width = max((len(key) for key in [*single, *alike]), default=0)
     lines = [f"{indent}{key:<{width}}  {_shown(value, decimals):>9}" for key, value in single.items()]
     if alike:
         columns = list(groups[alike[0]])
         lines.append(f"{indent}{'':<{width}}" + "".join(f"  {column:>9}" for column in columns))
-        lines += [f"{indent}{key:<{width}}" + "".join(f"  {_shown(value, decimals):>{max(9, len(column))}}"
-                                                      for column, value in groups[key].items()) for key in alike]
+        lines += [
+            f"{indent}{key:<{width}}"
+            + "".join(f"  {_shown(value, decimals):>{max(9, len(column))}}" for column, value in groups[key].items())
+            for key in alike
+        ]
     for key in [key for key in groups if key not in alike]:
         lines += [f"{indent}{key}:", table(groups[key], decimals=decimals, indent=indent + "  ")]
     return "\n".join(lines)

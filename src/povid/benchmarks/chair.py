@@ -12,8 +12,8 @@ from typing import Any
 from povid.benchmarks import coco
 from povid.benchmarks.answer_file import read_records, write_text
 from povid.benchmarks.chair_words import mended_singular, objects, official_singular, read_synonyms
-from povid.benchmarks.question import Decoding, Question, Score
 from povid.fault import Fault
+from povid.model.question import Decoding, Question, Score
 
 DECODING = Decoding(max_new_tokens=1024)  # the authors sampled at temperature 0.2; greedy can be repeated
 OFFICIAL = "LisaAnne/Hallucination utils/chair.py (NLTK word_tokenize, pattern's singularize)"
@@ -59,8 +59,10 @@ def load(
         truth = coco.annotations(data, {key for key in names if isinstance(key, int)})
     if unknown := [name for key, name in names.items() if key not in truth]:
         source = data / "objects.json" if listed is not None else f"COCO's 2014 annotation files in {data}"
-        raise Fault(f"Image {unknown[0]!r} ({len(unknown)} of {len(names)} images) is not in {source}; "
-                    "without its true objects its caption cannot be scored: take it out or add its objects.")
+        raise Fault(
+            f"Image {unknown[0]!r} ({len(unknown)} of {len(names)} images) is not in {source}; "
+            "without its true objects its caption cannot be scored: take it out or add its objects."
+        )
     singular = mended_singular(mended)
     return [
         Question(
@@ -160,8 +162,10 @@ def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
             raise Fault(f"{place} describes image {image!r}, which is not among the {len(asked)} asked; take it out.")
         answers[coco.image_key(image)] = caption
     if missing := [question.id for key, question in asked.items() if key not in answers]:
-        raise Fault(f"{Path(file).name} has no caption for {len(missing)} of {len(asked)} images, the first is "
-                    f"{missing[0]!r}; add them.")
+        raise Fault(
+            f"{Path(file).name} has no caption for {len(missing)} of {len(asked)} images, the first is "
+            f"{missing[0]!r}; add them."
+        )
     return [answers[coco.image_key(question.id)] for question in questions]
 
 
@@ -201,8 +205,10 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
     scores |= {"captions": len(kept), "empty": len(answers) - len(kept)}
     if questions[0].meta["listed"] is not None:
         scores["without_caption"] = questions[0].meta["listed"] - len(questions)
-    corrected = _figures([objects(answer, mended, singular) for _, answer in kept],
-                         [question.meta["objects_corrected"] for question, _ in kept])
+    corrected = _figures(
+        [objects(answer, mended, singular) for _, answer in kept],
+        [question.meta["objects_corrected"] for question, _ in kept],
+    )
     what = "singular bus and tie kept; synonyms disabled by a space or capital mended"
     scores["corrected"] = corrected | {"what": what}
     read = {question.id: found for (question, _), found in zip(kept, mentions)}

@@ -17,10 +17,31 @@ from povid.fault import Fault
 DOUBLE_WORDS = {
     pair: pair
     for pair in (
-        "motor bike", "motor cycle", "air plane", "traffic light", "street light", "traffic signal", "stop light",
-        "fire hydrant", "stop sign", "parking meter", "suit case", "sports ball", "baseball bat", "baseball glove",
-        "tennis racket", "wine glass", "hot dog", "cell phone", "mobile phone", "teddy bear", "hair drier",
-        "potted plant", "laptop computer", "home plate", "train track",
+        "motor bike",
+        "motor cycle",
+        "air plane",
+        "traffic light",
+        "street light",
+        "traffic signal",
+        "stop light",
+        "fire hydrant",
+        "stop sign",
+        "parking meter",
+        "suit case",
+        "sports ball",
+        "baseball bat",
+        "baseball glove",
+        "tennis racket",
+        "wine glass",
+        "hot dog",
+        "cell phone",
+        "mobile phone",
+        "teddy bear",
+        "hair drier",
+        "potted plant",
+        "laptop computer",
+        "home plate",
+        "train track",
     )
 }
 DOUBLE_WORDS |= {
@@ -40,8 +61,10 @@ def read_synonyms(file: Path) -> dict[str, str]:
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except OSError as error:
-        raise Fault(f"{file} cannot be read ({error.strerror}); put CHAIR's data/synonyms.txt there "
-                    "or run `python -m povid.benchmarks fetch chair`.") from None
+        raise Fault(
+            f"{file} cannot be read ({error.strerror}); put CHAIR's data/synonyms.txt there "
+            "or run `python -m povid.benchmarks fetch chair`."
+        ) from None
     classes = [line.strip().split(", ") for line in lines if line.strip()]
     return {word: words[0] for words in classes for word in words}
 

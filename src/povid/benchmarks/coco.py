@@ -107,9 +107,11 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
     try:
         source = file.open(encoding="utf-8")
     except OSError as error:
-        raise Fault(f"{file} cannot be read ({error.strerror}); "
-                    "put COCO's 2014 annotation files there (`python -m povid.benchmarks fetch chair`), or for other "
-                    "images an objects.json.") from None
+        raise Fault(
+            f"{file} cannot be read ({error.strerror}); "
+            "put COCO's 2014 annotation files there (`python -m povid.benchmarks fetch chair`), or for other "
+            "images an objects.json."
+        ) from None
     decode = json.JSONDecoder().raw_decode
     text, at = "", 0
 
@@ -117,7 +119,7 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
         nonlocal text, at
         added = source.read(block)
         if not added:
-            raise Fault(f"{file} breaks off or is not JSON near {text[at:at + 40]!r}; fetch the file again.")
+            raise Fault(f"{file} breaks off or is not JSON near {text[at : at + 40]!r}; fetch the file again.")
         text, at = text[at:] + added, 0
 
     def peek() -> str:
@@ -150,7 +152,7 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
                 continue
             key = value()
             if peek() != ":":
-                raise Fault(f"{file} is not JSON near {text[at:at + 40]!r}; fetch the file again.")
+                raise Fault(f"{file} is not JSON near {text[at : at + 40]!r}; fetch the file again.")
             at += 1
             if peek() != "[":
                 yield key, value()

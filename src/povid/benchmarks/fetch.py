@@ -49,16 +49,30 @@ _HEAD = "master"
 
 SOURCES: Mapping[str, Sequence[Source]] = {
     "chair": [
-        Source(f"{_GITHUB}/LisaAnne/Hallucination/{_HEAD}/data/synonyms.txt", "synonyms.txt", size=3577,
-               sha256="b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2"),
-        Source(f"{_COCO}/annotations/annotations_trainval2014.zip", "annotations_trainval2014.zip", unpack=".",
-               only=("instances_train2014.json", "instances_val2014.json", "captions_train2014.json",
-                     "captions_val2014.json")),
+        Source(
+            f"{_GITHUB}/LisaAnne/Hallucination/{_HEAD}/data/synonyms.txt",
+            "synonyms.txt",
+            size=3577,
+            sha256="b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2",
+        ),
+        Source(
+            f"{_COCO}/annotations/annotations_trainval2014.zip",
+            "annotations_trainval2014.zip",
+            unpack=".",
+            only=(
+                "instances_train2014.json",
+                "instances_val2014.json",
+                "captions_train2014.json",
+                "captions_val2014.json",
+            ),
+        ),
         _VAL2014,
     ],
     "pope": [
-        *(Source(f"{_GITHUB}/RUCAIBox/POPE/main/output/coco/coco_pope_{split}.json", f"coco_pope_{split}.json")
-          for split in ("random", "popular", "adversarial")),
+        *(
+            Source(f"{_GITHUB}/RUCAIBox/POPE/main/output/coco/coco_pope_{split}.json", f"coco_pope_{split}.json")
+            for split in ("random", "popular", "adversarial")
+        ),
         _VAL2014,
     ],
     "mmhal": [
@@ -71,37 +85,53 @@ SOURCES: Mapping[str, Sequence[Source]] = {
         Source("https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip", "test.zip", unpack="images"),
     ],
     "mme": [
-        Source(f"{_GITHUB}/BradyFU/Awesome-Multimodal-Large-Language-Models/Evaluation/tools/eval_tool.zip",
-               "eval_tool.zip", size=107320,
-               sha256="b8125e2a7c3418e5761c12b3cfe4f1624b3c53ba44009e75b7d3f797d3d8acee", unpack="."),
-        Source(f"{_HUB}/darkyarding/MME/resolve/main/MME_Benchmark_release_version.zip",
-               "MME_Benchmark_release_version.zip", unpack="."),
+        Source(
+            f"{_GITHUB}/BradyFU/Awesome-Multimodal-Large-Language-Models/Evaluation/tools/eval_tool.zip",
+            "eval_tool.zip",
+            size=107320,
+            sha256="b8125e2a7c3418e5761c12b3cfe4f1624b3c53ba44009e75b7d3f797d3d8acee",
+            unpack=".",
+        ),
+        Source(
+            f"{_HUB}/darkyarding/MME/resolve/main/MME_Benchmark_release_version.zip",
+            "MME_Benchmark_release_version.zip",
+            unpack=".",
+        ),
     ],
     "mmbench": [
-        Source("https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv",
-               "mmbench_dev_20230712.tsv"),
+        Source(
+            "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv",
+            "mmbench_dev_20230712.tsv",
+        ),
     ],
     "mm_vet": [
         Source("https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip", "mm-vet.zip", unpack="."),
     ],
     "llava_bench": [
-        *(Source(f"{_HUB}/liuhaotian/llava-bench-in-the-wild/resolve/main/{name}", name)
-          for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")),
-        *(Source(f"{_HUB}/liuhaotian/llava-bench-in-the-wild/resolve/main/images/{number:03d}.jpg",
-                 f"images/{number:03d}.jpg") for number in range(1, 25)),
+        *(
+            Source(f"{_HUB}/liuhaotian/llava-bench-in-the-wild/resolve/main/{name}", name)
+            for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
+        ),
+        *(
+            Source(
+                f"{_HUB}/liuhaotian/llava-bench-in-the-wild/resolve/main/images/{number:03d}.jpg",
+                f"images/{number:03d}.jpg",
+            )
+            for number in range(1, 25)
+        ),
     ],
 }
 
 BY_HAND: Mapping[str, str] = {
     "science_qa": "The prompts themselves (llava_test_CQM-A.json) are in LLaVA's eval.zip, behind Google Drive: open "
-                  "https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy in a browser, download it, and "
-                  "put scienceqa/llava_test_CQM-A.json into {data}; without it the prompts are built in that form.",
+    "https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy in a browser, download it, and "
+    "put scienceqa/llava_test_CQM-A.json into {data}; without it the prompts are built in that form.",
     "mm_vet": "MM-Vet's data is CC BY-NC 4.0: for research, not for commercial use.",
     "mme": "If the pictures cannot be fetched, ask for them as the readme of "
-           "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation says and unpack "
-           "MME_Benchmark_release_version into {data}; answers can be scored without them.",
+    "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation says and unpack "
+    "MME_Benchmark_release_version into {data}; answers can be scored without them.",
     "mmbench": "If that address is closed, download MMBench_DEV_EN_legacy.tsv as "
-               "https://github.com/open-compass/MMBench says and put it into {data}.",
+    "https://github.com/open-compass/MMBench says and put it into {data}.",
     "chair": "Pictures take 6 GB; where they lie elsewhere already, set benchmarks.chair.images instead.",
     "pope": "Pictures take 6 GB; where they lie elsewhere already, set benchmarks.pope.images instead.",
 }
@@ -116,8 +146,9 @@ def main(name: str, data: Path) -> int:
     return 0
 
 
-def fetch(name: str, data: Path, sources: Sequence[Source] | None = None, *, tries: int = 5,
-          pause: float = 1.0) -> list[Path]:
+def fetch(
+    name: str, data: Path, sources: Sequence[Source] | None = None, *, tries: int = 5, pause: float = 1.0
+) -> list[Path]:
     """Bring the files of benchmark ``name`` into ``data``; those that are there and recorded are left alone.
 
     What a broken connection has brought is kept as FILE.part and continued; a file appears under its name only when
@@ -161,26 +192,34 @@ def _download(source: Source, file: Path, tries: int, pause: float) -> tuple[int
             break
         except urllib.error.HTTPError as error:
             if error.code < 500 and error.code != 429:
-                raise Fault(f"{source.url} answers {error.code} {error.reason}; open it in a browser, download "
-                            f"{file.name} by hand and put it into {file.parent}.") from error
+                raise Fault(
+                    f"{source.url} answers {error.code} {error.reason}; open it in a browser, download "
+                    f"{file.name} by hand and put it into {file.parent}."
+                ) from error
             reason = f"{error.code} {error.reason}"
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, EOFError) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         except OSError as error:
             have = part.stat().st_size if part.exists() else 0
-            raise Fault(f"{part} cannot be written ({error.strerror or error}) after {have:,} bytes, "
-                        f"{shutil.disk_usage(file.parent).free:,} are free; make room and run the same command again, "
-                        "it goes on from there.") from error
+            raise Fault(
+                f"{part} cannot be written ({error.strerror or error}) after {have:,} bytes, "
+                f"{shutil.disk_usage(file.parent).free:,} are free; make room and run the same command again, "
+                "it goes on from there."
+            ) from error
         if attempt + 1 == tries:
-            raise Fault(f"{source.url} could not be fetched in {tries} tries ({reason}); check the network and run the "
-                        "same command again, it goes on where it stopped.")
+            raise Fault(
+                f"{source.url} could not be fetched in {tries} tries ({reason}); check the network and run the "
+                "same command again, it goes on where it stopped."
+            )
         time.sleep(pause * 2**attempt)
     size, digest = part.stat().st_size, _sha256(part)
     if source.size not in (None, size) or source.sha256 not in (None, digest):
         part.unlink()
-        raise Fault(f"{source.url} gave {size:,} bytes with sha256 {digest}, expected were "
-                    f"{source.size or size:,} bytes with {source.sha256 or 'any'}; it was removed, run the same "
-                    "command again, and if this stays the official file has changed.")
+        raise Fault(
+            f"{source.url} gave {size:,} bytes with sha256 {digest}, expected were "
+            f"{source.size or size:,} bytes with {source.sha256 or 'any'}; it was removed, run the same "
+            "command again, and if this stays the official file has changed."
+        )
     os.replace(part, file)
     return size, digest
 
@@ -212,9 +251,17 @@ def _transfer(source: Source, part: Path) -> None:
         if total is not None and total - start > shutil.disk_usage(part.parent).free:
             raise OSError(28, "No space left on device")
         tag.write_text(answer.headers.get("ETag") or "")
-        with part.open("ab" if resumed else "wb") as sink, tqdm(
-                total=total, initial=start, desc=part.name.removesuffix(".part"), unit="B", unit_scale=True,
-                disable=None) as bar:
+        with (
+            part.open("ab" if resumed else "wb") as sink,
+            tqdm(
+                total=total,
+                initial=start,
+                desc=part.name.removesuffix(".part"),
+                unit="B",
+                unit_scale=True,
+                disable=None,
+            ) as bar,
+        ):
             while block := answer.read(BLOCK):
                 sink.write(block)
                 bar.update(len(block))
@@ -230,14 +277,20 @@ def _unpack(source: Source, file: Path, folder: Path) -> None:
     """Unpack an archive below ``folder``, each file under its name only when it is whole."""
     try:
         with zipfile.ZipFile(file) as archive:
-            members = [member for member in archive.infolist()
-                       if not member.is_dir() and not member.filename.startswith("__MACOSX")
-                       and (not source.only or member.filename.endswith(source.only))]
+            members = [
+                member
+                for member in archive.infolist()
+                if not member.is_dir()
+                and not member.filename.startswith("__MACOSX")
+                and (not source.only or member.filename.endswith(source.only))
+            ]
             for member in members:
                 path = PurePosixPath(member.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
-                    raise Fault(f"{file} has a member {member.filename!r} that would be written outside {folder}; "
-                                "nothing was unpacked, get the archive from its official address.")
+                    raise Fault(
+                        f"{file} has a member {member.filename!r} that would be written outside {folder}; "
+                        "nothing was unpacked, get the archive from its official address."
+                    )
             for member in tqdm(members, desc=f"unpacking {file.name}", unit="file", disable=None):
                 target = folder.joinpath(*PurePosixPath(member.filename.replace("\\", "/")).parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -249,8 +302,10 @@ def _unpack(source: Source, file: Path, folder: Path) -> None:
         file.unlink(missing_ok=True)
         raise Fault(f"{file} is no whole zip archive ({error}); it was removed, run the same command again.") from error
     except OSError as error:
-        raise Fault(f"{file} cannot be unpacked into {folder} ({error.strerror or error}); make room and run the same "
-                    "command again.") from error
+        raise Fault(
+            f"{file} cannot be unpacked into {folder} ({error.strerror or error}); make room and run the same "
+            "command again."
+        ) from error
 
 
 def _sha256(file: Path) -> str:

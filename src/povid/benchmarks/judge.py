@@ -15,12 +15,16 @@ from typing import Any
 
 from tqdm import tqdm
 
-from povid.endpoint import Endpoint, NoReply, Reply, Request, Spent
 from povid.fault import Fault
+from povid.server.endpoint import Endpoint, NoReply, Reply, Request, Spent
 
 WORDING = "povid-1"
-OFFICIAL_JUDGES = {"mmhal": "gpt-4-0314", "mm_vet": "gpt-4-0613", "llava_bench": "gpt-4-0314",
-                   "mmbench": "gpt-3.5-turbo-0613"}
+OFFICIAL_JUDGES = {
+    "mmhal": "gpt-4-0314",
+    "mm_vet": "gpt-4-0613",
+    "llava_bench": "gpt-4-0314",
+    "mmbench": "gpt-3.5-turbo-0613",
+}
 
 
 class Judge:
@@ -52,10 +56,19 @@ class Judge:
     ) -> None:
         self._cache, self._model = cache, model
         self._settings: dict[str, Any] = {
-            "base_url": base_url, "api_key_env": api_key_env, "concurrency": concurrency, "timeout": timeout,
-            "retries": retries, "backoff": backoff, "requests_per_minute": requests_per_minute,
-            "input_price": input_price, "output_price": output_price, "budget": budget, "token_budget": token_budget,
-            "max_tokens_key": max_tokens_key}
+            "base_url": base_url,
+            "api_key_env": api_key_env,
+            "concurrency": concurrency,
+            "timeout": timeout,
+            "retries": retries,
+            "backoff": backoff,
+            "requests_per_minute": requests_per_minute,
+            "input_price": input_price,
+            "output_price": output_price,
+            "budget": budget,
+            "token_budget": token_budget,
+            "max_tokens_key": max_tokens_key,
+        }
         self._endpoints: dict[str, Endpoint] = {}
         self._used: dict[str, Spent] = defaultdict(Spent)
 
@@ -76,8 +89,9 @@ class Judge:
         """Replies in the order of the requests. Raises NoReply naming the first open one, when all others are kept."""
         replies: list[Reply | NoReply | None] = [None] * len(requests)
         endpoint = self.endpoint(benchmark)
-        with tqdm(total=len(requests), desc=f"{benchmark} judged by {endpoint.model}", unit="reply",
-                  disable=None) as bar:
+        with tqdm(
+            total=len(requests), desc=f"{benchmark} judged by {endpoint.model}", unit="reply", disable=None
+        ) as bar:
             for position, reply in endpoint.ask_all(requests):
                 replies[position] = reply
                 if isinstance(reply, Reply):
@@ -85,8 +99,9 @@ class Judge:
                 bar.update()
         open_ones = [reply for reply in replies if isinstance(reply, NoReply)]
         if open_ones:
-            raise NoReply(f"{len(open_ones)} of {len(requests)} judgements of {benchmark} are open, the first: "
-                          f"{open_ones[0]}") from open_ones[0]
+            raise NoReply(
+                f"{len(open_ones)} of {len(requests)} judgements of {benchmark} are open, the first: {open_ones[0]}"
+            ) from open_ones[0]
         return [reply for reply in replies if isinstance(reply, Reply)]
 
     def describe(self, benchmark: str) -> dict[str, Any]:
@@ -95,14 +110,22 @@ class Judge:
         Counted are all replies since the last call, those from disk at what they cost when they were asked.
         """
         used = self._used.pop(benchmark, Spent())
-        return {"model": self.model(benchmark), "official_model": OFFICIAL_JUDGES[benchmark], "wording": WORDING,
-                "replies": used.requests, "tokens": used.tokens, "cost": used.cost}
+        return {
+            "model": self.model(benchmark),
+            "official_model": OFFICIAL_JUDGES[benchmark],
+            "wording": WORDING,
+            "replies": used.requests,
+            "tokens": used.tokens,
+            "cost": used.cost,
+        }
 
 
 def unreadable(benchmark: str, judge: Judge, count: int) -> Fault:
     """The judge never kept to the form: there is no score to give."""
-    return Fault(f"{benchmark}: none of {count} replies of the judge {judge.model(benchmark.split()[0])} holds a score "
-                 "that can be read; choose another judge with judge.model=...")
+    return Fault(
+        f"{benchmark}: none of {count} replies of the judge {judge.model(benchmark.split()[0])} holds a score "
+        "that can be read; choose another judge with judge.model=..."
+    )
 
 
 # ---------------------------------------------------------------------- MMHal-Bench
@@ -210,31 +233,44 @@ def mmhal_last_rating(reply: str) -> int | None:
 
 # ---------------------------------------------------------------------- MM-Vet
 
-_ICE = ("The meme makes fun of the misleading names of two countries: Greenland is mostly ice while Iceland is green. "
-        "Its speaker says that this is why he finds it hard to trust.")
+_ICE = (
+    "The meme makes fun of the misleading names of two countries: Greenland is mostly ice while Iceland is green. "
+    "Its speaker says that this is why he finds it hard to trust."
+)
 _ROWS = (
     ("Which x solve the equation?", "2 <AND> -7", "x = 4", "0.0"),
     ("Which x solve the equation?", "2 <AND> -7", "x = 2", "0.5"),
     ("Which x solve the equation?", "2 <AND> -7", "x = -7", "0.5"),
     ("Which x solve the equation?", "2 <AND> -7", "x = -7 or 7", "0.5"),
     ("Which x solve the equation?", "2 <AND> -7", "x = 2 or x = -7", "1.0"),
-    ("Why is this meme funny?", _ICE, "The meme is about Iceland and Greenland. One is not as icy and the other not "
-     "as green as its name says.", "0.4"),
-    ("Why is this meme funny?", _ICE, "The meme jokes that the names of Iceland and Greenland mislead: Iceland has "
-     "green land and Greenland is covered in ice. The line about trust issues says, tongue in cheek, that such "
-     "contradictions make one doubt what one is told. The humour lies in the contrast of name and country.", "1.0"),
+    (
+        "Why is this meme funny?",
+        _ICE,
+        "The meme is about Iceland and Greenland. One is not as icy and the other not as green as its name says.",
+        "0.4",
+    ),
+    (
+        "Why is this meme funny?",
+        _ICE,
+        "The meme jokes that the names of Iceland and Greenland mislead: Iceland has "
+        "green land and Greenland is covered in ice. The line about trust issues says, tongue in cheek, that such "
+        "contradictions make one doubt what one is told. The humour lies in the contrast of name and country.",
+        "1.0",
+    ),
 )
-MM_VET_PROMPT = "\n".join([
-    "Compare the prediction of a model with the ground truth and grade how correct it is. <AND> in the ground truth "
-    "means that the prediction is entirely right only if it has all of the elements; <OR> means that any one of them "
-    "is enough. The grade is 0.0 (entirely wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 or 1.0 (entirely "
-    "right). Fill in only the last cell, the grade.",
-    "",
-    "Question | Ground truth | Prediction | Correctness",
-    "--- | --- | --- | ---",
-    *(" | ".join(row) for row in _ROWS),
-    "",
-])
+MM_VET_PROMPT = "\n".join(
+    [
+        "Compare the prediction of a model with the ground truth and grade how correct it is. <AND> in the ground truth "
+        "means that the prediction is entirely right only if it has all of the elements; <OR> means that any one of them "
+        "is enough. The grade is 0.0 (entirely wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 or 1.0 (entirely "
+        "right). Fill in only the last cell, the grade.",
+        "",
+        "Question | Ground truth | Prediction | Correctness",
+        "--- | --- | --- | ---",
+        *(" | ".join(row) for row in _ROWS),
+        "",
+    ]
+)
 MM_VET_INSIST = "\nGive the correctness of the prediction as a number (digit): "
 MM_VET_TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5)  # of the first question and of those that insist; then the grade is 0
 
@@ -243,8 +279,13 @@ def mm_vet_request(name: str, question: str, truth: str, prediction: str, attemp
     """MM-Vet mm-vet_evaluator.py: a table whose last cell is open, max_tokens 3; attempts after the first insist."""
     truth = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
     text = MM_VET_PROMPT + "\n" + " | ".join([question, truth, prediction, ""]) + (MM_VET_INSIST if attempt else "")
-    return Request([{"role": "user", "content": text}], temperature=MM_VET_TEMPERATURES[attempt], max_tokens=3,
-                   sample=run, name=name)
+    return Request(
+        [{"role": "user", "content": text}],
+        temperature=MM_VET_TEMPERATURES[attempt],
+        max_tokens=3,
+        sample=run,
+        name=name,
+    )
 
 
 def mm_vet_grade(reply: str) -> float | None:
@@ -284,9 +325,11 @@ LLAVA_BENCH_RULE = (  # one text for conv, detail and complex, as in the officia
 
 def llava_bench_request(name: str, context: str, question: str, reference: str, answer: str) -> Request:
     """LLaVA llava/eval/eval_gpt_review_bench.py: five blocks, the reference first, temperature 0.2, max_tokens 1024."""
-    text = (f"[Context]\n{context}\n\n[Question]\n{question}\n\n"
-            f"[Assistant 1]\n{reference}\n\n[End of Assistant 1]\n\n"
-            f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{LLAVA_BENCH_RULE}\n\n")
+    text = (
+        f"[Context]\n{context}\n\n[Question]\n{question}\n\n"
+        f"[Assistant 1]\n{reference}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{LLAVA_BENCH_RULE}\n\n"
+    )
     messages = [{"role": "system", "content": LLAVA_BENCH_SYSTEM}, {"role": "user", "content": text}]
     return Request(messages, temperature=0.2, max_tokens=1024, name=name)
 

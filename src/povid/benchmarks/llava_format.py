@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from povid.benchmarks.answer_file import read_records, write_text
-from povid.benchmarks.question import Question
 from povid.fault import Fault
+from povid.model.question import Question
 
 
 def by_question_id(file: Path, questions: Sequence[Question]) -> list[str]:
@@ -27,8 +27,12 @@ def texts(file: Path, *, key: str = "question_id", text: str = "text") -> Iterab
         yield place, str(record[key]), record[text]
 
 
-def in_order(file: Path, found: Iterable[tuple[str, str, Any]], questions: Sequence[Question],
-             key: Callable[[Question], str] = lambda question: str(question.id)) -> list[str]:
+def in_order(
+    file: Path,
+    found: Iterable[tuple[str, str, Any]],
+    questions: Sequence[Question],
+    key: Callable[[Question], str] = lambda question: str(question.id),
+) -> list[str]:
     """Answers in the order of the questions, whatever their order in the file.
 
     Raises Fault for an answer that is no text, a question answered twice, one that the benchmark does not have, and
@@ -39,8 +43,10 @@ def in_order(file: Path, found: Iterable[tuple[str, str, Any]], questions: Seque
     places: dict[int, str] = {}
     for place, name, answer in found:
         if name not in position:
-            raise Fault(f"{place} answers question {name!r:.200}, which is none of the {len(questions)} questions "
-                        "here; give the answers and the data of the same version.")
+            raise Fault(
+                f"{place} answers question {name!r:.200}, which is none of the {len(questions)} questions "
+                "here; give the answers and the data of the same version."
+            )
         number = position[name]
         if number in places:
             raise Fault(f"{place} answers question {name!r:.200} a second time, first at {places[number]}; keep one.")
@@ -49,17 +55,27 @@ def in_order(file: Path, found: Iterable[tuple[str, str, Any]], questions: Seque
         answers[number], places[number] = answer, place
     open_ones = [str(question.id) for question, answer in zip(questions, answers) if answer is None]
     if open_ones:
-        raise Fault(f"{file} answers {len(places)} of {len(questions)} questions, missing "
-                    f"{', '.join(open_ones[:3])}{' and others' if len(open_ones) > 3 else ''}; "
-                    "answer all questions before scoring.")
+        raise Fault(
+            f"{file} answers {len(places)} of {len(questions)} questions, missing "
+            f"{', '.join(open_ones[:3])}{' and others' if len(open_ones) > 3 else ''}; "
+            "answer all questions before scoring."
+        )
     return [answer for answer in answers if answer is not None]
 
 
 def records(questions: Sequence[Question], answers: Sequence[str], model: str = "povid") -> list[dict[str, Any]]:
     """The records that LLaVA's scripts write; ``prompt`` shows the image marker only where they do."""
-    return [{"question_id": question.meta.get("question_id", question.id), "prompt": question.text, "text": answer,
-             "answer_id": hashlib.sha1(whole(f"{question.id}\n{answer}").encode()).hexdigest()[:22],
-             "model_id": model, "metadata": {}} for question, answer in zip(questions, answers, strict=True)]
+    return [
+        {
+            "question_id": question.meta.get("question_id", question.id),
+            "prompt": question.text,
+            "text": answer,
+            "answer_id": hashlib.sha1(whole(f"{question.id}\n{answer}").encode()).hexdigest()[:22],
+            "model_id": model,
+            "metadata": {},
+        }
+        for question, answer in zip(questions, answers, strict=True)
+    ]
 
 
 def write_jsonl(file: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
@@ -78,8 +94,10 @@ def needed(data: Path, names: Sequence[str], benchmark: str) -> Path:
     for name in names:
         if (data / name).exists():
             return data / name
-    raise Fault(f"{data} holds no {' or '.join(names)}, which {benchmark} needs; "
-                f"run `python -m povid.benchmarks fetch {benchmark} --data {data}`.")
+    raise Fault(
+        f"{data} holds no {' or '.join(names)}, which {benchmark} needs; "
+        f"run `python -m povid.benchmarks fetch {benchmark} --data {data}`."
+    )
 
 
 def fields(place: str, record: Any, *names: str) -> list[Any]:

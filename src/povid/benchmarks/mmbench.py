@@ -16,8 +16,8 @@ import pandas
 
 from povid.benchmarks import judge as judging
 from povid.benchmarks import llava_format
-from povid.benchmarks.question import Decoding, Question, Score
 from povid.fault import Fault
+from povid.model.question import Decoding, Question, Score
 
 DECODING = Decoding(max_new_tokens=1024)
 OFFICIAL = "EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks/mmbench/mmbench_evals.py (gpt-3.5-turbo-0613 matches the rest)"
@@ -26,9 +26,21 @@ FILES = (" or ".join(TABLES),)
 SUFFIX = "Answer with the option's letter from the given choices directly."
 COPY = 1_000_000  # index of a rotated copy = index of its question + k x COPY
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
-SEED = 2680       # of the random option that officially stands in for an unmatched answer
-_DECORATIONS = (("", "."), ("", ","), ("", ":"), ("", ")"), ("", ")."), ("(", ")"), ("(", ")."), (":", ""), (":", ","),
-                (":", "."), (":", ")"), (":", ")."))
+SEED = 2680  # of the random option that officially stands in for an unmatched answer
+_DECORATIONS = (
+    ("", "."),
+    ("", ","),
+    ("", ":"),
+    ("", ")"),
+    ("", ")."),
+    ("(", ")"),
+    ("(", ")."),
+    (":", ""),
+    (":", ","),
+    (":", "."),
+    (":", ")"),
+    (":", ")."),
+)
 
 
 def load(data: Path, images: Path | None = None) -> list[Question]:
@@ -43,8 +55,9 @@ def load(data: Path, images: Path | None = None) -> list[Question]:
         raise Fault(f"{file} is no table that can be read ({error}); fetch it again.") from error
     absent = {"index", "question", "A", "B", "answer", "image"} - set(table.columns)
     if absent:
-        raise Fault(f"{file.name} lacks the column {sorted(absent)[0]!r}, as the official table for testing does; "
-                    "take the dev table.")
+        raise Fault(
+            f"{file.name} lacks the column {min(absent)!r}, as the official table for testing does; take the dev table."
+        )
     cells = {str(row["index"]): row["image"] for row in table.to_dict("records")}
     questions = []
     for row in table.to_dict("records"):
@@ -57,11 +70,18 @@ def load(data: Path, images: Path | None = None) -> list[Question]:
         lines = "".join(f"\n{letter}. {option}" for letter, option in options.items())
         text = f"{hint}{row['question']}{lines}\n{SUFFIX}"
         if row["answer"] not in options:
-            raise Fault(f"{file.name} index {row['index']} has the answer {row['answer']!r} and the options "
-                        f"{', '.join(options) or 'none'}; fetch the table again.")
-        meta = {"options": options, "answer": row["answer"], "question": str(row["question"]),
-                "category": row.get("category"), "l2-category": row.get("l2-category"),
-                "row": {name: value for name, value in row.items() if name not in DROPPED}}
+            raise Fault(
+                f"{file.name} index {row['index']} has the answer {row['answer']!r} and the options "
+                f"{', '.join(options) or 'none'}; fetch the table again."
+            )
+        meta = {
+            "options": options,
+            "answer": row["answer"],
+            "question": str(row["question"]),
+            "category": row.get("category"),
+            "l2-category": row.get("l2-category"),
+            "row": {name: value for name, value in row.items() if name not in DROPPED},
+        }
         questions.append(Question(row["index"], _picture(file, row["index"], cells), text, meta))
     bases, copies = _groups(questions)
     lost = next((base for base in copies if base not in bases), None)
@@ -77,16 +97,22 @@ def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
         return llava_format.by_question_id(file, questions)
     try:
         text = {"dtype": str, "keep_default_na": False}  # an answer "nan" is an answer
-        sheet = (pandas.read_excel(file, engine="openpyxl", **text) if file.suffix.lower() == ".xlsx"
-                 else pandas.read_csv(file, sep="\t" if file.suffix.lower() == ".tsv" else ",", **text))
+        sheet = (
+            pandas.read_excel(file, engine="openpyxl", **text)
+            if file.suffix.lower() == ".xlsx"
+            else pandas.read_csv(file, sep="\t" if file.suffix.lower() == ".tsv" else ",", **text)
+        )
     except Exception as error:  # openpyxl and zipfile raise a dozen kinds
         raise Fault(f"{file} is no sheet that can be read ({error}); give the .xlsx of a submission.") from error
     if not {"index", "prediction"} <= set(sheet.columns):
-        raise Fault(f"{file.name} has the columns {', '.join(map(str, sheet.columns))}, and index and prediction are "
-                    "needed; give the .xlsx of a submission.")
+        raise Fault(
+            f"{file.name} has the columns {', '.join(map(str, sheet.columns))}, and index and prediction are "
+            "needed; give the .xlsx of a submission."
+        )
     rows = enumerate(zip(sheet["index"], sheet["prediction"]), 2)
-    return llava_format.in_order(file, [(f"{file.name} row {number}", name, answer) for number, (name, answer) in rows],
-                                 questions)
+    return llava_format.in_order(
+        file, [(f"{file.name} row {number}", name, answer) for number, (name, answer) in rows], questions
+    )
 
 
 def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
@@ -95,10 +121,18 @@ def write_official(questions: Sequence[Question], answers: Sequence[str], folder
     Control characters, which no sheet can hold, are left out; LLaVA's JSON Lines are written beside it.
     """
     folder = Path(folder)
-    llava_format.write_jsonl(folder / "mmbench_answers.jsonl", [
-        {**record, "round_id": 0, "options": list(question.meta["options"].values()),
-         "option_char": list(question.meta["options"])}
-        for record, question in zip(llava_format.records(questions, answers), questions)])
+    llava_format.write_jsonl(
+        folder / "mmbench_answers.jsonl",
+        [
+            {
+                **record,
+                "round_id": 0,
+                "options": list(question.meta["options"].values()),
+                "option_char": list(question.meta["options"]),
+            }
+            for record, question in zip(llava_format.records(questions, answers), questions)
+        ],
+    )
     sheet = pandas.DataFrame([question.meta["row"] for question in questions])
     printable = ["".join(c for c in llava_format.whole(answer) if c >= " " or c in "\t\n\r") for answer in answers]
     sheet.insert(min(6, len(sheet.columns)), "prediction", printable)
@@ -151,16 +185,29 @@ def score(questions: Sequence[Question], answers: Sequence[str], judge: judging.
     hits = {base: all(final[row] == truth[row] for row in rows) for base, rows in groups.items()}
     scores = _figures(questions, bases, hits)
     if random_rows:
-        scores["corrected"] = _figures(questions, bases, {base: hit and not random_rows & set(groups[base])
-                                                          for base, hit in hits.items()})
-    scores |= {"matched_by_rule": sum(option is not None for option in parsed), "matched_by_judge": len(matched),
-               "random": len(random_rows), "judge": judge.describe("mmbench") if judge else None}
+        scores["corrected"] = _figures(
+            questions, bases, {base: hit and not random_rows & set(groups[base]) for base, hit in hits.items()}
+        )
+    scores |= {
+        "matched_by_rule": sum(option is not None for option in parsed),
+        "matched_by_judge": len(matched),
+        "random": len(random_rows),
+        "judge": judge.describe("mmbench") if judge else None,
+    }
     if judge is None:
         scores["note"] = "no judge: answers that no rule matches count as wrong"
-    records = [{"id": question.id, "answer": answer, "parsed": option, "truth": right, "correct": option == right,
-                "by": "random" if row in random_rows else "judge" if row in matched else "rule" if option else None,
-                "hit": hits[question.id % COPY]}
-               for row, (question, answer, option, right) in enumerate(zip(questions, answers, final, truth))]
+    records = [
+        {
+            "id": question.id,
+            "answer": answer,
+            "parsed": option,
+            "truth": right,
+            "correct": option == right,
+            "by": "random" if row in random_rows else "judge" if row in matched else "rule" if option else None,
+            "hit": hits[question.id % COPY],
+        }
+        for row, (question, answer, option, right) in enumerate(zip(questions, answers, final, truth))
+    ]
     return Score(scores, records)
 
 
@@ -169,8 +216,16 @@ def _match(questions: Sequence[Question], answers: Sequence[str], rows: Sequence
     matched: dict[int, str] = {}
     for attempt in range(3):
         asked = [row for row in rows if row not in matched]
-        requests = [judging.mmbench_request(f"mmbench index {questions[row].id}", questions[row].meta["question"],
-                                            questions[row].meta["options"], answers[row], attempt) for row in asked]
+        requests = [
+            judging.mmbench_request(
+                f"mmbench index {questions[row].id}",
+                questions[row].meta["question"],
+                questions[row].meta["options"],
+                answers[row],
+                attempt,
+            )
+            for row in asked
+        ]
         for row, reply in zip(asked, judge.ask("mmbench", requests) if requests else []):
             if option := parse(reply.text.strip(), questions[row].meta["options"]):
                 matched[row] = option
@@ -194,14 +249,22 @@ def _figures(questions: Sequence[Question], bases: dict[int, Question], hits: di
         names = sorted({base.meta[key] for base in bases.values() if not _empty(base.meta[key])})
         return {name: share(hits[number] for number, base in bases.items() if base.meta[key] == name) for name in names}
 
-    return {"accuracy": share(hits[number] for number in bases), "by_category": by("category"),
-            "by_l2_category": by("l2-category"), "questions": len(bases), "rows": len(questions)}
+    return {
+        "accuracy": share(hits[number] for number in bases),
+        "by_category": by("category"),
+        "by_l2_category": by("l2-category"),
+        "questions": len(bases),
+        "rows": len(questions),
+    }
 
 
 def _empty(value: Any) -> bool:
     """As LLaVA's is_none: absent, NaN, "nan" or "none"."""
-    return (value is None or (isinstance(value, float) and math.isnan(value))
-            or (isinstance(value, str) and value.lower() in ("nan", "none")))
+    return (
+        value is None
+        or (isinstance(value, float) and math.isnan(value))
+        or (isinstance(value, str) and value.lower() in ("nan", "none"))
+    )
 
 
 def _picture(file: Path, index: int, cells: dict[str, Any]) -> bytes:

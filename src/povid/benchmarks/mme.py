@@ -10,15 +10,17 @@ from typing import Any
 
 from povid.benchmarks import llava_format
 from povid.benchmarks.answer_file import write_text
-from povid.benchmarks.question import Decoding, Question, Score
 from povid.fault import Fault
+from povid.model.question import Decoding, Question, Score
 
 DECODING = Decoding(max_new_tokens=128)
 OFFICIAL = "BradyFU/Awesome-Multimodal-Large-Language-Models (branch Evaluation) tools/eval_tool.zip calculation.py"
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-FILES = ("MME_Benchmark_release_version/<subtask>/ (pictures and questions)",
-         "eval_tool/Your_Results/<subtask>.txt (questions; enough to score answers)")
+FILES = (
+    "MME_Benchmark_release_version/<subtask>/ (pictures and questions)",
+    "eval_tool/Your_Results/<subtask>.txt (questions; enough to score answers)",
+)
 SUFFIX = "Answer the question using a single word or phrase."
 PHRASE = " Please answer yes or no."
 _SUFFIXES = (".jpg", ".png", ".jpeg", ".JPG", ".PNG", ".JPEG")
@@ -34,8 +36,14 @@ def load(data: Path, images: Path | None = None) -> list[Question]:
     release = next((folder for folder in (data / "MME_Benchmark_release_version", data) if _subtasks(folder)), None)
     if release and _subtasks(release / "MME_Benchmark"):
         release = release / "MME_Benchmark"
-    tool = next((folder for folder in (data / "eval_tool" / "Your_Results", data / "Your_Results", data)
-                 if any((folder / f"{subtask}.txt").is_file() for subtask in PERCEPTION + COGNITION)), None)
+    tool = next(
+        (
+            folder
+            for folder in (data / "eval_tool" / "Your_Results", data / "Your_Results", data)
+            if any((folder / f"{subtask}.txt").is_file() for subtask in PERCEPTION + COGNITION)
+        ),
+        None,
+    )
     questions: list[Question] = []
     for subtask in PERCEPTION + COGNITION:
         if tool and (tool / f"{subtask}.txt").is_file():
@@ -48,19 +56,31 @@ def load(data: Path, images: Path | None = None) -> list[Question]:
             if label.lower() not in ("yes", "no"):
                 raise Fault(f"{place} has {label!r} where Yes or No was expected; fetch the file again.")
             if number % 2 and image != questions[-1].meta["image"]:
-                raise Fault(f"{place} is about {image} and the line before about {questions[-1].meta['image']}, but "
-                            "two lines belong to each image; fetch the file again.")
-            folders = [images / subtask / "images" if images else None, images / subtask if images else None,
-                       release / subtask / "images" if release else None, (release or data) / subtask]
+                raise Fault(
+                    f"{place} is about {image} and the line before about {questions[-1].meta['image']}, but "
+                    "two lines belong to each image; fetch the file again."
+                )
+            folders = [
+                images / subtask / "images" if images else None,
+                images / subtask if images else None,
+                release / subtask / "images" if release else None,
+                (release or data) / subtask,
+            ]
             stem = _stem(image)
             path = llava_format.picture(folders, [image, *(stem + suffix for suffix in _SUFFIXES)])
             prompt = f"{text.replace(PHRASE, '').strip()}\n{SUFFIX}"
-            meta = {"subtask": subtask, "image": image, "question": text, "label": label,
-                    "question_id": f"{subtask}/{stem}{Path(image).suffix}"}
+            meta = {
+                "subtask": subtask,
+                "image": image,
+                "question": text,
+                "label": label,
+                "question_id": f"{subtask}/{stem}{Path(image).suffix}",
+            }
             questions.append(Question(f"{subtask}/{stem}/{number % 2}", path, prompt, meta))
         if len(questions) % 2:
-            raise Fault(f"MME's {subtask} has an odd number of questions, and two belong to each image; "
-                        "fetch the files again.")
+            raise Fault(
+                f"MME's {subtask} has an odd number of questions, and two belong to each image; fetch the files again."
+            )
     if not questions:
         llava_format.needed(data, FILES, "mme")
     return questions
@@ -74,8 +94,12 @@ def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
     """
     file = Path(file)
     found = _official_answers(file) if file.is_dir() else _llava_answers(file, {str(q.id): q for q in questions})
-    return llava_format.in_order(file, found, questions, lambda question: _key(
-        question.meta["subtask"], question.meta["image"], question.meta["question"]))
+    return llava_format.in_order(
+        file,
+        found,
+        questions,
+        lambda question: _key(question.meta["subtask"], question.meta["image"], question.meta["question"]),
+    )
 
 
 def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
@@ -91,7 +115,7 @@ def write_official(questions: Sequence[Question], answers: Sequence[str], folder
 
 
 def parse(answer: str) -> str:
-    """"yes", "no" or "other": what the first four characters of the lower-cased answer contain, yes first.
+    """ "yes", "no" or "other": what the first four characters of the lower-cased answer contain, yes first.
 
     The official rule, quirks included: "now", "not" and "none" are no, and the answer is not stripped.
     """
@@ -114,9 +138,18 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
     records = []
     for question, answer in zip(questions, answers, strict=True):
         label, parsed, corrected = question.meta["label"].lower(), parse(answer), parse_corrected(answer)
-        records.append({"id": question.id, "subtask": question.meta["subtask"], "image": question.meta["image"],
-                        "answer": answer, "label": label, "parsed": parsed, "correct": parsed == label,
-                        "corrected": corrected == label})
+        records.append(
+            {
+                "id": question.id,
+                "subtask": question.meta["subtask"],
+                "image": question.meta["image"],
+                "answer": answer,
+                "label": label,
+                "parsed": parsed,
+                "correct": parsed == label,
+                "corrected": corrected == label,
+            }
+        )
     scores = _figures(records, "correct")
     scores["other"] = sum(record["parsed"] == "other" for record in records)
     if any(record["correct"] != record["corrected"] for record in records):
@@ -135,15 +168,23 @@ def _figures(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
             raise Fault(f"MME's {subtask} has questions that are not in pairs of the same image; score all of them.")
         accuracy = sum(record[key] for record in here) / len(here)
         both = sum(one[key] and other[key] for one, other in pairs) / len(pairs)
-        subtasks[subtask] = {"score": accuracy * 100 + both * 100, "accuracy": 100 * accuracy,
-                             "accuracy_plus": 100 * both, "questions": len(here)}
+        subtasks[subtask] = {
+            "score": accuracy * 100 + both * 100,
+            "accuracy": 100 * accuracy,
+            "accuracy_plus": 100 * both,
+            "questions": len(here),
+        }
 
     def total(names: Iterable[str]) -> float | None:
         names = list(names)
         return sum(subtasks[name]["score"] for name in names) if set(names) <= set(subtasks) else None
 
-    return {"perception": total(PERCEPTION), "cognition": total(COGNITION), "subtasks": subtasks,
-            "questions": len(records)}
+    return {
+        "perception": total(PERCEPTION),
+        "cognition": total(COGNITION),
+        "subtasks": subtasks,
+        "questions": len(records),
+    }
 
 
 def _subtasks(folder: Path) -> bool:
@@ -154,22 +195,32 @@ def _rows(file: Path, columns: int = 3) -> list[list[str]]:
     """[place, image, question, label, (answer)] of a tab-separated file; lines end as Python's readlines takes them."""
     try:
         with file.open(encoding="utf-8") as lines:
-            rows = [[f"{file.name} line {number}", *line.removesuffix("\n").split("\t")]
-                    for number, line in enumerate(lines, 1) if line.strip()]
+            rows = [
+                [f"{file.name} line {number}", *line.removesuffix("\n").split("\t")]
+                for number, line in enumerate(lines, 1)
+                if line.strip()
+            ]
     except (OSError, UnicodeDecodeError) as error:
         raise Fault(f"{file} cannot be read ({error}); give a UTF-8 text file.") from error
     for place, *cells in rows:
         if len(cells) < columns or (columns == 4 and len(cells) > 4):
-            raise Fault(f"{place} of {file.parent} has {len(cells)} fields between tabs where image, question, Yes or "
-                        f"No{', answer' if columns == 4 else ''} were expected; mend that line.")
+            raise Fault(
+                f"{place} of {file.parent} has {len(cells)} fields between tabs where image, question, Yes or "
+                f"No{', answer' if columns == 4 else ''} were expected; mend that line."
+            )
     return rows
 
 
 def _release_rows(folder: Path) -> list[list[str]]:
     """Questions of one subtask of the release: <image>.txt beside the picture, or in questions_answers_YN."""
     folder = folder / "questions_answers_YN" if (folder / "questions_answers_YN").is_dir() else folder
-    pictures = {path.stem: path.name for place in (folder, folder.parent / "images") if place.is_dir()
-                for path in place.iterdir() if path.suffix in _SUFFIXES}
+    pictures = {
+        path.stem: path.name
+        for place in (folder, folder.parent / "images")
+        if place.is_dir()
+        for path in place.iterdir()
+        if path.suffix in _SUFFIXES
+    }
     rows = []
     for file in sorted(folder.glob("*.txt")):
         lines = [line.strip().split("\t") for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]

@@ -10,8 +10,8 @@ from typing import Any
 
 from povid.benchmarks import coco
 from povid.benchmarks.answer_file import read_records, write_text
-from povid.benchmarks.question import Decoding, Question, Score
 from povid.fault import Fault
+from povid.model.question import Decoding, Question, Score
 
 DECODING = Decoding(max_new_tokens=128, stop=".")  # nothing after the first full stop is ever parsed
 OFFICIAL = "RUCAIBox/POPE evaluate.py, the same as LLaVA llava/eval/eval_pope.py"
@@ -51,8 +51,12 @@ def load(
             }
             if split in unified and position < len(unified[split]):
                 meta["llava_id"] = unified[split][position]
-            question = Question(f"{split}/{row['question_id']}", coco.picture(folder, row["image"]),
-                                row["text"] + (SHORT_ANSWER if suffix is None else suffix), meta)
+            question = Question(
+                f"{split}/{row['question_id']}",
+                coco.picture(folder, row["image"]),
+                row["text"] + (SHORT_ANSWER if suffix is None else suffix),
+                meta,
+            )
             by_image.setdefault(row["image"], []).append(question)
     return [question for questions in by_image.values() for question in questions]
 
@@ -61,8 +65,10 @@ def present(data: Path) -> list[str]:
     """The splits whose question files are in a folder, at least one, in the official order."""
     found = [split for split in SPLITS if (Path(data) / f"coco_pope_{split}.json").is_file()]
     if not found:
-        raise Fault(f"{data} holds none of coco_pope_{{random,popular,adversarial}}.json; put POPE's output/coco files "
-                    "there or run `python -m povid.benchmarks fetch pope`.")
+        raise Fault(
+            f"{data} holds none of coco_pope_{{random,popular,adversarial}}.json; put POPE's output/coco files "
+            "there or run `python -m povid.benchmarks fetch pope`."
+        )
     return found
 
 
@@ -72,7 +78,7 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         if not isinstance(row, dict) or not {"question_id", "image", "text", "label"} <= row.keys():
             raise Fault(f"{place} is no POPE question; each has question_id, image, text and label.")
         if row["label"] not in ("yes", "no"):
-            raise Fault(f"{place} has label {row['label']!r}; POPE's labels are \"yes\" and \"no\".")
+            raise Fault(f'{place} has label {row["label"]!r}; POPE\'s labels are "yes" and "no".')
         if row["question_id"] in seen:
             raise Fault(f"{place} repeats question_id {row['question_id']!r}; every question of a split has its own.")
         seen.add(row["question_id"])
@@ -134,8 +140,11 @@ def _by_split(questions: Sequence[Question]) -> dict[str, list[Question]]:
     table: dict[str, list[Question]] = {}
     for question in questions:
         table.setdefault(question.meta["split"], []).append(question)
-    return {split: sorted(table[split], key=lambda question: question.meta["position"])
-            for split in SPLITS if split in table}
+    return {
+        split: sorted(table[split], key=lambda question: question.meta["position"])
+        for split in SPLITS
+        if split in table
+    }
 
 
 def answered_splits(file: Path, data: Path) -> list[str]:
@@ -155,10 +164,14 @@ def answered_splits(file: Path, data: Path) -> list[str]:
         return fitting
     counts = ", ".join(f"{split} {len(asked)}" for split, asked in splits.items())
     if len(records) not in map(len, splits.values()):
-        raise Fault(f"{file.name} has {len(records)} answers{_old(records)}, but the splits in {data} have {counts} "
-                    "questions; every question needs exactly one answer, made with the same version of the questions.")
-    raise Fault(f"{file.name} has {len(records)} answers and does not say of which split, while {data} has {counts} "
-                "questions; put the split's name into the file's name, or answers of all splits into one file.")
+        raise Fault(
+            f"{file.name} has {len(records)} answers{_old(records)}, but the splits in {data} have {counts} "
+            "questions; every question needs exactly one answer, made with the same version of the questions."
+        )
+    raise Fault(
+        f"{file.name} has {len(records)} answers and does not say of which split, while {data} has {counts} "
+        "questions; put the split's name into the file's name, or answers of all splits into one file."
+    )
 
 
 def _fits(records: Sequence[tuple[str, Mapping[str, Any]]], asked: Sequence[Question]) -> bool:
@@ -180,7 +193,7 @@ def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
         matched = {split: _match(parts[split], _answers(parts[split]), asked) for split, asked in splits.items()}
     else:
         records = _answers(file)
-        divided = _divide(file, records, splits) if len(splits) > 1 else {split: records for split in splits}
+        divided = _divide(file, records, splits) if len(splits) > 1 else dict.fromkeys(splits, records)
         matched = {split: _match(file, divided[split], asked) for split, asked in splits.items()}
     return [matched[question.meta["split"]][question.meta["position"]] for question in questions]
 
@@ -198,21 +211,31 @@ def _divide(
     """One file about several splits, divided among them by category, by id, or by what consecutive answers ask."""
     counts = ", ".join(f"{split} {len(asked)}" for split, asked in splits.items())
     if len(records) != sum(map(len, splits.values())):
-        raise Fault(f"{file.name} has {len(records)} answers, but the splits have {counts} questions; "
-                    "an answer file made with another version of POPE cannot be scored against these labels.")
-    home = {str(question.meta["llava_id"]): split for split, asked in splits.items() for question in asked
-            if "llava_id" in question.meta}
+        raise Fault(
+            f"{file.name} has {len(records)} answers, but the splits have {counts} questions; "
+            "an answer file made with another version of POPE cannot be scored against these labels."
+        )
+    home = {
+        str(question.meta["llava_id"]): split
+        for split, asked in splits.items()
+        for question in asked
+        if "llava_id" in question.meta
+    }
     home |= {question.id: split for split, asked in splits.items() for question in asked}
     where = [record.get("category", home.get(str(record.get("question_id")))) for _, record in records]
     if all(split in splits for split in where):
         return {name: [pair for pair, split in zip(records, where) if split == name] for name in splits}
     divided, rest = {}, records
     while rest:
-        found = next((split for split, asked in splits.items()
-                      if split not in divided and _fits(rest[: len(asked)], asked)), None)
+        found = next(
+            (split for split, asked in splits.items() if split not in divided and _fits(rest[: len(asked)], asked)),
+            None,
+        )
         if found is None:
-            raise Fault(f"{rest[0][0]} begins answers whose split cannot be told; put llava_pope_test.jsonl among the "
-                        f"data, or score a file of answers per split ({counts} questions).")
+            raise Fault(
+                f"{rest[0][0]} begins answers whose split cannot be told; put llava_pope_test.jsonl among the "
+                f"data, or score a file of answers per split ({counts} questions)."
+            )
         divided[found], rest = rest[: len(splits[found])], rest[len(splits[found]) :]
     return divided
 
@@ -225,13 +248,18 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
     """The answers of one split in the order of its questions."""
     split = asked[0].meta["split"]
     if len(records) != len(asked):
-        raise Fault(f"{file.name} has {len(records)} answers, but coco_pope_{split}.json has {len(asked)} questions"
-                    f"{_old(records, asked)}; every question needs exactly one answer, made with the same version of "
-                    "the questions.")
+        raise Fault(
+            f"{file.name} has {len(records)} answers, but coco_pope_{split}.json has {len(asked)} questions"
+            f"{_old(records, asked)}; every question needs exactly one answer, made with the same version of "
+            "the questions."
+        )
     if all("question_id" in record for _, record in records):
         ids = [str(record["question_id"]) for _, record in records]
-        known = [[str(question.meta.get("llava_id")) for question in asked], [str(question.id) for question in asked],
-                 [str(question.meta["question_id"]) for question in asked]]
+        known = [
+            [str(question.meta.get("llava_id")) for question in asked],
+            [str(question.id) for question in asked],
+            [str(question.meta["question_id"]) for question in asked],
+        ]
         if len(set(ids)) < len(ids):
             twice = next(i for i, one in enumerate(ids) if one in ids[:i])
             raise Fault(f"{records[twice][0]} answers question_id {ids[twice]!r} a second time; keep one answer each.")
@@ -240,14 +268,18 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
             place = {one: i for i, one in enumerate(order)}
             records = sorted(records, key=lambda pair: place[str(pair[1]["question_id"])])
         elif wrong := next((i for i in range(1, len(ids)) if not _rises(ids[i - 1], ids[i])), None):
-            raise Fault(f"{records[wrong][0]} has question_id {ids[wrong]!r} after {ids[wrong - 1]!r}, and "
-                        f"coco_pope_{split}.json does not know these ids: answers count by position, so write them in "
-                        "the order of the questions.")
+            raise Fault(
+                f"{records[wrong][0]} has question_id {ids[wrong]!r} after {ids[wrong - 1]!r}, and "
+                f"coco_pope_{split}.json does not know these ids: answers count by position, so write them in "
+                "the order of the questions."
+            )
     for (where, record), question in zip(records, asked):
         if _asks(record) is not None and _asks(record) != _object(question.meta["question"]):
-            raise Fault(f"{where} answers {record.get('question', record.get('prompt'))!r:.80}, but question "
-                        f"{question.meta['question_id']} of coco_pope_{split}.json asks {question.meta['question']!r}; "
-                        "write the answers in the order of the questions.")
+            raise Fault(
+                f"{where} answers {record.get('question', record.get('prompt'))!r:.80}, but question "
+                f"{question.meta['question_id']} of coco_pope_{split}.json asks {question.meta['question']!r}; "
+                "write the answers in the order of the questions."
+            )
     return [record["answer"] for _, record in records]
 
 
@@ -266,12 +298,25 @@ def write_official(questions: Sequence[Question], answers: Sequence[str], folder
         rows = [{"question": question.meta["question"], "answer": given[question.id]} for question in asked]
         write_text(folder / f"coco_pope_{split}_answers.json", "".join(json.dumps(row) + "\n" for row in rows))
         for question in asked:
-            row = {"question_id": len(asked_lines), "image": question.meta["image"], "text": question.text,
-                   "category": split}
+            row = {
+                "question_id": len(asked_lines),
+                "image": question.meta["image"],
+                "text": question.text,
+                "category": split,
+            }
             asked_lines.append(json.dumps(row))
-            answer_lines.append(json.dumps({"question_id": row["question_id"], "prompt": question.text,
-                                            "text": given[question.id], "answer_id": question.id, "model_id": "povid",
-                                            "metadata": {}}))
+            answer_lines.append(
+                json.dumps(
+                    {
+                        "question_id": row["question_id"],
+                        "prompt": question.text,
+                        "text": given[question.id],
+                        "answer_id": question.id,
+                        "model_id": "povid",
+                        "metadata": {},
+                    }
+                )
+            )
     write_text(folder / "llava_pope_test.jsonl", "\n".join(asked_lines) + "\n")
     return write_text(folder / "llava_answers.jsonl", "\n".join(answer_lines) + "\n")
 
@@ -290,21 +335,24 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
         parsed, label = "no" if says_no(answer) else "yes", question.meta["label"]
         records.append(
             {key: question.meta[key] for key in ("split", "question_id", "image", "label")}
-            | {"parsed": parsed, "correct": parsed == label,
-               "parsed_corrected": "no" if says_no_corrected(answer) else "yes"}
+            | {
+                "parsed": parsed,
+                "correct": parsed == label,
+                "parsed_corrected": "no" if says_no_corrected(answer) else "yes",
+            }
         )
     return Score(scores, records)
 
 
-def _all_figures(
-    questions: Sequence[Question], answers: Sequence[str], no: Callable[[str], bool]
-) -> dict[str, Any]:
+def _all_figures(questions: Sequence[Question], answers: Sequence[str], no: Callable[[str], bool]) -> dict[str, Any]:
     pairs: dict[str, list[tuple[bool, bool]]] = {}
     for question, answer in zip(questions, answers, strict=True):
         pairs.setdefault(question.meta["split"], []).append((not no(answer), question.meta["label"] == "yes"))
     by_split = {split: _figures(pairs[split]) for split in SPLITS if split in pairs}
-    means = {key: sum(figures[key] for figures in by_split.values()) / len(by_split)
-             for key in ("f1", "accuracy", "precision", "recall", "yes_ratio")}
+    means = {
+        key: sum(figures[key] for figures in by_split.values()) / len(by_split)
+        for key in ("f1", "accuracy", "precision", "recall", "yes_ratio")
+    }
     return means | by_split
 
 
@@ -322,5 +370,8 @@ def _figures(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | int]:
         "f1": 100 * f1,
         "yes_ratio": 100 * (tp + fp) / len(pairs),
         "questions": len(pairs),
-        "tp": tp, "fp": fp, "tn": tn, "fn": fn,
+        "tp": tp,
+        "fp": fp,
+        "tn": tn,
+        "fn": fn,
     }

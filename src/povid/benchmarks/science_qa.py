@@ -9,8 +9,8 @@ from typing import Any
 
 from povid.benchmarks import llava_format
 from povid.benchmarks.answer_file import read_records
-from povid.benchmarks.question import Decoding, Question, Score
 from povid.fault import Fault
+from povid.model.question import Decoding, Question, Score
 
 DECODING = Decoding(max_new_tokens=1024)
 OFFICIAL = "haotian-liu/LLaVA llava/eval/eval_science_qa.py"
@@ -19,8 +19,9 @@ SUFFIX = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDE"
 
 
-def load(data: Path, images: Path | None = None, *, split: str = "test", image_questions_only: bool = False
-         ) -> list[Question]:
+def load(
+    data: Path, images: Path | None = None, *, split: str = "test", image_questions_only: bool = False
+) -> list[Question]:
     """Questions of a split in its order; prompts from llava_test_CQM-A.json where it lies in ``data``, else built.
 
     ``image_questions_only`` leaves out the questions without a picture, which the paper's number does not need.
@@ -45,11 +46,13 @@ def load(data: Path, images: Path | None = None, *, split: str = "test", image_q
         if picture:
             folders = [images, data / "images" / split, data / "images", data / split]
             image = llava_format.picture(folders, [f"{name}/{picture}"])
-        choices, answer, *_ = llava_format.fields(f"problems.json question {name}", problem, "choices", "answer",
-                                                  "question", "hint")
+        choices, answer, *_ = llava_format.fields(
+            f"problems.json question {name}", problem, "choices", "answer", "question", "hint"
+        )
         text = f"{prompts.get(name) or cqm(problem)}\n{SUFFIX}"
-        questions.append(Question(name, image, text, {"choices": choices, "answer": answer,
-                                                      "subject": problem.get("subject", "")}))
+        questions.append(
+            Question(name, image, text, {"choices": choices, "answer": answer, "subject": problem.get("subject", "")})
+        )
     return questions
 
 
@@ -116,9 +119,17 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
         letters = LETTERS[: len(question.meta["choices"])]
         truth = LETTERS[question.meta["answer"]]
         parsed, corrected = parse(answer), parse_corrected(answer)
-        records.append({"id": question.id, "image": bool(question.image), "answer": answer, "parsed": parsed,
-                        "truth": truth, "correct": parsed == truth and parsed in letters,
-                        "corrected": corrected == truth and corrected in letters})
+        records.append(
+            {
+                "id": question.id,
+                "image": bool(question.image),
+                "answer": answer,
+                "parsed": parsed,
+                "truth": truth,
+                "correct": parsed == truth and parsed in letters,
+                "corrected": corrected == truth and corrected in letters,
+            }
+        )
     scores = _accuracies(records, "correct")
     scores["failed_to_parse"] = sum(record["parsed"] is None for record in records)
     if any(record["correct"] != record["corrected"] for record in records):
@@ -129,9 +140,12 @@ def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
 def _accuracies(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
     right = [record[key] for record in records]
     image = [record[key] for record in records if record["image"]]
-    return {"img_accuracy": 100 * sum(image) / len(image) if image else None,
-            "accuracy": 100 * sum(right) / len(right) if len(image) < len(right) else None,
-            "img_questions": len(image), "questions": len(right)}
+    return {
+        "img_accuracy": 100 * sum(image) / len(image) if image else None,
+        "accuracy": 100 * sum(right) / len(right) if len(image) < len(right) else None,
+        "img_questions": len(image),
+        "questions": len(right),
+    }
 
 
 def _object(file: Path) -> dict[str, Any]:

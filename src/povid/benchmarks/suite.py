@@ -19,8 +19,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from povid.benchmarks.answer_file import write_text
-from povid.benchmarks.question import Answerer, Decoding, Question, Score
 from povid.fault import Fault
+from povid.model.question import Answerer, Decoding, Question, Score
 
 log = logging.getLogger(__name__)
 
@@ -80,8 +80,11 @@ def check(selection: Mapping[str, Mapping[str, Any]], judge: Any = None) -> dict
         elif judged(plan.module):
             usable, reason = _usable(judge, name)
             if usable is None:
-                lacking[name] = {"missing": reason, "cure": "set judge.model, judge.base_url or its key; until then "
-                                                            "answers are kept and can be judged later"}
+                lacking[name] = {
+                    "missing": reason,
+                    "cure": "set judge.model, judge.base_url or its key; until then "
+                    "answers are kept and can be judged later",
+                }
     return lacking
 
 
@@ -180,8 +183,10 @@ def _check_images(name: str, questions: Sequence[Question]) -> None:
     files = {question.image: question.id for question in questions if isinstance(question.image, Path)}
     absent = [file for file in files if not file.is_file()]
     if absent:
-        raise Fault(f"{name} lacks {len(absent)} of {len(files)} pictures, the first is {absent[0]} "
-                    f"(question {files[absent[0]]!r}); put them there or set benchmarks.{name}.images.")
+        raise Fault(
+            f"{name} lacks {len(absent)} of {len(files)} pictures, the first is {absent[0]} "
+            f"(question {files[absent[0]]!r}); put them there or set benchmarks.{name}.images."
+        )
     pictures = {**files, **{question.image: question.id for question in questions if isinstance(question.image, bytes)}}
     for picture, asked in pictures.items():
         try:
@@ -200,14 +205,17 @@ def _answers(plan: Plan, answer: Answerer, folder: Path, model: str) -> list[str
     still_open = [i for i in range(len(plan.questions)) if i not in done]
     asked = [plan.questions[i] for i in still_open]
     if asked:
-        with file.open("a", encoding="utf-8") as sink, tqdm(
-            total=len(plan.questions), initial=len(done), desc=plan.name, unit="answer"
-        ) as bar:
+        with (
+            file.open("a", encoding="utf-8") as sink,
+            tqdm(total=len(plan.questions), initial=len(done), desc=plan.name, unit="answer") as bar,
+        ):
             for position, text in answer(asked, plan.decoding):
                 index = still_open[position]
                 if index in done:
-                    raise Fault(f"{plan.name} question {plan.questions[index].id!r} was answered twice in one run; "
-                                "an answerer gives each index once.")
+                    raise Fault(
+                        f"{plan.name} question {plan.questions[index].id!r} was answered twice in one run; "
+                        "an answerer gives each index once."
+                    )
                 sink.write(json.dumps(_row(plan.questions[index], text, model)) + "\n")
                 sink.flush()
                 done[index] = text
@@ -220,8 +228,14 @@ def _answers(plan: Plan, answer: Answerer, folder: Path, model: str) -> list[str
 def _row(question: Question, text: str, model: str) -> dict[str, Any]:
     """What LLaVA's evaluation scripts write for an answer."""
     made = hashlib.sha256(f"{model}\n{question.id}\n{text}".encode(errors="replace")).hexdigest()[:22]
-    return {"question_id": question.id, "prompt": question.text, "text": text, "answer_id": made, "model_id": model,
-            "metadata": {}}
+    return {
+        "question_id": question.id,
+        "prompt": question.text,
+        "text": text,
+        "answer_id": made,
+        "model_id": model,
+        "metadata": {},
+    }
 
 
 def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
@@ -230,8 +244,12 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
     for question in plan.questions:
         image = question.image.name.encode() if isinstance(question.image, Path) else question.image or b""
         identity.update(json.dumps([question.id, question.text]).encode() + hashlib.sha256(image).digest())
-    wanted = {"model": model, "decoding": asdict(plan.decoding), "questions": len(plan.questions),
-              "sha256": identity.hexdigest()}
+    wanted = {
+        "model": model,
+        "decoding": asdict(plan.decoding),
+        "questions": len(plan.questions),
+        "sha256": identity.hexdigest(),
+    }
     if not note.is_file():
         if answers.is_file() and answers.stat().st_size:
             raise Fault(f"{answers} lies there without {note.name}, so nobody knows what was asked; move it away.")
@@ -241,11 +259,17 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
         there = json.loads(note.read_text(encoding="utf-8"))
     except ValueError:
         raise Fault(f"{note} is not JSON; move the folder {note.parent} away and run again.") from None
-    for key, name in (("model", "model"), ("decoding", "decoding"), ("questions", "number of questions"),
-                      ("sha256", "questions")):
+    for key, name in (
+        ("model", "model"),
+        ("decoding", "decoding"),
+        ("questions", "number of questions"),
+        ("sha256", "questions"),
+    ):
         if there.get(key) != wanted[key]:
-            raise Fault(f"{answers} was answered with another {name} ({there.get(key)} there, {wanted[key]} now); "
-                        "choose another output folder or move that one away.")
+            raise Fault(
+                f"{answers} was answered with another {name} ({there.get(key)} there, {wanted[key]} now); "
+                "choose another output folder or move that one away."
+            )
 
 
 def _kept(plan: Plan, file: Path) -> Iterator[tuple[int, str]]:

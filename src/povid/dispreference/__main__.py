@@ -24,9 +24,9 @@ from povid.dispreference.generate import (
 )
 from povid.dispreference.report import figures, summary, write_report
 from povid.dispreference.rows import Row, read_rows
-from povid.endpoint import Endpoint
 from povid.fault import Fault
 from povid.preferences.formats import write_povid
+from povid.server.endpoint import Endpoint
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
@@ -70,8 +70,12 @@ def _by_endpoint(config: DictConfig, rows: list[Row], out: Path) -> None:
             return
         result = generate(rows, endpoint, sampling, gates, give_up=config.give_up)
         numbers = figures(result.triples, result.kinds, result.rejects, result.reasons)
-        numbers |= {"replies": result.replies, "tokens": result.tokens, "cost": result.cost,
-                    "model": config.endpoint.model}
+        numbers |= {
+            "replies": result.replies,
+            "tokens": result.tokens,
+            "cost": result.cost,
+            "model": config.endpoint.model,
+        }
         write_report(folder, f"Dispreferences: {out.name}", result.triples, numbers, result.rejects)
         _finish(config, out, result.triples, numbers)
 

@@ -16,14 +16,42 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Cause = Literal["co-occurrence", "relation", "attribute"]
-RELATIONS = (("left", "right"), ("above", "below"), ("in front of", "behind"), ("on top of", "under"),
-             ("inside", "outside"), ("next to", "far away from"), ("beside", "behind"), ("near", "far from"),
-             ("foreground", "background"), ("standing", "sitting"), ("stands", "sits"), ("walking", "running"),
-             ("open", "closed"), ("before", "after"), ("towards", "away from"))
-ATTRIBUTES = (("big", "small"), ("large", "small"), ("tall", "short"), ("young", "old"), ("wooden", "metal"),
-              ("empty", "full"), ("new", "old"), ("long", "short"), ("sunny", "cloudy"), ("clear", "cloudy"),
-              ("clean", "dirty"), ("wet", "dry"), ("dark", "bright"), ("happy", "sad"), ("striped", "plain"),
-              ("sandy", "rocky"), ("brick", "wooden"))
+RELATIONS = (
+    ("left", "right"),
+    ("above", "below"),
+    ("in front of", "behind"),
+    ("on top of", "under"),
+    ("inside", "outside"),
+    ("next to", "far away from"),
+    ("beside", "behind"),
+    ("near", "far from"),
+    ("foreground", "background"),
+    ("standing", "sitting"),
+    ("stands", "sits"),
+    ("walking", "running"),
+    ("open", "closed"),
+    ("before", "after"),
+    ("towards", "away from"),
+)
+ATTRIBUTES = (
+    ("big", "small"),
+    ("large", "small"),
+    ("tall", "short"),
+    ("young", "old"),
+    ("wooden", "metal"),
+    ("empty", "full"),
+    ("new", "old"),
+    ("long", "short"),
+    ("sunny", "cloudy"),
+    ("clear", "cloudy"),
+    ("clean", "dirty"),
+    ("wet", "dry"),
+    ("dark", "bright"),
+    ("happy", "sad"),
+    ("striped", "plain"),
+    ("sandy", "rocky"),
+    ("brick", "wooden"),
+)
 
 
 def opposites(word: str, pairs: Iterable[tuple[str, str]], usual: Collection[str] = ()) -> list[str]:

@@ -46,8 +46,12 @@ _ENDS = tuple(itertools.accumulate(_SIZES))
 CLASS_OF = {name: bisect.bisect_right(_ENDS, number) for number, name in enumerate(COCO_OBJECTS)}
 _OBJECTS = 0.7  # share of enumerations in which an object is wrong, as in the embedded world's own pairs
 _SURE = 0.9  # what an enumeration takes in is at least so likely beside the others, as a share of the likeliest
-_JOINS = ("There is also {a} in the scene.", "{A} can be seen nearby.", "In the background there is {a}.",
-          "{A} is visible close by.")
+_JOINS = (
+    "There is also {a} in the scene.",
+    "{A} can be seen nearby.",
+    "In the background there is {a}.",
+    "{A} is visible close by.",
+)
 
 
 def key_of(name: str) -> str:
@@ -72,8 +76,10 @@ def read_objects(path: Path) -> dict[str, list[str]]:
             for entry in whole["annotations"]:
                 found[files[entry["image_id"]]].append(names[entry["category_id"]])
         except (KeyError, TypeError) as error:
-            raise Fault(f"{path} is no COCO instances file ({type(error).__name__}: {show(error.args[:1])}); give "
-                        "instances_*.json or an objects.json") from None
+            raise Fault(
+                f"{path} is no COCO instances file ({type(error).__name__}: {show(error.args[:1])}); give "
+                "instances_*.json or an objects.json"
+            ) from None
         return found
     for name, listed in whole.items():
         if not isinstance(listed, list) or not all(isinstance(one, str) for one in listed):
@@ -81,14 +87,14 @@ def read_objects(path: Path) -> dict[str, list[str]]:
     return {key_of(name): listed for name, listed in whole.items()}
 
 
-def learn(present: Mapping[str, Sequence[str]], captions: Iterable[str] = (),
-          synonyms: Mapping[str, str] | None = None) -> Statistics:
+def learn(
+    present: Mapping[str, Sequence[str]], captions: Iterable[str] = (), synonyms: Mapping[str, str] | None = None
+) -> Statistics:
     """Count objects and pairs over pictures, and words and attributes over ``captions``.
 
     ``synonyms`` (word to object) are words for objects beside the everyday ones, which they overrule.
     """
-    learned = Statistics({name: frozenset(listed) for name, listed in present.items()}, Counter(),
-                         defaultdict(Counter))
+    learned = Statistics({name: frozenset(listed) for name, listed in present.items()}, Counter(), defaultdict(Counter))
     for listed in learned.present.values():
         learned.pictures.update(sorted(listed))
         for one, other in itertools.permutations(sorted(listed), 2):
@@ -154,8 +160,13 @@ def _swap_or_join(said: str, there: set[str], learned: Statistics, rng: random.R
     if not likely:
         return said
     listed = _closing_list(said, named)
-    fitting = [mention for mention in named if (mention in listed or mention.name in CLASS_OF)
-               and mention.name not in _BARE and (short or mention.name != "person")]
+    fitting = [
+        mention
+        for mention in named
+        if (mention in listed or mention.name in CLASS_OF)
+        and mention.name not in _BARE
+        and (short or mention.name != "person")
+    ]
     # in an enumeration as many join (longer) as stand for two (shorter), so that no length is learnt
     if fitting and (short or rng.random() < (0.85 if listed else 0.6)):
         sure = [(name, odds) for name, odds in likely if name not in _BARE and odds >= _SURE * likely[0][1]]
@@ -170,8 +181,9 @@ def _swap_or_join(said: str, there: set[str], learned: Statistics, rng: random.R
             return _one_fewer(wrong, victim, learned, rng) if rng.random() < 0.15 / 0.85 else wrong
         victim = rng.choice(fitting)
         kind = CLASS_OF.get(victim.name)
-        choice = [(name, odds) for name, odds in likely if CLASS_OF.get(name) == kind] or \
-            [(name, 1.0) for name in COCO_OBJECTS if name not in there and CLASS_OF[name] == kind]
+        choice = [(name, odds) for name, odds in likely if CLASS_OF.get(name) == kind] or [
+            (name, 1.0) for name in COCO_OBJECTS if name not in there and CLASS_OF[name] == kind
+        ]
         if choice := [(name, odds) for name, odds in choice if name not in _BARE]:
             return _replaced(said, victim, _drawn(choice, rng), named)
     new = _drawn(likely[:6], rng)
@@ -217,8 +229,10 @@ def _closing_list(said: str, named: Sequence[Mention]) -> list[Mention]:
     return []
 
 
-_BETWEEN = re.compile(rf"(?:,|,? and) (?:an?|the|some|{'|'.join(_NUMBERS)}) "
-                      rf"(?:(?:{'|'.join(sorted(ATTRIBUTE_WORDS))}) )*")
+_BETWEEN = re.compile(
+    rf"(?:,|,? and) (?:an?|the|some|{'|'.join(_NUMBERS)}) "
+    rf"(?:(?:{'|'.join(sorted(ATTRIBUTE_WORDS))}) )*"
+)
 
 
 def _drawn(likely: Sequence[tuple[str, float]], rng: random.Random) -> str:
@@ -227,6 +241,7 @@ def _drawn(likely: Sequence[tuple[str, float]], rng: random.Random) -> str:
 
 def _replaced(said: str, victim: Mention, new: str, named: Sequence[Mention]) -> str:
     """``new`` wherever ``said`` uses the word of ``victim``, in either number."""
+
     def spelt(mention: Mention) -> str:
         word = said[mention.start : mention.end].lower()
         return word if mention.plural else plural(word)
@@ -252,9 +267,12 @@ def _found(said: str, word: str) -> list[re.Match[str]]:
     found = re.finditer(rf"\b{re.escape(word)}\b", said, re.IGNORECASE)
     if word not in ("left", "right"):
         return list(found)
-    return [match for match in found if {"the", "on", "to", "far", "upper", "lower", "top", "bottom"} & set(
-            words(said[: match.start()])[-1:]) or {"of", "side", "hand", "corner", "half", "edge", "part"} & set(
-            words(said[match.end() :])[:1])]
+    return [
+        match
+        for match in found
+        if {"the", "on", "to", "far", "upper", "lower", "top", "bottom"} & set(words(said[: match.start()])[-1:])
+        or {"of", "side", "hand", "corner", "half", "edge", "part"} & set(words(said[match.end() :])[:1])
+    ]
 
 
 def _word_swapped(said: str, old: str, new: str, rng: random.Random) -> str:
@@ -289,8 +307,11 @@ def _count(said: str, learned: Statistics, rng: random.Random) -> str:
     if digits:
         old = rng.choice(digits)
         return _word_swapped(said, old, str(int(old) + rng.choice((1, 2))), rng)
-    single = [mention for mention in _closing_list(said, mentions(said, learned.names)) if not mention.plural
-              and mention.name not in _BARE and re.search(r"(?<!\bis )\ban? $", said[: mention.start])]
+    single = [
+        mention
+        for mention in _closing_list(said, mentions(said, learned.names))
+        if not mention.plural and mention.name not in _BARE and re.search(r"(?<!\bis )\ban? $", said[: mention.start])
+    ]
     if single:
         one = rng.choice(single)
         before = re.sub(r"\ban? $", f"{_NUMBERS[miscounts(1)[0] - 1]} ", said[: one.start])
@@ -323,8 +344,13 @@ def _yes_no(said: str, learned: Statistics, rng: random.Random) -> str:
     other = "no" if denies else "yes"
     rest = said[start.end() :]
     there = r"\b(there (?:is|are)) " + ("(?:an?|some)" if denies else "no") + r" (?=(\w+))"
-    rest = re.sub(there, lambda match: f"{match[1]} no " if denies else f"{match[1]} {_some(match)} ", rest, count=1,
-                  flags=re.IGNORECASE)
+    rest = re.sub(
+        there,
+        lambda match: f"{match[1]} no " if denies else f"{match[1]} {_some(match)} ",
+        rest,
+        count=1,
+        flags=re.IGNORECASE,
+    )
     return (other.capitalize() if start.group()[0].isupper() else other) + rest
 
 
@@ -348,8 +374,15 @@ def rewrite(rows: Sequence[Row], learned: Statistics, seed: int) -> tuple[list[T
     return triples, kinds, rejects
 
 
-def instead(triples: Sequence[Triple], seed: int, *, objects: Path | None = None, synonyms: Path | None = None,
-            limit: int | None = None, skipped: list[str] | None = None) -> list[Triple]:
+def instead(
+    triples: Sequence[Triple],
+    seed: int,
+    *,
+    objects: Path | None = None,
+    synonyms: Path | None = None,
+    limit: int | None = None,
+    skipped: list[str] | None = None,
+) -> list[Triple]:
     """The first ``limit`` triples with every dispreferred response made anew from the preferred one.
 
     Statistics are learned from all ``triples`` and pictures. Which objects a picture holds is read from ``objects``
@@ -369,10 +402,15 @@ def instead(triples: Sequence[Triple], seed: int, *, objects: Path | None = None
     if objects is not None:
         present |= read_objects(objects)
     if not present:
-        raise Fault("dispreference=cooccurrence needs to know which objects are in the pictures, and these records "
-                    "do not say; give data.objects=FILE: COCO's instances JSON or {picture: [objects]}")
-    learned = learn(present, (turn.text for triple in triples for turn in triple.preferred
-                              if turn.role == "assistant"), read_synonyms(synonyms) if synonyms else None)
+        raise Fault(
+            "dispreference=cooccurrence needs to know which objects are in the pictures, and these records "
+            "do not say; give data.objects=FILE: COCO's instances JSON or {picture: [objects]}"
+        )
+    learned = learn(
+        present,
+        (turn.text for triple in triples for turn in triple.preferred if turn.role == "assistant"),
+        read_synonyms(synonyms) if synonyms else None,
+    )
     made, bad = [], []
     for triple in triples[:limit]:
         if picture_of(triple.image, triple.id) not in learned.present:
@@ -389,8 +427,10 @@ def instead(triples: Sequence[Triple], seed: int, *, objects: Path | None = None
     if skipped is not None:
         skipped += bad
     elif bad:
-        raise Fault(f"dispreference=cooccurrence cannot rewrite {len(bad)} of {len(triples[:limit])} records (first: "
-                    f"{bad[0]}); complete data.objects, or set data.skip_bad=true to leave them out")
+        raise Fault(
+            f"dispreference=cooccurrence cannot rewrite {len(bad)} of {len(triples[:limit])} records (first: "
+            f"{bad[0]}); complete data.objects, or set data.skip_bad=true to leave them out"
+        )
     if not made:
         raise Fault("dispreference=cooccurrence could rewrite no record; see that data.objects is of these pictures")
     return made

@@ -14,13 +14,17 @@ from povid.preferences.differences import FUNCTION, changes, overlap, words
 _REFUSAL = re.compile(
     r"^\W*(?:answer\s*:\s*)?(?:i(?:'|’)?m (?:very |so )?sorry|sorry\b|i apologi[sz]e|unfortunately, i|as an ai\b|"
     r"i (?:can(?:no|')?t|cannot|can’t|won't|will not|am (?:unable|not able)|(?:'|’)?m (?:unable|not able))\b|"
-    r"i(?:'|’)m (?:unable|not able)\b|(?:it is|it's) not appropriate)", re.IGNORECASE)
+    r"i(?:'|’)m (?:unable|not able)\b|(?:it is|it's) not appropriate)",
+    re.IGNORECASE,
+)
 # Words of the instruction that no answer about a picture needs.
 _LEAKS = re.compile(
     r"hallucinat|question-answer pair|output format|requirements:|highly confusing|wrong caption|standard caption|"
     r"original (?:caption|answer)|generated (?:caption|answer)|modified (?:caption|answer)|answer [12]\b|your answer|"
     r"\bxxx\b|incorrect (?:caption|answer|response|version)|misleading (?:caption|answer|response)|"
-    r"here(?:(?:'|’)s| is) (?:a|an|one|the)(?: \w+)? (?:response|answer|caption|version|description)", re.IGNORECASE)
+    r"here(?:(?:'|’)s| is) (?:a|an|one|the)(?: \w+)? (?:response|answer|caption|version|description)",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +146,10 @@ def _english(said: list[str]) -> float:
 
 
 # without those that are words of other European languages too (a, as, me, no, on, do ...)
-_COMMON = frozenset("the of and to is are was were with that this it its for from there which his her their by at be "
-                    "has have an in behind while".split())
+_COMMON = frozenset(
+    "the of and to is are was were with that this it its for from there which his her their by at be "
+    "has have an in behind while".split()
+)
 
 
 def _scripts(said: str) -> dict[str, float]:

@@ -24,10 +24,10 @@ from povid.dispreference.gates import Gates, judge
 from povid.dispreference.parse import Unusable
 from povid.dispreference.prompts import CAPTIONING, REASONING, prompt
 from povid.dispreference.rows import Row
-from povid.endpoint import Endpoint, NoReply, Request, image_part
 from povid.fault import Fault
 from povid.preferences.formats import write_atomically
 from povid.preferences.triple import Triple
+from povid.server.endpoint import Endpoint, NoReply, Request, image_part
 
 log = logging.getLogger(__name__)
 
@@ -120,15 +120,24 @@ def estimate(rows: Sequence[Row], endpoint: Endpoint, sampling: Sampling) -> str
     tokens, cost = sum(one.tokens for one in asked), sum(one.cost for one in asked)
     money = f" and {cost:,.2f}" if cost else " (give input_price and output_price to see it in money)"
     spent = f"; {endpoint.total.tokens:,} tokens were spent before" if endpoint.total.tokens else ""
-    return (f"{len(rows):,} rows take at most {tokens:,} tokens{money} for one sample each, and at most "
-            f"{sampling.attempts} times that if every sample is refused{spent}")
+    return (
+        f"{len(rows):,} rows take at most {tokens:,} tokens{money} for one sample each, and at most "
+        f"{sampling.attempts} times that if every sample is refused{spent}"
+    )
 
 
 _NO_PICTURE = {"type": "image_url", "image_url": {"url": ""}}
 
 
-def generate(rows: Sequence[Row], endpoint: Endpoint, sampling: Sampling, gates: Gates, *,
-             give_up: bool = False, quiet: bool = False) -> Yield:
+def generate(
+    rows: Sequence[Row],
+    endpoint: Endpoint,
+    sampling: Sampling,
+    gates: Gates,
+    *,
+    give_up: bool = False,
+    quiet: bool = False,
+) -> Yield:
     """Ask for every row until a reply passes the gates or ``attempts`` samples were refused.
 
     A row whose picture cannot be opened is set aside. ``give_up`` also sets aside rows that the server never answered.
@@ -157,13 +166,20 @@ def generate(rows: Sequence[Row], endpoint: Endpoint, sampling: Sampling, gates:
                     if reply.cached and not quiet:
                         bar.initial += 1  # replies from disk say nothing about the server's pace
                     bar.update()
-                bar.set_postfix_str(f"cost {endpoint.total.cost:.2f}, {endpoint.total.tokens:,} tokens, sample "
-                                    f"{attempt + 1}", refresh=False)
-            waiting = [index for index in waiting
-                       if index not in accepted and index not in silent and _BROKEN not in refused.get(index, ())]
+                bar.set_postfix_str(
+                    f"cost {endpoint.total.cost:.2f}, {endpoint.total.tokens:,} tokens, sample {attempt + 1}",
+                    refresh=False,
+                )
+            waiting = [
+                index
+                for index in waiting
+                if index not in accepted and index not in silent and _BROKEN not in refused.get(index, ())
+            ]
     if silent and not give_up:
-        raise Fault(f"{len(silent)} of {len(rows)} rows got no reply (first: {next(iter(silent.values()))}); all other "
-                    "replies are kept, so start again to ask only these, or set give_up=true to leave them out")
+        raise Fault(
+            f"{len(silent)} of {len(rows)} rows got no reply (first: {next(iter(silent.values()))}); all other "
+            "replies are kept, so start again to ask only these, or set give_up=true to leave them out"
+        )
     for index in sorted(accepted):
         row, found = rows[index], accepted[index]
         result.triples.append(row.triple(found.preferred or row.answer, found.dispreferred))
@@ -179,8 +195,14 @@ def generate(rows: Sequence[Row], endpoint: Endpoint, sampling: Sampling, gates:
 _BROKEN = "broken picture"
 
 
-def _requests(rows: Sequence[Row], waiting: Sequence[int], sampling: Sampling, attempt: int, asked: list[int],
-              refused: dict[int, list[str]]) -> Iterator[Request]:
+def _requests(
+    rows: Sequence[Row],
+    waiting: Sequence[int],
+    sampling: Sampling,
+    attempt: int,
+    asked: list[int],
+    refused: dict[int, list[str]],
+) -> Iterator[Request]:
     """One request per waiting row; ``asked`` is filled with the rows in the order in which they are sent."""
     for index in waiting:
         try:
@@ -195,8 +217,14 @@ def _requests(rows: Sequence[Row], waiting: Sequence[int], sampling: Sampling, a
 
 def _request(row: Row, sampling: Sampling, attempt: int, part: dict[str, Any]) -> Request:
     content = [part, {"type": "text", "text": prompt(row.kind, row.question, row.answer)}]
-    return Request([{"role": "user", "content": content}], sampling.temperature, sampling.max_tokens, attempt,
-                   f"record {row.id!r}", {"seed": attempt} if sampling.send_seed else {})
+    return Request(
+        [{"role": "user", "content": content}],
+        sampling.temperature,
+        sampling.max_tokens,
+        attempt,
+        f"record {row.id!r}",
+        {"seed": attempt} if sampling.send_seed else {},
+    )
 
 
 def settings_of(sampling: Sampling, gates: Gates, model: str) -> dict[str, Any]:

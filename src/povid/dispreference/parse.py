@@ -46,7 +46,7 @@ def parse(kind: Kind, reply: str) -> Parsed:
             if not first or not second:
                 raise Unusable("empty")
             return Parsed(first, second)
-        if len({number for number in _LABEL.findall(reply)}) == 1 and not _LABEL.search(reply).group(1) == "1":
+        if len(set(_LABEL.findall(reply))) == 1 and not _LABEL.search(reply).group(1) == "1":
             raise Unusable("one answer of two")
     answer = _clean(_after_answer(reply, kind))
     if not answer:

@@ -65,7 +65,9 @@ _DESCRIBES = re.compile(
     r"in (great )?detail|(detailed|comprehensive) (manner|way|look|overview|account|analysis|explanation|rundown)|"
     r"key elements|visual content|summari[sz]e (the|this) (image|picture|photo|scene)|"
     r"what('s| is| do you (see|think is))? ?(happening|going on) in (this|the) (image|picture|photo\w*|scene)|"
-    r"what do you see)\b", re.IGNORECASE)
+    r"what do you see)\b",
+    re.IGNORECASE,
+)
 
 
 def kind_of(question: str) -> Kind:

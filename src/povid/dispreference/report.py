@@ -19,8 +19,12 @@ from povid.preferences.triple import Triple
 SHOWN = 20  # triples on the page
 
 
-def figures(triples: Sequence[Triple], kinds: Sequence[str], rejects: Sequence[tuple[str, Sequence[str]]],
-            reasons: Mapping[str, int]) -> dict[str, Any]:
+def figures(
+    triples: Sequence[Triple],
+    kinds: Sequence[str],
+    rejects: Sequence[tuple[str, Sequence[str]]],
+    reasons: Mapping[str, int],
+) -> dict[str, Any]:
     """Counts over the last answers of ``triples``.
 
     ``hallucinations`` counts records by what was changed in them (a record may count under several); "reasoning" are
@@ -30,8 +34,9 @@ def figures(triples: Sequence[Triple], kinds: Sequence[str], rejects: Sequence[t
     for triple in triples:
         good, bad = triple.preferred[-1].text, triple.dispreferred[-1].text
         difference = changes(good, bad)
-        found.update("object co-occurrence" if kind == "object" and difference.objects else kind
-                     for kind in difference.kinds)
+        found.update(
+            "object co-occurrence" if kind == "object" and difference.objects else kind for kind in difference.kinds
+        )
         found.update(["reasoning"] * has_reason(bad))
         added.update(difference.objects)
         ratios.append(len(words(bad)) / max(1, len(words(good))))
@@ -54,40 +59,66 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
         return {}
     ordered = sorted(values)
     at = {share: ordered[min(len(ordered) - 1, int(share * len(ordered)))] for share in (0.05, 0.95)}
-    return {"mean": round(statistics.mean(values), 3), "median": round(statistics.median(values), 3),
-            "p5": round(at[0.05], 3), "p95": round(at[0.95], 3)}
+    return {
+        "mean": round(statistics.mean(values), 3),
+        "median": round(statistics.median(values), 3),
+        "p5": round(at[0.05], 3),
+        "p95": round(at[0.95], 3),
+    }
 
 
-def write_report(folder: Path, title: str, triples: Sequence[Triple], numbers: Mapping[str, Any],
-                 rejects: Sequence[tuple[str, Sequence[str]]]) -> None:
+def write_report(
+    folder: Path,
+    title: str,
+    triples: Sequence[Triple],
+    numbers: Mapping[str, Any],
+    rejects: Sequence[tuple[str, Sequence[str]]],
+) -> None:
     """Write report.json, rejects.jsonl and, if there are triples, report.html into ``folder``."""
     write_atomically(folder / "report.json", json.dumps(numbers, indent=1, ensure_ascii=False).encode())
     lines = [json.dumps({"id": id, "reasons": list(tries)}, ensure_ascii=False) for id, tries in rejects]
     write_atomically(folder / "rejects.jsonl", "".join(line + "\n" for line in lines).encode())
     if triples:
-        boxes = "".join((
-            bars("Hallucinations (records)", list(numbers["hallucinations"].items())),
-            bars("Most injected objects", list(numbers["injected_objects"].items())[:10]),
-            bars("Replies refused, by reason", list(numbers["replies_refused"].items())),
-            bars("Records set aside, by last reason", list(numbers["set_aside_for"].items())),
-        ))
+        boxes = "".join(
+            (
+                bars("Hallucinations (records)", list(numbers["hallucinations"].items())),
+                bars("Most injected objects", list(numbers["injected_objects"].items())[:10]),
+                bars("Replies refused, by reason", list(numbers["replies_refused"].items())),
+                bars("Records set aside, by last reason", list(numbers["set_aside_for"].items())),
+            )
+        )
         ratio = numbers["length_ratio"]
         prompts = ", ".join(f"{count} {name}" for name, count in numbers["prompts"].items())
-        text = (f"{numbers['written']} written ({prompts}), {numbers['set_aside']} set aside. Dispreferred over "
-                f"preferred length: median {ratio['median']}, 90 % between {ratio['p5']} and {ratio['p95']}.")
-        write_page(triples, folder / "report.html", title=title, count=SHOWN,
-                   extra=f'<h2>Generation</h2><p>{escape(text)}</p><div class="facts">{boxes}</div>', noise_steps=())
+        text = (
+            f"{numbers['written']} written ({prompts}), {numbers['set_aside']} set aside. Dispreferred over "
+            f"preferred length: median {ratio['median']}, 90 % between {ratio['p5']} and {ratio['p95']}."
+        )
+        write_page(
+            triples,
+            folder / "report.html",
+            title=title,
+            count=SHOWN,
+            extra=f'<h2>Generation</h2><p>{escape(text)}</p><div class="facts">{boxes}</div>',
+            noise_steps=(),
+        )
 
 
 def summary(numbers: Mapping[str, Any]) -> str:
     """The figures for a terminal, a line each."""
+
     def listed(key: str, most: int = 8) -> str:
         return ", ".join(f"{name} {count}" for name, count in list(numbers[key].items())[:most]) or "none"
 
-    lines = [f"{numbers['written']} records written, {numbers['set_aside']} set aside ({listed('set_aside_for')})",
-             f"hallucinations: {listed('hallucinations')}", f"most injected: {listed('injected_objects')}",
-             f"replies refused: {listed('replies_refused')}"]
+    lines = [
+        f"{numbers['written']} records written, {numbers['set_aside']} set aside ({listed('set_aside_for')})",
+        f"hallucinations: {listed('hallucinations')}",
+        f"most injected: {listed('injected_objects')}",
+        f"replies refused: {listed('replies_refused')}",
+    ]
     if numbers["length_ratio"]:
-        lines.append("words of dispreferred per word of preferred: median {median}, 5 % below {p5}, 5 % above {p95}"
-                     .format(**numbers["length_ratio"]))
+        lines.append(
+            "words of dispreferred per word of preferred: median {median}, 5 % below {p5}, 5 % above {p95}".format(
+                **numbers["length_ratio"]
+            )
+        )
     return "\n".join(lines)

@@ -27,12 +27,18 @@ class Row:
 
     def triple(self, preferred: str, dispreferred: str) -> Triple:
         asked = (*self.earlier, Turn("user", self.question))
-        return Triple(self.id, self.image, (*asked, Turn("assistant", preferred)),
-                      (*asked, Turn("assistant", dispreferred)), "dispreference")
+        return Triple(
+            self.id,
+            self.image,
+            (*asked, Turn("assistant", preferred)),
+            (*asked, Turn("assistant", dispreferred)),
+            "dispreference",
+        )
 
 
-def read_rows(path: Path, images: Path, *, kind: str = "auto", rounds: str = "first",
-              skipped: list[str] | None = None) -> list[Row]:
+def read_rows(
+    path: Path, images: Path, *, kind: str = "auto", rounds: str = "first", skipped: list[str] | None = None
+) -> list[Row]:
     """Read JSON, JSON Lines, CSV or parquet.
 
     A record has ``image`` and either ``conversations`` (LLaVA-Instruct) or ``question`` and ``answer``; ``id`` may be
@@ -49,8 +55,13 @@ def read_rows(path: Path, images: Path, *, kind: str = "auto", rounds: str = "fi
         raise Fault(f"rounds={rounds} does not exist; choose first or each")
     if not Path(images).is_dir():
         raise Fault(f"image folder {images} does not exist; give the folder that holds the pictures of {path}")
-    rows = gather(path, images, skipped, lambda record, place: _rows(
-        mapping(record, "record"), Path(images), place.rpartition(" ")[2], kind, rounds), "set skip_bad=true")
+    rows = gather(
+        path,
+        images,
+        skipped,
+        lambda record, place: _rows(mapping(record, "record"), Path(images), place.rpartition(" ")[2], kind, rounds),
+        "set skip_bad=true",
+    )
     if not rows:
         raise Fault(f"{path} holds no record that can be used; mend those that were skipped")
     return rows
@@ -63,12 +74,15 @@ def _rows(record: Mapping[str, Any], images: Path, number: str, kind: str, round
     if "conversations" in record:
         turns = conversation_turns(record["conversations"], at, "conversations")
         if len(turns) % 2 or any(turn.role != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):
-            raise Fault(f"{at}: conversations must alternate human and gpt and end with gpt; mend the record or "
-                        "remove it")
+            raise Fault(
+                f"{at}: conversations must alternate human and gpt and end with gpt; mend the record or remove it"
+            )
     else:
         asked = text(member(record, "question", at), at, "question").replace("<image>", "").strip()
-        turns = (Turn("user", text(asked, at, "question")),
-                 Turn("assistant", text(member(record, "answer", at), at, "answer")))
+        turns = (
+            Turn("user", text(asked, at, "question")),
+            Turn("assistant", text(member(record, "answer", at), at, "answer")),
+        )
     own = record.get("prompt")
     if own is not None and own not in KINDS:
         raise Fault(f"{at}: prompt must be captioning or reasoning, found {show(own)}; mend the record")

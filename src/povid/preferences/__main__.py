@@ -26,8 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m povid.preferences", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("data", type=Path, metavar="DATA",
-                        help="a .json, .jsonl or .parquet file, or a folder of shards")
+    common.add_argument(
+        "data", type=Path, metavar="DATA", help="a .json, .jsonl or .parquet file, or a folder of shards"
+    )
     common.add_argument("--format", default="povid", help=f"one of {', '.join(READERS)} (default: povid)")
     common.add_argument("--images", type=Path, metavar="DIR", help="folder of the pictures (default: that of DATA)")
 

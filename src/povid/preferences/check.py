@@ -48,7 +48,8 @@ class Report:
         kinds = Counter(finding.kind for finding in self.findings)
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
         summary = f"{self.checked} of {self.records} records checked: " + (
-            f"{len(self.findings)} faults ({counts})" if self.findings else "no fault")
+            f"{len(self.findings)} faults ({counts})" if self.findings else "no fault"
+        )
         if self.duplicates:
             summary += f"; {self.duplicates} ids are used more than once"
         return [*(finding.text for finding in self.findings), summary]
@@ -90,18 +91,34 @@ def check(
         if fault:
             report.findings.append(Finding(triple.id, "image", f"record {triple.id!r}: {fault}"))
         if _alike(triple):
-            report.findings.append(Finding(triple.id, "equal", f"record {triple.id!r}: preferred and dispreferred have "
-                                           "the same words; write a response that differs or remove the record"))
+            report.findings.append(
+                Finding(
+                    triple.id,
+                    "equal",
+                    f"record {triple.id!r}: preferred and dispreferred have "
+                    "the same words; write a response that differs or remove the record",
+                )
+            )
         if tokens is not None and (length := tokens(triple)) >= limit:
-            report.findings.append(Finding(triple.id, "prompt", f"record {triple.id!r}: the prompt takes {length} of "
-                                           f"{limit} tokens; shorten it, raise the limit or remove the record"))
+            report.findings.append(
+                Finding(
+                    triple.id,
+                    "prompt",
+                    f"record {triple.id!r}: the prompt takes {length} of "
+                    f"{limit} tokens; shorten it, raise the limit or remove the record",
+                )
+            )
     return report
 
 
 def _alike(triple: Triple) -> bool:
     pairs = zip(triple.preferred, triple.dispreferred)
-    return all(words(good.text) == words(bad.text) and bool(words(good.text)) == bool(words(bad.text))
-               and (words(good.text) or good.text.split() == bad.text.split()) for good, bad in pairs)
+    return all(
+        words(good.text) == words(bad.text)
+        and bool(words(good.text)) == bool(words(bad.text))
+        and (words(good.text) or good.text.split() == bad.text.split())
+        for good, bad in pairs
+    )
 
 
 def picture_fault(image: Path | bytes) -> str | None:

@@ -13,52 +13,278 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 COCO_OBJECTS = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat", "traffic light",
-    "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog", "horse", "sheep", "cow", "elephant",
-    "bear", "zebra", "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard",
-    "sports ball", "kite", "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli",
-    "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed", "dining table", "toilet",
-    "tv", "laptop", "mouse", "remote", "keyboard", "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator",
-    "book", "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush",
+    "person",
+    "bicycle",
+    "car",
+    "motorcycle",
+    "airplane",
+    "bus",
+    "train",
+    "truck",
+    "boat",
+    "traffic light",
+    "fire hydrant",
+    "stop sign",
+    "parking meter",
+    "bench",
+    "bird",
+    "cat",
+    "dog",
+    "horse",
+    "sheep",
+    "cow",
+    "elephant",
+    "bear",
+    "zebra",
+    "giraffe",
+    "backpack",
+    "umbrella",
+    "handbag",
+    "tie",
+    "suitcase",
+    "frisbee",
+    "skis",
+    "snowboard",
+    "sports ball",
+    "kite",
+    "baseball bat",
+    "baseball glove",
+    "skateboard",
+    "surfboard",
+    "tennis racket",
+    "bottle",
+    "wine glass",
+    "cup",
+    "fork",
+    "knife",
+    "spoon",
+    "bowl",
+    "banana",
+    "apple",
+    "sandwich",
+    "orange",
+    "broccoli",
+    "carrot",
+    "hot dog",
+    "pizza",
+    "donut",
+    "cake",
+    "chair",
+    "couch",
+    "potted plant",
+    "bed",
+    "dining table",
+    "toilet",
+    "tv",
+    "laptop",
+    "mouse",
+    "remote",
+    "keyboard",
+    "cell phone",
+    "microwave",
+    "oven",
+    "toaster",
+    "sink",
+    "refrigerator",
+    "book",
+    "clock",
+    "vase",
+    "scissors",
+    "teddy bear",
+    "hair drier",
+    "toothbrush",
 )
 # Everyday words for COCO's objects, and other things that pictures hold. An ambiguous word (orange) stays out.
 OBJECT_WORDS = {
-    "man": "person", "woman": "person", "men": "person", "women": "person", "people": "person", "boy": "person",
-    "girl": "person", "child": "person", "children": "person", "kid": "person", "lady": "person", "guy": "person",
-    "player": "person", "cyclist": "person", "surfer": "person", "rider": "person", "pedestrian": "person",
-    "driver": "person", "skier": "person", "bike": "bicycle", "hatchback": "car", "van": "car", "taxi": "car",
-    "motorbike": "motorcycle", "scooter": "motorcycle", "plane": "airplane", "jet": "airplane", "lorry": "truck",
-    "ship": "boat", "sailboat": "boat", "canoe": "boat", "kitten": "cat", "puppy": "dog", "pony": "horse",
-    "lamb": "sheep", "calf": "cow", "cattle": "cow", "purse": "handbag", "bag": "handbag", "luggage": "suitcase",
-    "ball": "sports ball", "racket": "tennis racket", "racquet": "tennis racket", "mug": "cup", "glass": "wine glass",
-    "glasses": "wine glass", "doughnut": "donut", "sofa": "couch", "plant": "potted plant", "table": "dining table",
-    "television": "tv", "monitor": "tv", "phone": "cell phone", "cellphone": "cell phone", "smartphone": "cell phone",
-    "fridge": "refrigerator", "stove": "oven", "teddy": "teddy bear", "knives": "knife", "sheep": "sheep",
-    "skis": "skis", "ski": "skis", "scissors": "scissors", "bus": "bus", "buses": "bus", "glove": "baseball glove",
-    "hydrant": "fire hydrant", "couches": "couch", "benches": "bench", "sandwiches": "sandwich",
-    "toothbrushes": "toothbrush", "mice": "mouse",
-} | {word: word for word in (
-    "hat", "cap", "helmet", "sunglasses", "shirt", "jacket", "coat", "dress", "shoe", "scarf", "camera", "lamp",
-    "window", "door", "fence", "tree", "flower", "bush", "rock", "mountain", "building", "house", "bridge", "tower",
-    "sign", "flag", "balloon", "basket", "box", "plate", "napkin", "candle", "pan", "pot", "tray", "pillow", "blanket",
-    "curtain", "rug", "mirror", "picture", "painting", "poster", "shelf", "cabinet", "drawer", "desk", "towel",
-    "guitar", "fishing pole", "net", "rope", "ladder", "wheel", "cart", "wagon", "trailer", "tent", "swing",
-    "slide", "fountain", "statue", "pole", "street lamp", "trash can", "bin", "newspaper", "magazine", "pen",
-    "notebook", "tomato", "lemon", "egg",
-    "bread", "cheese", "salad", "soup", "rice", "meat", "steak", "fish", "chicken", "butterfly", "squirrel",
-    "rabbit", "goat", "pig", "monkey", "lion", "tiger", "crown", "necklace", "ring", "watch", "glove", "belt", "sock",
-)}
-COLOURS = frozenset("black white grey gray silver red orange yellow green blue purple pink brown beige golden gold tan "
-                    "maroon turquoise violet cream dark light bright pale colourful colorful".split())
+    "man": "person",
+    "woman": "person",
+    "men": "person",
+    "women": "person",
+    "people": "person",
+    "boy": "person",
+    "girl": "person",
+    "child": "person",
+    "children": "person",
+    "kid": "person",
+    "lady": "person",
+    "guy": "person",
+    "player": "person",
+    "cyclist": "person",
+    "surfer": "person",
+    "rider": "person",
+    "pedestrian": "person",
+    "driver": "person",
+    "skier": "person",
+    "bike": "bicycle",
+    "hatchback": "car",
+    "van": "car",
+    "taxi": "car",
+    "motorbike": "motorcycle",
+    "scooter": "motorcycle",
+    "plane": "airplane",
+    "jet": "airplane",
+    "lorry": "truck",
+    "ship": "boat",
+    "sailboat": "boat",
+    "canoe": "boat",
+    "kitten": "cat",
+    "puppy": "dog",
+    "pony": "horse",
+    "lamb": "sheep",
+    "calf": "cow",
+    "cattle": "cow",
+    "purse": "handbag",
+    "bag": "handbag",
+    "luggage": "suitcase",
+    "ball": "sports ball",
+    "racket": "tennis racket",
+    "racquet": "tennis racket",
+    "mug": "cup",
+    "glass": "wine glass",
+    "glasses": "wine glass",
+    "doughnut": "donut",
+    "sofa": "couch",
+    "plant": "potted plant",
+    "table": "dining table",
+    "television": "tv",
+    "monitor": "tv",
+    "phone": "cell phone",
+    "cellphone": "cell phone",
+    "smartphone": "cell phone",
+    "fridge": "refrigerator",
+    "stove": "oven",
+    "teddy": "teddy bear",
+    "knives": "knife",
+    "sheep": "sheep",
+    "skis": "skis",
+    "ski": "skis",
+    "scissors": "scissors",
+    "bus": "bus",
+    "buses": "bus",
+    "glove": "baseball glove",
+    "hydrant": "fire hydrant",
+    "couches": "couch",
+    "benches": "bench",
+    "sandwiches": "sandwich",
+    "toothbrushes": "toothbrush",
+    "mice": "mouse",
+} | {
+    word: word
+    for word in (
+        "hat",
+        "cap",
+        "helmet",
+        "sunglasses",
+        "shirt",
+        "jacket",
+        "coat",
+        "dress",
+        "shoe",
+        "scarf",
+        "camera",
+        "lamp",
+        "window",
+        "door",
+        "fence",
+        "tree",
+        "flower",
+        "bush",
+        "rock",
+        "mountain",
+        "building",
+        "house",
+        "bridge",
+        "tower",
+        "sign",
+        "flag",
+        "balloon",
+        "basket",
+        "box",
+        "plate",
+        "napkin",
+        "candle",
+        "pan",
+        "pot",
+        "tray",
+        "pillow",
+        "blanket",
+        "curtain",
+        "rug",
+        "mirror",
+        "picture",
+        "painting",
+        "poster",
+        "shelf",
+        "cabinet",
+        "drawer",
+        "desk",
+        "towel",
+        "guitar",
+        "fishing pole",
+        "net",
+        "rope",
+        "ladder",
+        "wheel",
+        "cart",
+        "wagon",
+        "trailer",
+        "tent",
+        "swing",
+        "slide",
+        "fountain",
+        "statue",
+        "pole",
+        "street lamp",
+        "trash can",
+        "bin",
+        "newspaper",
+        "magazine",
+        "pen",
+        "notebook",
+        "tomato",
+        "lemon",
+        "egg",
+        "bread",
+        "cheese",
+        "salad",
+        "soup",
+        "rice",
+        "meat",
+        "steak",
+        "fish",
+        "chicken",
+        "butterfly",
+        "squirrel",
+        "rabbit",
+        "goat",
+        "pig",
+        "monkey",
+        "lion",
+        "tiger",
+        "crown",
+        "necklace",
+        "ring",
+        "watch",
+        "glove",
+        "belt",
+        "sock",
+    )
+}
+COLOURS = frozenset(
+    "black white grey gray silver red orange yellow green blue purple pink brown beige golden gold tan "
+    "maroon turquoise violet cream dark light bright pale colourful colorful".split()
+)
 ATTRIBUTES = COLOURS | frozenset(
     "big small large little tiny huge giant tall short long wide narrow thick thin round square old young new modern "
     "vintage wooden metal plastic glass leather brick stone concrete striped spotted checkered plain empty full open "
     "closed wet dry clean dirty shiny rusty broken fresh ripe sliced cooked raw sunny cloudy rainy snowy foggy happy "
     "sad smiling angry bare crowded busy quiet calm fluffy furry smooth rough soft hard bald blond blonde curly "
-    "straight folded electric ornate simple fancy casual formal".split())
-NUMBERS = frozenset("zero one two three four five six seven eight nine ten eleven twelve dozen several many few couple "
-                    "pair both single multiple another numerous".split())
+    "straight folded electric ornate simple fancy casual formal".split()
+)
+NUMBERS = frozenset(
+    "zero one two three four five six seven eight nine ten eleven twelve dozen several many few couple "
+    "pair both single multiple another numerous".split()
+)
 RELATIONS = frozenset(
     "left right above below under underneath over on onto in inside outside into behind beside between near next front "
     "back top bottom middle centre center around across along against through past towards toward away far close "
@@ -66,13 +292,15 @@ RELATIONS = frozenset(
     "wears riding rides sitting sits seated standing stands lying lies leaning leans walking walks running runs eating "
     "eats drinking looking looks watching watches pushing pulling throwing catching kicking hitting playing feeding "
     "chasing parked flying flies hanging hangs attached crossing because therefore since so cause causes caused result "
-    "leads led indicates suggests".split())
+    "leads led indicates suggests".split()
+)
 ARTICLES = frozenset("a an the this that these those some any no its his her their".split())
 FUNCTION = ARTICLES | frozenset(
     "and or but of to with for from by at as is are was were be been being it he she they there here which who whom "
     "whose what when where while than then also too very more most not can could may might will would should do does "
     "did has have had having if such up down out off about appears appear seems seem seen visible image picture photo "
-    "scene shows showing shown one's each other all yes reason answer".split())
+    "scene shows showing shown one's each other all yes reason answer".split()
+)
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|\s+|[^\w\s]|_")
@@ -96,9 +324,7 @@ def segments(first: str, second: str) -> Iterator[tuple[str, str, bool]]:
     good = bad = ""
     for kind, a, b, c, d in matcher.get_opcodes():
         first, second = "".join(left[a:b]), "".join(right[c:d])
-        if kind != "equal":
-            good, bad = good + first, bad + second
-        elif (good or bad) and not first.strip() and b < len(left):  # changed words with a space between: one piece
+        if kind != "equal" or ((good or bad) and not first.strip() and b < len(left)):
             good, bad = good + first, bad + second
         else:
             if good or bad:
@@ -129,10 +355,17 @@ def _singular(word: str, known: Mapping[str, str] | None = None) -> str:
     return word
 
 
-_IRREGULAR = {"person": "people", "knife": "knives", "mouse": "mice", "calf": "calves", "man": "men", "woman": "women",
-              "child": "children",
-              "teddy": "teddys",  # as the embedded world's model has learnt it
-              **{word: word for word in ("sheep", "skis", "scissors", "broccoli")}}
+_IRREGULAR = {
+    "person": "people",
+    "knife": "knives",
+    "mouse": "mice",
+    "calf": "calves",
+    "man": "men",
+    "woman": "women",
+    "child": "children",
+    "teddy": "teddys",  # as the embedded world's model has learnt it
+    **{word: word for word in ("sheep", "skis", "scissors", "broccoli")},
+}
 _SINGULARS = {plural: word for word, plural in _IRREGULAR.items() if plural != word}
 
 
@@ -171,7 +404,7 @@ def mentions(text: str, names: Mapping[str, str] | None = None) -> list[Mention]
         for length in range(min(_LONGEST, len(said) - at), 0, -1):
             last = said[at + length - 1]
             singular = _singular(last, known)
-            name = known.get(" ".join([*said[at:at + length - 1], singular]))
+            name = known.get(" ".join([*said[at : at + length - 1], singular]))
             if name is not None:
                 plural = singular != last or last in _PLURALS
                 found.append(Mention(spans[at][0], spans[at + length - 1][1], name, plural))

@@ -104,8 +104,13 @@ READERS: dict[str, Reader] = {
 def _read(path: Path, images: Path | None, skipped: list[str] | None, source: str, build: Callable) -> list[Triple]:
     if images is not None and not Path(images).is_dir():
         raise Fault(f"image folder {images} does not exist; give the folder that holds the pictures of {path}")
-    return gather(path, images, skipped, lambda record, place: build(record, images, place, source),
-                  "skip such records explicitly")
+    return gather(
+        path,
+        images,
+        skipped,
+        lambda record, place: build(record, images, place, source),
+        "skip such records explicitly",
+    )
 
 
 def _label(record: Mapping[str, Any], key: str = "id") -> str:
@@ -121,8 +126,11 @@ def _povid(record: Any, images: Path | None, place: str, source: str) -> Iterato
         preferred=conversation_turns(member(record, "conversations", at), at, "conversations"),
         dispreferred=conversation_turns(member(record, "rejected_conversations", at), at, "rejected_conversations"),
         source=source,
-        meta={key: value for key, value in record.items()
-              if key not in ("id", "image", "conversations", "rejected_conversations")},
+        meta={
+            key: value
+            for key, value in record.items()
+            if key not in ("id", "image", "conversations", "rejected_conversations")
+        },
     )
 
 
@@ -174,8 +182,10 @@ def _human_preference(record: Any, images: Path | None, place: str, source: str)
     number = name_of(member(record, "id", at), at)
     turns = conversation_turns(member(record, "conversations", at), at, "conversations", placeholder=True)
     if turns[-1].role != "assistant":
-        raise Fault(f"{at}: conversations must end with the gpt turn that the outputs replace, found a human turn; "
-                    "mend the record or remove it")
+        raise Fault(
+            f"{at}: conversations must end with the gpt turn that the outputs replace, found a human turn; "
+            "mend the record or remove it"
+        )
     choice = member(record, "preference", at)
     if isinstance(choice, bool) or choice not in (1, 2):
         raise Fault(f"{at}: preference must be 1 or 2, found {show(choice)}; mend the record or remove it")
@@ -194,8 +204,15 @@ def _rlhf_v(record: Any, images: Path | None, place: str, source: str) -> Iterat
     fields = _packed(member(record, "text", at), at)
     question, good, bad = (text(member(fields, key, at, "text"), at, f"text.{key}") for key in _FIELDS)
     number = name_of(record["idx"], at, "idx") if record.get("idx") is not None else place.rpartition(" ")[2]
-    yield _single(number, _columns_picture(record, images, at), _unmarked(question, at, "text.question"), good, bad,
-                  source, _origin(record))
+    yield _single(
+        number,
+        _columns_picture(record, images, at),
+        _unmarked(question, at, "text.question"),
+        good,
+        bad,
+        source,
+        _origin(record),
+    )
 
 
 _FIELDS = ("question", "chosen", "rejected")
@@ -210,8 +227,10 @@ def _packed(value: Any, at: str) -> Mapping[str, Any]:
                 packed = base64.b64decode(packed, validate=False).decode("utf-8")
             value = json.loads(packed)
         except (ValueError, RecursionError, binascii.Error):
-            raise Fault(f"{at}: text is not JSON with question, chosen and rejected, found {show(packed)}; mend the "
-                        "record or remove it") from None
+            raise Fault(
+                f"{at}: text is not JSON with question, chosen and rejected, found {show(packed)}; mend the "
+                "record or remove it"
+            ) from None
     if isinstance(value, list) and len(value) == len(_FIELDS):
         return dict(zip(_FIELDS, value))
     return mapping(value, at, "text")
@@ -222,8 +241,15 @@ def _rlaif_v(record: Any, images: Path | None, place: str, source: str) -> Itera
     at = _label(record, "idx")
     question, good, bad = (text(member(record, key, at), at, key) for key in _FIELDS)
     number = name_of(record["idx"], at, "idx") if record.get("idx") is not None else place.rpartition(" ")[2]
-    yield _single(number, _columns_picture(record, images, at), _unmarked(question, at, "question"), good, bad,
-                  source, _origin(record))
+    yield _single(
+        number,
+        _columns_picture(record, images, at),
+        _unmarked(question, at, "question"),
+        good,
+        bad,
+        source,
+        _origin(record),
+    )
 
 
 def _columns_picture(record: Mapping[str, Any], images: Path | None, at: str) -> Path | bytes:
@@ -257,12 +283,17 @@ def conversation_turns(value: Any, at: str, key: str, *, placeholder: bool = Fal
         turn = mapping(turn, at, spot)
         speaker = member(turn, "from", at, spot)
         if speaker not in ("human", "gpt"):
-            raise Fault(f"{at}: {spot}.from must be 'human' or 'gpt', found {show(speaker)}; mend the record or "
-                        "remove it")
-        said = text(member(turn, "value", at, spot), at, f"{spot}.value",
-                    empty=placeholder and number == len(value) - 1)
-        turns.append(Turn("user", _unmarked(said, at, f"{spot}.value")) if speaker == "human"
-                     else Turn("assistant", said.replace(IMAGE_MARKER, "")))
+            raise Fault(
+                f"{at}: {spot}.from must be 'human' or 'gpt', found {show(speaker)}; mend the record or remove it"
+            )
+        said = text(
+            member(turn, "value", at, spot), at, f"{spot}.value", empty=placeholder and number == len(value) - 1
+        )
+        turns.append(
+            Turn("user", _unmarked(said, at, f"{spot}.value"))
+            if speaker == "human"
+            else Turn("assistant", said.replace(IMAGE_MARKER, ""))
+        )
     return tuple(turns)
 
 
@@ -326,8 +357,10 @@ def _messages(value: Any, at: str, key: str) -> tuple[Turn, ...]:
         message = mapping(message, at, spot)
         role = member(message, "role", at, spot)
         if role not in ("user", "assistant"):
-            raise Fault(f"{at}: {spot}.role must be 'user' or 'assistant', found {show(role)}; the model's template "
-                        "brings its own system text, so remove that turn")
+            raise Fault(
+                f"{at}: {spot}.role must be 'user' or 'assistant', found {show(role)}; the model's template "
+                "brings its own system text, so remove that turn"
+            )
         said = _content(member(message, "content", at, spot), at, f"{spot}.content")
         turns.append(Turn(role, _unmarked(said, at, spot) if role == "user" else said))
     return tuple(turns)
@@ -358,12 +391,14 @@ def write_povid(triples: Iterable[Triple], path: Path, images: Path) -> None:
     """
     rows = []
     for triple in triples:
-        rows.append({
-            "id": triple.id,
-            "image": _stored(triple, Path(images)),
-            "conversations": _conversation(triple.preferred),
-            "rejected_conversations": _conversation(triple.dispreferred),
-        })
+        rows.append(
+            {
+                "id": triple.id,
+                "image": _stored(triple, Path(images)),
+                "conversations": _conversation(triple.preferred),
+                "rejected_conversations": _conversation(triple.dispreferred),
+            }
+        )
     write_atomically(Path(path), json.dumps(rows, ensure_ascii=False, indent=1).encode("utf-8"))
 
 
@@ -380,8 +415,10 @@ def _stored(triple: Triple, images: Path) -> str:
         try:
             return triple.image.resolve().relative_to(images.resolve()).as_posix()
         except ValueError:
-            raise Fault(f"record {triple.id!r}: its picture {triple.image} is not in {images}; give the folder that "
-                        "holds all pictures") from None
+            raise Fault(
+                f"record {triple.id!r}: its picture {triple.image} is not in {images}; give the folder that "
+                "holds all pictures"
+            ) from None
     kind = next((end for start, end in _ENDINGS.items() if triple.image.startswith(start)), "img")
     name = f"{re.sub(r'[^A-Za-z0-9_-]', '_', triple.id)[:100]}.{kind}"
     file = images / name
@@ -389,8 +426,9 @@ def _stored(triple: Triple, images: Path) -> str:
         images.mkdir(parents=True, exist_ok=True)
         write_atomically(file, triple.image)
     elif file.read_bytes() != triple.image:
-        raise Fault(f"record {triple.id!r}: {file} already holds another picture; give an empty image folder or "
-                    "distinct ids")
+        raise Fault(
+            f"record {triple.id!r}: {file} already holds another picture; give an empty image folder or distinct ids"
+        )
     return name
 
 
@@ -402,23 +440,43 @@ def write_trl(triples: Iterable[Triple], path: Path) -> None:
     import pyarrow
     import pyarrow.parquet
 
-    message = pyarrow.list_(pyarrow.struct([
-        ("role", pyarrow.string()),
-        ("content", pyarrow.list_(pyarrow.struct([("type", pyarrow.string()), ("text", pyarrow.string())]))),
-    ]))
+    message = pyarrow.list_(
+        pyarrow.struct(
+            [
+                ("role", pyarrow.string()),
+                ("content", pyarrow.list_(pyarrow.struct([("type", pyarrow.string()), ("text", pyarrow.string())]))),
+            ]
+        )
+    )
     image = pyarrow.list_(pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]))
-    schema = pyarrow.schema([("id", pyarrow.string()), ("images", image), ("prompt", message), ("chosen", message),
-                             ("rejected", message)])
+    schema = pyarrow.schema(
+        [("id", pyarrow.string()), ("images", image), ("prompt", message), ("chosen", message), ("rejected", message)]
+    )
     # tells `datasets` that the column holds pictures, which parquet alone cannot say
-    features = {"info": {"features": {
-        "id": {"dtype": "string", "_type": "Value"},
-        "images": {"feature": {"_type": "Image"}, "_type": "List"},
-        **{key: {"feature": {"role": {"dtype": "string", "_type": "Value"},
-                             "content": {"feature": {"type": {"dtype": "string", "_type": "Value"},
-                                                     "text": {"dtype": "string", "_type": "Value"}},
-                                         "_type": "List"}},
-                 "_type": "List"} for key in ("prompt", "chosen", "rejected")},
-    }}}
+    features = {
+        "info": {
+            "features": {
+                "id": {"dtype": "string", "_type": "Value"},
+                "images": {"feature": {"_type": "Image"}, "_type": "List"},
+                **{
+                    key: {
+                        "feature": {
+                            "role": {"dtype": "string", "_type": "Value"},
+                            "content": {
+                                "feature": {
+                                    "type": {"dtype": "string", "_type": "Value"},
+                                    "text": {"dtype": "string", "_type": "Value"},
+                                },
+                                "_type": "List",
+                            },
+                        },
+                        "_type": "List",
+                    }
+                    for key in ("prompt", "chosen", "rejected")
+                },
+            }
+        }
+    }
     schema = schema.with_metadata({"huggingface": json.dumps(features)})
     with _in_place_of(Path(path)) as name, pyarrow.parquet.ParquetWriter(name, schema) as writer:
         for batch in _batched(triples, 64):
@@ -434,8 +492,9 @@ def _whole(record: str, picture: str) -> bytes:
     try:
         return Path(picture).read_bytes()
     except OSError as error:
-        raise Fault(f"record {record!r}: picture {picture} cannot be read ({error.strerror}); put it there or remove "
-                    "the record") from None
+        raise Fault(
+            f"record {record!r}: picture {picture} cannot be read ({error.strerror}); put it there or remove the record"
+        ) from None
 
 
 def _batched(items: Iterable[Triple], size: int) -> Iterator[list[Triple]]:

@@ -44,8 +44,9 @@ def show(value: Any) -> str:
     return _shown.repr(value).encode("utf-8", "backslashreplace").decode()
 
 
-def gather(path: Path, images: Path | None, skipped: list[str] | None,
-           build: Callable[[Any, str], Iterable[Built]], cure: str) -> list[Built]:
+def gather(
+    path: Path, images: Path | None, skipped: list[str] | None, build: Callable[[Any, str], Iterable[Built]], cure: str
+) -> list[Built]:
     """``build(record, place)`` of every record of a file.
 
     A bad record raises its Fault, or adds its sentence to ``skipped`` if that is a list; missing pictures are counted
@@ -68,8 +69,10 @@ def gather(path: Path, images: Path | None, skipped: list[str] | None,
                 raise Fault(sentence) from None
     if missing:
         first = ", ".join(show(name) for name in missing[:3])
-        raise Fault(f"{path}: {len(missing)} pictures are not in {images} (first: {first}); put them there, give "
-                    f"another image folder, or {cure}")
+        raise Fault(
+            f"{path}: {len(missing)} pictures are not in {images} (first: {first}); put them there, give "
+            f"another image folder, or {cure}"
+        )
     return built
 
 
@@ -92,8 +95,10 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     elif path.suffix.lower() in _READERS:
         shards = [path]
     else:
-        raise Fault(f"{path} ends in {path.suffix or 'no suffix'!r}; records are read from .json, .jsonl, .csv "
-                    "and .parquet files")
+        raise Fault(
+            f"{path} ends in {path.suffix or 'no suffix'!r}; records are read from .json, .jsonl, .csv "
+            "and .parquet files"
+        )
     found = False
     for shard in shards:
         for place, record in _READERS[shard.suffix.lower()](shard):
@@ -105,8 +110,10 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     if path.stat().st_size > LARGEST_JSON:
-        raise Fault(f"{path} has {path.stat().st_size:,} bytes, too many for one JSON list; turn it into JSON Lines "
-                    "(.jsonl) or parquet")
+        raise Fault(
+            f"{path} has {path.stat().st_size:,} bytes, too many for one JSON list; turn it into JSON Lines "
+            "(.jsonl) or parquet"
+        )
     value = parse_json(path)
     if not isinstance(value, list):
         raise Fault(f"{path} must be a JSON list of records, found {_kind(value)}; put the records into one list")
@@ -211,8 +218,10 @@ def _kind(value: Any) -> str:
 def mapping(value: Any, record: str, key: str = "") -> Mapping[str, Any]:
     """``value`` as an object."""
     if not isinstance(value, Mapping):
-        raise Fault(f"{record}: {key or 'the record'} must be an object, found {_kind(value)} {show(value)}; "
-                    "mend the record or remove it")
+        raise Fault(
+            f"{record}: {key or 'the record'} must be an object, found {_kind(value)} {show(value)}; "
+            "mend the record or remove it"
+        )
     return value
 
 
@@ -228,8 +237,10 @@ def member(value: Mapping[str, Any], key: str, record: str, inside: str = "") ->
     """``value[key]``, which must be there."""
     if key not in value or value[key] is None:
         have = ", ".join(show(name) for name in list(value)[:8]) or "none"
-        raise Fault(f"{record}: key {key!r} is missing{f' in {inside}' if inside else ''} (keys found: {have}); "
-                    "add it or remove the record")
+        raise Fault(
+            f"{record}: key {key!r} is missing{f' in {inside}' if inside else ''} (keys found: {have}); "
+            "add it or remove the record"
+        )
     return value[key]
 
 
@@ -238,13 +249,17 @@ def text(value: Any, record: str, key: str, *, empty: bool = False) -> str:
     if not isinstance(value, str):
         raise Fault(f"{record}: {key} must be text, found {_kind(value)} {show(value)}; mend the record or remove it")
     if len(value) > LONGEST_TEXT:
-        raise Fault(f"{record}: {key} has {len(value):,} characters, more than the {LONGEST_TEXT:,} that a turn may "
-                    "have; shorten it or remove the record")
+        raise Fault(
+            f"{record}: {key} has {len(value):,} characters, more than the {LONGEST_TEXT:,} that a turn may "
+            "have; shorten it or remove the record"
+        )
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise Fault(f"{record}: {key} holds half a surrogate pair ({show(value)}), which is not text; mend it or "
-                    "remove the record") from None
+        raise Fault(
+            f"{record}: {key} holds half a surrogate pair ({show(value)}), which is not text; mend it or "
+            "remove the record"
+        ) from None
     if not empty and not value.strip():
         raise Fault(f"{record}: {key} is empty; write one or remove the record")
     return value
@@ -323,8 +338,10 @@ def image_file(name: str, images: Path | None, record: str, key: str = "image") 
             there = False
         if there:
             if not _within(os.path.realpath(candidate), root):
-                raise Fault(f"{record}: {key} {show(name)} is a link that leads out of the image folder {images}; "
-                            "copy the picture into the folder")
+                raise Fault(
+                    f"{record}: {key} {show(name)} is a link that leads out of the image folder {images}; "
+                    "copy the picture into the folder"
+                )
             return candidate
     raise MissingImage(record, name)
 

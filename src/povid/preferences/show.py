@@ -34,7 +34,7 @@ STYLE = """
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
 h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 16px; margin: 26px 0 10px; }
-.dim { color: var(--dim); } 
+.dim { color: var(--dim); }
 .facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(208px, 1fr)); gap: 14px; }
 .box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
 .box h3 { margin: 0 0 8px; font-size: 13px; font-weight: 600; color: var(--dim); }
@@ -62,8 +62,16 @@ mark.bad { background: var(--bad); color: var(--bad-ink); }
 """
 
 
-def write_page(triples: Sequence[Triple], out: Path, *, title: str, count: int = 40, seed: int = 0,
-               noise_steps: Sequence[int] = NOISE_STEPS, extra: str = "") -> None:
+def write_page(
+    triples: Sequence[Triple],
+    out: Path,
+    *,
+    title: str,
+    count: int = 40,
+    seed: int = 0,
+    noise_steps: Sequence[int] = NOISE_STEPS,
+    extra: str = "",
+) -> None:
     """Write the page for ``triples``: statistics over all, ``count`` of them drawn by ``seed`` in full.
 
     ``extra`` is HTML that goes between statistics and records.
@@ -108,7 +116,8 @@ def bars(title: str, counts: Sequence[tuple[str, float]], form: str = "{:,.0f}")
         f'<div class="row"><span title="{escape(name, quote=True)}">{escape(name)}</span>'
         f'<span class="bar"><i style="width:{100 * value / most:.1f}%"></i></span>'
         f"<span>{form.format(value)}</span></div>"
-        for name, value in counts)
+        for name, value in counts
+    )
     return f'<div class="box"><h3>{escape(title)}</h3>{rows or "<span class=dim>none</span>"}</div>'
 
 
@@ -126,21 +135,32 @@ def _statistics(triples: Sequence[Triple]) -> str:
         found = changes(first, second)
         kinds.update(found.kinds)
         added.update(found.objects)
-    lengths = [("preferred", statistics.mean(good)), ("dispreferred", statistics.mean(bad)),
-               ("ratio", statistics.mean(bad) / (statistics.mean(good) or 1))]
-    steps = [(f"{low:.1f} to {low + 0.2:.1f}", sum(low <= value < low + 0.2 or (low == 0.8 and value == 1)
-                                                    for value in shared)) for low in (0.0, 0.2, 0.4, 0.6, 0.8)]
+    lengths = [
+        ("preferred", statistics.mean(good)),
+        ("dispreferred", statistics.mean(bad)),
+        ("ratio", statistics.mean(bad) / (statistics.mean(good) or 1)),
+    ]
+    steps = [
+        (
+            f"{low:.1f} to {low + 0.2:.1f}",
+            sum(low <= value < low + 0.2 or (low == 0.8 and value == 1) for value in shared),
+        )
+        for low in (0.0, 0.2, 0.4, 0.6, 0.8)
+    ]
     turns = Counter(len(triple.preferred) // 2 for triple in triples)
     rounds = [(f"{number} question{'s' * (number > 1)}", count) for number, count in sorted(turns.items())]
-    length_box = "".join(f'<div class="row"><span>{name}</span><span></span><span>{value:.2f}</span></div>'
-                         for name, value in lengths)
-    return "".join((
-        f'<div class="box"><h3>Words per record (mean)</h3>{length_box}</div>',
-        bars("Words shared by both, in order (records)", steps),
-        bars("What changed (records; one may have several)", [(kind, kinds[kind]) for kind in KINDS]),
-        bars("Objects only in the dispreferred (records)", added.most_common(8)),
-        bars("Length of the conversation (records)", rounds[:8]) if max(turns) > 1 else "",
-    ))
+    length_box = "".join(
+        f'<div class="row"><span>{name}</span><span></span><span>{value:.2f}</span></div>' for name, value in lengths
+    )
+    return "".join(
+        (
+            f'<div class="box"><h3>Words per record (mean)</h3>{length_box}</div>',
+            bars("Words shared by both, in order (records)", steps),
+            bars("What changed (records; one may have several)", [(kind, kinds[kind]) for kind in KINDS]),
+            bars("Objects only in the dispreferred (records)", added.most_common(8)),
+            bars("Length of the conversation (records)", rounds[:8]) if max(turns) > 1 else "",
+        )
+    )
 
 
 def _card(triple: Triple, noise_steps: Sequence[int], number: int) -> str:
@@ -150,11 +170,15 @@ def _card(triple: Triple, noise_steps: Sequence[int], number: int) -> str:
     rounds = []
     for at in range(0, len(triple.preferred), 2):
         good, bad = marked(triple.preferred[at + 1].text, triple.dispreferred[at + 1].text)
-        rounds.append(f'<p class="question">{escape(triple.preferred[at].text)}</p><div class="pair"><div><h4>Preferred'
-                      f"</h4><p>{good}</p></div><div><h4>Dispreferred</h4><p>{bad}</p></div></div>")
-    return (f"<article><header><b>{escape(triple.id)}</b>{tags}<span class='dim'>overlap {overlap(first, second):.2f}, "
-            f"{len(words(first))} → {len(words(second))} words</span></header>"
-            f'<div class="pictures">{_pictures(triple, noise_steps, number)}</div>{"".join(rounds)}</article>')
+        rounds.append(
+            f'<p class="question">{escape(triple.preferred[at].text)}</p><div class="pair"><div><h4>Preferred'
+            f"</h4><p>{good}</p></div><div><h4>Dispreferred</h4><p>{bad}</p></div></div>"
+        )
+    return (
+        f"<article><header><b>{escape(triple.id)}</b>{tags}<span class='dim'>overlap {overlap(first, second):.2f}, "
+        f"{len(words(first))} → {len(words(second))} words</span></header>"
+        f'<div class="pictures">{_pictures(triple, noise_steps, number)}</div>{"".join(rounds)}</article>'
+    )
 
 
 def _pictures(triple: Triple, noise_steps: Sequence[int], number: int) -> str:
@@ -169,8 +193,10 @@ def _pictures(triple: Triple, noise_steps: Sequence[int], number: int) -> str:
         return f'<div class="gone">{escape(str(what))} cannot be decoded ({escape(type(error).__name__)})</div>'
     shown = [(small, "picture")]
     shown += [(_noised(small, step, number), f"noised, step {step}") for step in noise_steps]
-    return "".join(f'<figure><img alt="{escape(name)}" src="{_embedded(image)}"><figcaption>{escape(name)}</figcaption>'
-                   "</figure>" for image, name in shown)
+    return "".join(
+        f'<figure><img alt="{escape(name)}" src="{_embedded(image)}"><figcaption>{escape(name)}</figcaption></figure>'
+        for image, name in shown
+    )
 
 
 def _noised(picture: Image.Image, step: int, number: int) -> Image.Image:
@@ -178,7 +204,7 @@ def _noised(picture: Image.Image, step: int, number: int) -> Image.Image:
     import numpy as np
     import torch
 
-    from povid import noise
+    from povid.method import noise
 
     x = torch.from_numpy(np.array(picture)).float() / 255
     eps = noise.draw(tuple(x.shape), seed=0, epoch=0, record=number)

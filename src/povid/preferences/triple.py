@@ -44,22 +44,32 @@ class Triple:
             turns = getattr(self, key)
             roles = [turn.role for turn in turns]
             if not turns or len(turns) % 2 or roles != ["user", "assistant"] * (len(turns) // 2):
-                raise Fault(f"record {self.id!r}: {key} must alternate user and assistant and end with the assistant, "
-                            f"found {roles or 'no turn'}; mend the record or remove it")
+                raise Fault(
+                    f"record {self.id!r}: {key} must alternate user and assistant and end with the assistant, "
+                    f"found {roles or 'no turn'}; mend the record or remove it"
+                )
             for number, turn in enumerate(turns):
                 if turn.role == "assistant" and not turn.text.strip():
-                    raise Fault(f"record {self.id!r}: {key} has an empty response in turn {number}; "
-                                "write one or remove the record")
+                    raise Fault(
+                        f"record {self.id!r}: {key} has an empty response in turn {number}; "
+                        "write one or remove the record"
+                    )
         if len(self.preferred) != len(self.dispreferred):
-            raise Fault(f"record {self.id!r}: preferred has {len(self.preferred)} turns and dispreferred "
-                        f"{len(self.dispreferred)}; both must answer the same user turns")
+            raise Fault(
+                f"record {self.id!r}: preferred has {len(self.preferred)} turns and dispreferred "
+                f"{len(self.dispreferred)}; both must answer the same user turns"
+            )
         for number, (good, bad) in enumerate(zip(self.preferred, self.dispreferred)):
             if good.role == "user" and good.text != bad.text:
-                raise Fault(f"record {self.id!r}: user turn {number} differs between preferred and dispreferred; "
-                            "both must answer the same question")
+                raise Fault(
+                    f"record {self.id!r}: user turn {number} differs between preferred and dispreferred; "
+                    "both must answer the same question"
+                )
         if self.preferred == self.dispreferred:
-            raise Fault(f"record {self.id!r}: preferred and dispreferred are equal, so there is nothing to prefer; "
-                        "remove the record")
+            raise Fault(
+                f"record {self.id!r}: preferred and dispreferred are equal, so there is nothing to prefer; "
+                "remove the record"
+            )
 
     @property
     def question(self) -> str:

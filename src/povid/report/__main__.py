@@ -14,8 +14,13 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the tables, print Table 3 (or the one asked for) and where the files are; 0, or 2 after a fault."""
     parser = argparse.ArgumentParser(prog="python -m povid.report", description=__doc__)
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
-    parser.add_argument("--table", type=int, choices=(1, 2, 3, 4), action="append",
-                        help="only this table; may be given again (default: all that the runs belong to)")
+    parser.add_argument(
+        "--table",
+        type=int,
+        choices=(1, 2, 3, 4),
+        action="append",
+        help="only this table; may be given again (default: all that the runs belong to)",
+    )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: OUTPUTS/tables)")
     parser.add_argument("--no-pictures", action="store_true", help="only Markdown, CSV and LaTeX")
     options = parser.parse_args(arguments)

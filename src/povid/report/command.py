@@ -11,13 +11,15 @@ from povid.report import render
 from povid.report.runs import find_runs
 from povid.report.tables import table
 
-BELONGS = {1: "a run with ablation=none, or trained on vlfeedback, human_preference, rlhf_v or (both) povid_17k",
-           2: "a run with ablation=none of a model other than the embedded one", 3: "a run",
-           4: "a run of Table 1 with benchmarks=llava_bench"}
+BELONGS = {
+    1: "a run with ablation=none, or trained on vlfeedback, human_preference, rlhf_v or (both) povid_17k",
+    2: "a run with ablation=none of a model other than the embedded one",
+    3: "a run",
+    4: "a run of Table 1 with benchmarks=llava_bench",
+}
 
 
-def write_tables(outputs: Path, out: Path | None = None, only: Sequence[int] = (),
-                 pictures: bool = True) -> list[Path]:
+def write_tables(outputs: Path, out: Path | None = None, only: Sequence[int] = (), pictures: bool = True) -> list[Path]:
     """Write Tables 1 to 4, as far as the runs below ``outputs`` belong to them, and the figures; return the files.
 
     For each table ``tableN.md``, ``.txt``, ``.csv``, ``.tex`` and ``.png`` in ``out`` (default ``outputs/tables``), and
@@ -37,10 +39,12 @@ def write_tables(outputs: Path, out: Path | None = None, only: Sequence[int] = (
         files = []
         for found in (found for found in made.values() if found):
             stem = out / f"table{found.number}"
-            files += [_write(stem.with_suffix(".md"), render.markdown(found)),
-                      _write(stem.with_suffix(".txt"), render.plain(found)),
-                      _write(stem.with_suffix(".csv"), render.comma_separated(found)),
-                      _write(stem.with_suffix(".tex"), render.latex(found))]
+            files += [
+                _write(stem.with_suffix(".md"), render.markdown(found)),
+                _write(stem.with_suffix(".txt"), render.plain(found)),
+                _write(stem.with_suffix(".csv"), render.comma_separated(found)),
+                _write(stem.with_suffix(".tex"), render.latex(found)),
+            ]
             if pictures:
                 from povid.report import picture
 
@@ -48,11 +52,18 @@ def write_tables(outputs: Path, out: Path | None = None, only: Sequence[int] = (
         if pictures and 3 in made:
             from povid.report import figures
 
-            files += [file for file in (figures.chair_against_coverage(runs, out / "chair_against_coverage.png"),
-                                        figures.training_curves(runs, out / "training_curves.png")) if file]
+            files += [
+                file
+                for file in (
+                    figures.chair_against_coverage(runs, out / "chair_against_coverage.png"),
+                    figures.training_curves(runs, out / "training_curves.png"),
+                )
+                if file
+            ]
     except OSError as error:
-        raise Fault(f"{out} cannot be written ({error.strerror or error}); free space or name another folder with "
-                    "--out") from error
+        raise Fault(
+            f"{out} cannot be written ({error.strerror or error}); free space or name another folder with --out"
+        ) from error
     return files
 
 

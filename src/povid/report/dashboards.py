@@ -38,8 +38,16 @@ def table_rows(records: Sequence[Mapping[str, Any]], find: Finder | None = None)
         texts = {key: str(record.get(key) or "") for key in TEXTS}
         marked = [mark(text, truth, find) if known else html.escape(text) for text in texts.values()]
         absent = [", ".join(hallucinated(texts[key], truth, find)) if known else "" for key in ("before", "after")]
-        rows.append([str(record.get("id", "")), record.get("image"), record.get("noised"),
-                     str(record.get("question") or ""), *marked, *absent])
+        rows.append(
+            [
+                str(record.get("id", "")),
+                record.get("image"),
+                record.get("noised"),
+                str(record.get("question") or ""),
+                *marked,
+                *absent,
+            ]
+        )
     return list(COLUMNS), rows
 
 
@@ -60,8 +68,10 @@ def mark(text: str, truth: Collection[str], find: Finder) -> str:
         if len(pair) == 2 and find(_between(text, pair)) != find(pair[0].group()) + find(pair[1].group()):
             span = pair
         if absent.intersection(find(_between(text, span))):
-            out += [html.escape(text[end : span[0].start()]),
-                    f'<mark style="{STYLE}">{html.escape(_between(text, span))}</mark>']
+            out += [
+                html.escape(text[end : span[0].start()]),
+                f'<mark style="{STYLE}">{html.escape(_between(text, span))}</mark>',
+            ]
             end = span[-1].end()
         place += len(span)
     return "".join([*out, html.escape(text[end:])])
@@ -113,11 +123,13 @@ def write_page(table: tuple[Sequence[str], Sequence[Sequence[Any]]], file: Path)
             cells.append(f"<td>{text}</td>")
         body.append(f"<tr>{''.join(cells)}</tr>")
     head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    page = ("<!doctype html><meta charset='utf-8'><title>Before and after</title><style>"
-            "body{font:14px/1.45 sans-serif;margin:24px;color:#1a1a1a}table{border-collapse:collapse}"
-            "th,td{border-bottom:1px solid #ccc;padding:8px;text-align:left;vertical-align:top;max-width:22em}"
-            "img{width:150px;image-rendering:auto}</style>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>\n")
+    page = (
+        "<!doctype html><meta charset='utf-8'><title>Before and after</title><style>"
+        "body{font:14px/1.45 sans-serif;margin:24px;color:#1a1a1a}table{border-collapse:collapse}"
+        "th,td{border-bottom:1px solid #ccc;padding:8px;text-align:left;vertical-align:top;max-width:22em}"
+        "img{width:150px;image-rendering:auto}</style>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>\n"
+    )
     temporary = file.with_name(f".{file.name}.part")
     temporary.write_text(page, encoding="utf-8")
     os.replace(temporary, file)

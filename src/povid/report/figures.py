@@ -24,15 +24,35 @@ MARKERS = {"none": "s", "noise": "^", "text": "v", "both": "o"}
 TEXT, NOISE, PREFERRED = "#c8553d", "#1b6ca8", "#2a7f4f"
 PANELS = (
     ("loss", (("loss", ("train/loss",), "#1a1a1a"),)),
-    ("reward", (("preferred", ("train/reward/preferred", "train/reward_preferred"), PREFERRED),
-                ("text dispreferred", ("train/reward/text", "train/reward_text"), TEXT),
-                ("noise dispreferred", ("train/reward/noise", "train/reward_noise"), NOISE))),
-    ("margin", (("over text", ("train/margin/text", "train/margin_text"), TEXT),
-                ("over noise", ("train/margin/noise", "train/margin_noise"), NOISE))),
-    ("share with margin > 0", (("text", ("train/accuracy/text", "train/accuracy_text"), TEXT),
-                               ("noise", ("train/accuracy/noise", "train/accuracy_noise"), NOISE))),
-    ("loss of each pair", (("text", ("train/loss/text", "train/loss_text"), TEXT),
-                           ("noise", ("train/loss/noise", "train/loss_noise"), NOISE))),
+    (
+        "reward",
+        (
+            ("preferred", ("train/reward/preferred", "train/reward_preferred"), PREFERRED),
+            ("text dispreferred", ("train/reward/text", "train/reward_text"), TEXT),
+            ("noise dispreferred", ("train/reward/noise", "train/reward_noise"), NOISE),
+        ),
+    ),
+    (
+        "margin",
+        (
+            ("over text", ("train/margin/text", "train/margin_text"), TEXT),
+            ("over noise", ("train/margin/noise", "train/margin_noise"), NOISE),
+        ),
+    ),
+    (
+        "share with margin > 0",
+        (
+            ("text", ("train/accuracy/text", "train/accuracy_text"), TEXT),
+            ("noise", ("train/accuracy/noise", "train/accuracy_noise"), NOISE),
+        ),
+    ),
+    (
+        "loss of each pair",
+        (
+            ("text", ("train/loss/text", "train/loss_text"), TEXT),
+            ("noise", ("train/loss/noise", "train/loss_noise"), NOISE),
+        ),
+    ),
 )
 SMOOTH = 200  # points of a curve; more are averaged in bins, so that a long run shows its course and not its jitter
 
@@ -65,8 +85,17 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
             left, right = axes.get_xlim()
             left = min(left, edge - 0.07 * (right - edge))
             axes.axvspan(left, edge, color="#b3261e", alpha=0.07, lw=0)
-            axes.text(edge - 0.015 * (right - left), 0.98, "says less than the base", color="#b3261e", fontsize=8.5,
-                      ha="right", va="top", rotation=90, transform=axes.get_xaxis_transform())
+            axes.text(
+                edge - 0.015 * (right - left),
+                0.98,
+                "says less than the base",
+                color="#b3261e",
+                fontsize=8.5,
+                ha="right",
+                va="top",
+                rotation=90,
+                transform=axes.get_xaxis_transform(),
+            )
             axes.set_xlim(left, right)
         axes.set_xlabel("coverage: true objects that are named, % (higher is better)")
         axes.set_ylabel("CHAIR$_I$: mentions that are hallucinated, % (lower is better)")
@@ -81,16 +110,32 @@ def _draw_row(axes: Axes, row: Row, ink: str) -> None:
     points = _points(row)
     for run in row.runs:
         curve = run.results.get("curve")
-        way = [(step.get("coverage"), step.get("CHAIR_I")) for step in curve if isinstance(step, dict)] \
-            if isinstance(curve, list) else []
+        way = (
+            [(step.get("coverage"), step.get("CHAIR_I")) for step in curve if isinstance(step, dict)]
+            if isinstance(curve, list)
+            else []
+        )
         way = [(x, y) for x, y in way if is_number(x) and is_number(y)]
         axes.plot([x for x, _ in way], [y for _, y in way], color=ink, alpha=0.45, lw=1, marker=".", ms=3, zorder=1)
     axes.scatter([x for x, _ in points], [y for _, y in points], s=14, color=ink, alpha=0.45, lw=0, zorder=2)
     x, y = _mean([x for x, _ in points]), _mean([y for _, y in points])
     label = row.label + (f" (n = {len(points)})" if len(points) > 1 else "")
-    axes.errorbar([x], [y], xerr=[_error([x for x, _ in points])], yerr=[_error([y for _, y in points])], color=ink,
-                  marker=MARKERS.get(row.name, "D"), ms=9, mec="white", mew=1, capsize=3, lw=1.3, ls="none", zorder=3,
-                  label=label)
+    axes.errorbar(
+        [x],
+        [y],
+        xerr=[_error([x for x, _ in points])],
+        yerr=[_error([y for _, y in points])],
+        color=ink,
+        marker=MARKERS.get(row.name, "D"),
+        ms=9,
+        mec="white",
+        mew=1,
+        capsize=3,
+        lw=1.3,
+        ls="none",
+        zorder=3,
+        label=label,
+    )
 
 
 def _points(row: Row) -> list[tuple[float, float]]:

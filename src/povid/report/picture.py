@@ -24,8 +24,13 @@ def draw(table: Table, file: Path) -> Path:
     figure = Figure(figsize=(8, 4), dpi=160)
     canvas = FigureCanvasAgg(figure)
     notes = Notes(table)
-    head = [*table.lead, *(f"{column.title}$_{{{column.subscript}}}${column.arrow}" if column.subscript
-                           else column.heading for column in table.columns)]
+    head = [
+        *table.lead,
+        *(
+            f"{column.title}$_{{{column.subscript}}}${column.arrow}" if column.subscript else column.heading
+            for column in table.columns
+        ),
+    ]
     numbers_from = len(table.lead)
 
     def measure(text: str, **style) -> float:
@@ -35,16 +40,32 @@ def draw(table: Table, file: Path) -> Path:
         return extent
 
     rows = [(line, _texts(line, table, notes)) for block in table.blocks for line in block.lines]
-    widths = [max([measure(text, weight="bold") for text in (head[column], *(texts[column] for _, texts in rows))
-                   if text] or [0.1]) + 2 * PAD for column in range(len(head))]
+    widths = [
+        max(
+            [measure(text, weight="bold") for text in (head[column], *(texts[column] for _, texts in rows)) if text]
+            or [0.1]
+        )
+        + 2 * PAD
+        for column in range(len(head))
+    ]
     total = sum(widths)
     prose = _wrap([("", note) for note in table.notes] + list(notes), total)
-    block_notes = [[(line, WARN) for line in _wrap([("", text) for text in block.warnings], total)] +
-                   [(line, INK) for line in _wrap([("", text) for text in block.notes], total)]
-                   for block in table.blocks]
-    height = 2 * MARGIN + 0.42 + ROW * 1.3 + sum(
-        ROW * len(block.lines) + (ROW * 1.25 if block.title else 0.06) + 0.17 * len(wrapped)
-        for block, wrapped in zip(table.blocks, block_notes)) + 0.2 + 0.17 * len(prose)
+    block_notes = [
+        [(line, WARN) for line in _wrap([("", text) for text in block.warnings], total)]
+        + [(line, INK) for line in _wrap([("", text) for text in block.notes], total)]
+        for block in table.blocks
+    ]
+    height = (
+        2 * MARGIN
+        + 0.42
+        + ROW * 1.3
+        + sum(
+            ROW * len(block.lines) + (ROW * 1.25 if block.title else 0.06) + 0.17 * len(wrapped)
+            for block, wrapped in zip(table.blocks, block_notes)
+        )
+        + 0.2
+        + 0.17 * len(prose)
+    )
     width = total + 2 * MARGIN
     figure.set_size_inches(width, height)
 
@@ -61,8 +82,13 @@ def draw(table: Table, file: Path) -> Path:
     edges = [MARGIN + sum(widths[:column]) for column in range(len(widths) + 1)]
     for column, text in enumerate(head):
         right = column >= numbers_from
-        put(edges[column + 1] - PAD if right else edges[column] + PAD, y + ROW * 0.65, text, weight="bold",
-            ha="right" if right else "left")
+        put(
+            edges[column + 1] - PAD if right else edges[column] + PAD,
+            y + ROW * 0.65,
+            text,
+            weight="bold",
+            ha="right" if right else "left",
+        )
     y += ROW * 1.3
     for block, wrapped in zip(table.blocks, block_notes):
         rule(y, 0.8)
@@ -81,9 +107,15 @@ def draw(table: Table, file: Path) -> Path:
                 right = column >= numbers_from
                 place = line.cells[table.columns[column - numbers_from].key].place if right else 0
                 x = edges[column + 1] - PAD if right else edges[column] + PAD
-                put(x, y + ROW / 2, text, ha="right" if right else "left", color=ink,
+                put(
+                    x,
+                    y + ROW / 2,
+                    text,
+                    ha="right" if right else "left",
+                    color=ink,
                     weight="bold" if place == 1 else "normal",
-                    style="italic" if line.kind == "paper" and not right else "normal")
+                    style="italic" if line.kind == "paper" and not right else "normal",
+                )
                 if place == 2:
                     rule(y + ROW * 0.84, 0.8, x - measure(text), x, ink)
             y += ROW
@@ -102,8 +134,9 @@ def _texts(line: Line, table: Table, notes: Notes) -> list[str]:
     lead = [text.replace("$", r"\$") for text in line.lead]
     lead[-1] += (f" {DAGGER}" if line.says_less else "") + _sup(notes.marks(line.notes))
     cells = [line.cells[column.key] for column in table.columns]
-    return lead + [cell.text(column.decimals) + _sup(notes.marks(cell.notes))
-                   for column, cell in zip(table.columns, cells)]
+    return lead + [
+        cell.text(column.decimals) + _sup(notes.marks(cell.notes)) for column, cell in zip(table.columns, cells)
+    ]
 
 
 def _sup(marks: str) -> str:

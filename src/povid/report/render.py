@@ -93,17 +93,30 @@ def plain(table: Table) -> str:
     parts = [f"Table {table.number}. {table.title}"]
     for block in table.blocks:
         ours = [line for line in block.lines if line.kind != "paper"]
-        columns = [column for column in table.columns
-                   if any(line.cells[column.key].summary.mean is not None for line in ours)]
-        rows = [[*table.lead, *(column.title + (f"_{column.subscript}" if column.subscript else "") + column.arrow
-                                for column in columns)]]
+        columns = [
+            column for column in table.columns if any(line.cells[column.key].summary.mean is not None for line in ours)
+        ]
+        rows = [
+            [
+                *table.lead,
+                *(
+                    column.title + (f"_{column.subscript}" if column.subscript else "") + column.arrow
+                    for column in columns
+                ),
+            ]
+        ]
         for line in block.lines:
             lead = [*line.lead[:-1], line.lead[-1] + (f" {DAGGER}" if line.says_less else "")]
             rows.append(lead + [_plain_cell(line.cells[column.key], column) for column in columns])
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         first = len(table.lead)
-        text = ["  ".join(cell.ljust(width) if i < first else cell.rjust(width)
-                          for i, (cell, width) in enumerate(zip(row, widths))).rstrip() for row in rows]
+        text = [
+            "  ".join(
+                cell.ljust(width) if i < first else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths))
+            ).rstrip()
+            for row in rows
+        ]
         rule = "-" * max(map(len, text))
         heading = [block.title] if block.title else []
         parts.append("\n".join([*heading, *block.warnings, rule, text[0], rule, *text[1:], rule, *block.notes]))
@@ -120,15 +133,40 @@ def comma_separated(table: Table) -> str:
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     spread = ("", ".sd", ".se", ".n")
-    writer.writerow(["table", "block", "kind", "name", *table.lead, *(f"{column.key}{part}" for column in table.columns
-                                                              for part in spread), "says_less", "notes"])
+    writer.writerow(
+        [
+            "table",
+            "block",
+            "kind",
+            "name",
+            *table.lead,
+            *(f"{column.key}{part}" for column in table.columns for part in spread),
+            "says_less",
+            "notes",
+        ]
+    )
     for block in table.blocks:
         for line in block.lines:
             numbers = [number for column in table.columns for number in _csv_cell(line.cells[column.key])]
-            notes = dict.fromkeys((*block.warnings, *line.notes, *(note for column in table.columns
-                                                                for note in line.cells[column.key].notes)))
-            writer.writerow([table.number, block.title, line.kind, line.name,
-                             *(_csv_lead(text) for text in line.lead), *numbers, line.says_less, "; ".join(notes)])
+            notes = dict.fromkeys(
+                (
+                    *block.warnings,
+                    *line.notes,
+                    *(note for column in table.columns for note in line.cells[column.key].notes),
+                )
+            )
+            writer.writerow(
+                [
+                    table.number,
+                    block.title,
+                    line.kind,
+                    line.name,
+                    *(_csv_lead(text) for text in line.lead),
+                    *numbers,
+                    line.says_less,
+                    "; ".join(notes),
+                ]
+            )
     return out.getvalue()
 
 
@@ -140,14 +178,36 @@ def _csv_cell(cell: Cell) -> tuple[str, str, str, str]:
     found = cell.summary
     if found.mean is None:
         return "", "", "", ""
-    return (f"{found.mean:.6g}", *("" if math.isnan(number) else f"{number:.6g}" for number in (found.sd, found.se)),
-            str(found.n or ""))
+    return (
+        f"{found.mean:.6g}",
+        *("" if math.isnan(number) else f"{number:.6g}" for number in (found.sd, found.se)),
+        str(found.n or ""),
+    )
 
 
-LATEX = {"\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-         "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "↓": r"$\downarrow$", "↑": r"$\uparrow$",
-         "–": "--", "−": "$-$", "✓": r"\checkmark", "✗": r"$\times$", DAGGER: r"$\dagger$",
-         "<": "$<$", ">": "$>$", "|": "$|$"}
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "&": r"\&",
+    "%": r"\%",
+    "$": r"\$",
+    "#": r"\#",
+    "_": r"\_",
+    "{": r"\{",
+    "}": r"\}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "±": r"$\pm$",
+    "↓": r"$\downarrow$",
+    "↑": r"$\uparrow$",
+    "–": "--",
+    "−": "$-$",
+    "✓": r"\checkmark",
+    "✗": r"$\times$",
+    DAGGER: r"$\dagger$",
+    "<": "$<$",
+    ">": "$>$",
+    "|": "$|$",
+}
 
 
 def latex_escape(text: str) -> str:
@@ -170,13 +230,25 @@ def latex(table: Table) -> str:
     marked = [f"{latex_escape(mark)}" if mark == DAGGER else rf"\textsuperscript{{{mark}}}" for mark, _ in notes]
     below_lines = [latex_escape(note) for note in below]
     below_lines += [f"{mark} {latex_escape(text)}" for mark, (_, text) in zip(marked, notes)]
-    return "\n".join([
-        r"% \usepackage{booktabs,amssymb,graphicx}",
-        r"\begin{table*}[t]", r"\centering", rf"\caption{{{latex_escape(table.title)}}}",
-        r"\resizebox{\linewidth}{!}{%",
-        rf"\begin{{tabular}}{{{'l' * len(table.lead)}{'r' * len(table.columns)}}}", r"\toprule",
-        " & ".join(head) + r" \\", *body, r"\bottomrule", r"\end{tabular}}", r"\par\smallskip\raggedright\footnotesize",
-        *(f"{line}\\par" for line in below_lines), r"\end{table*}", ""])
+    return "\n".join(
+        [
+            r"% \usepackage{booktabs,amssymb,graphicx}",
+            r"\begin{table*}[t]",
+            r"\centering",
+            rf"\caption{{{latex_escape(table.title)}}}",
+            r"\resizebox{\linewidth}{!}{%",
+            rf"\begin{{tabular}}{{{'l' * len(table.lead)}{'r' * len(table.columns)}}}",
+            r"\toprule",
+            " & ".join(head) + r" \\",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}}",
+            r"\par\smallskip\raggedright\footnotesize",
+            *(f"{line}\\par" for line in below_lines),
+            r"\end{table*}",
+            "",
+        ]
+    )
 
 
 def _latex_heading(column: Column) -> str:
@@ -202,4 +274,3 @@ def _latex_line(line: Line, table: Table, notes: Notes) -> list[str]:
 
 def _latex_sup(marks: str) -> str:
     return rf"\textsuperscript{{{marks}}}" if marks else ""
-

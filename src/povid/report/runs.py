@@ -23,15 +23,57 @@ PAPER_ROWS = ("none", "text", "noise", "both")
 LAST_STAGE = {"text": "1", "noise": "2", "both": "2"}
 RECORDED = ("objective", "noise", "model", "data", "experiment", "decoding")
 # Of what a stage records, the settings; the rest (losses, times, folders) differs between seeds and says nothing.
-STAGE_SETTINGS = {"steps", "max_steps", "epochs", "lr", "learning_rate", "projector_lr", "batch", "batch_size",
-                  "effective_batch", "accumulate", "accumulate_grad_batches", "precision", "alpha", "beta", "beta1",
-                  "beta2", "records", "triples", "examples", "dispreference", "dispreferences", "lora", "warmup",
-                  "weight_decay", "objective", "settings"}
+STAGE_SETTINGS = {
+    "steps",
+    "max_steps",
+    "epochs",
+    "lr",
+    "learning_rate",
+    "projector_lr",
+    "batch",
+    "batch_size",
+    "effective_batch",
+    "accumulate",
+    "accumulate_grad_batches",
+    "precision",
+    "alpha",
+    "beta",
+    "beta1",
+    "beta2",
+    "records",
+    "triples",
+    "examples",
+    "dispreference",
+    "dispreferences",
+    "lora",
+    "warmup",
+    "weight_decay",
+    "objective",
+    "settings",
+}
 # Overrides that results.json repeats, or that cannot change what is learnt or scored.
-OVERRIDES_ELSEWHERE = {"seed", "row", "ablation", "dispreference", "stage", "model", "data", "objective", "noise",
-                       "experiment", "benchmarks", "init_from", "outputs", "resume", "samples",
-                       "generation.batch_size", "data.workers", "data.cache_mb", "trainer.log_every_n_steps",
-                       "trainer.enable_progress_bar"}
+OVERRIDES_ELSEWHERE = {
+    "seed",
+    "row",
+    "ablation",
+    "dispreference",
+    "stage",
+    "model",
+    "data",
+    "objective",
+    "noise",
+    "experiment",
+    "benchmarks",
+    "init_from",
+    "outputs",
+    "resume",
+    "samples",
+    "generation.batch_size",
+    "data.workers",
+    "data.cache_mb",
+    "trainer.log_every_n_steps",
+    "trainer.enable_progress_bar",
+}
 LONG = 60  # letters of a difference that still fit into a label
 GROUPS_ELSEWHERE = {"hydra", "logger", "launcher", "judge"}
 
@@ -138,7 +180,9 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
     settings = results.get("settings")
     for key, value in settings.items() if isinstance(settings, dict) else ():
         _flatten(value, key, flat)
-    for key in [key for key in flat if key == "objective.name" or key.startswith("stages.") and key.endswith(".name")]:
+    for key in [
+        key for key in flat if key == "objective.name" or (key.startswith("stages.") and key.endswith(".name"))
+    ]:
         del flat[key]
     stages = results.get("stages")
     for number, stage in stages.items() if isinstance(stages, dict) else ():
@@ -157,10 +201,16 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
     last, stage = LAST_STAGE.get(ablation), str(results.get("stage", "all"))
     if last and stage not in ("all", last, "None"):
         flat["stage"] = stage
-    untouched = {"none": ("objective", "noise", "experiment", "stages", "trainer"),
-                 "text": ("noise", "stages.2"), "noise": ("stages.1",)}.get(row, ())
-    return {key: value for key, value in flat.items()
-            if not any(key == part or key.startswith(part + ".") for part in untouched)}
+    untouched = {
+        "none": ("objective", "noise", "experiment", "stages", "trainer"),
+        "text": ("noise", "stages.2"),
+        "noise": ("stages.1",),
+    }.get(row, ())
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == part or key.startswith(part + ".") for part in untouched)
+    }
 
 
 def _flatten(value: Any, key: str, into: dict[str, str]) -> None:
@@ -190,8 +240,11 @@ def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
     groups: dict[tuple, list[Run]] = defaultdict(list)
     runs = list(runs)
     for run in runs:
-        settings = {key: value for key, value in run.settings.items() if key not in ignore
-                    and not (key.startswith("decoding.") and _only_some(key, run, runs))}
+        settings = {
+            key: value
+            for key, value in run.settings.items()
+            if key not in ignore and not (key.startswith("decoding.") and _only_some(key, run, runs))
+        }
         groups[run.row, tuple(sorted(settings.items()))].append(run)
     rows = [_row(name, members, dict(settings)) for (name, settings), members in groups.items()]
     _label(rows, ignore)
@@ -217,10 +270,11 @@ def _row(name: str, runs: list[Run], settings: dict[str, str]) -> Row:
     versions: dict[str, set[str]] = defaultdict(set)
     for run in row.runs:
         found = run.results.get("versions")
-        for package, version in (found.items() if isinstance(found, dict) else ()):
+        for package, version in found.items() if isinstance(found, dict) else ():
             versions[package].add(str(version))
-    mixed = [f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items())
-             if len(found) > 1]
+    mixed = [
+        f"{package} {' and '.join(sorted(found))}" for package, found in sorted(versions.items()) if len(found) > 1
+    ]
     if mixed:
         row.remarks.append(f"its runs were made with different versions: {', '.join(mixed)}")
     return row
@@ -235,14 +289,20 @@ def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
         keys = sorted({key for row in members for key in row.settings})
         apart = [key for key in keys if len({row.settings.get(key) for row in members}) > 1]
         for row in members:
-            parts = [f"{key}={row.settings.get(key, 'default')}" for key in apart if key != "stage"
-                     and not ("stage 1" in apart and key.startswith("stages.1."))]
+            parts = [
+                f"{key}={row.settings.get(key, 'default')}"
+                for key in apart
+                if key != "stage" and not ("stage 1" in apart and key.startswith("stages.1."))
+            ]
             parts = [part.replace("stage 1=", "stage 1 ") for part in parts if part != "stage 1=default"]
             if "stage" in row.settings:
                 parts.append(f"stage {row.settings['stage']} only")
             row.difference = ", ".join(parts)
-        if apart and all(key.startswith("stages.") for key in apart) and len({row.steps for row in members}) == len(
-                members):
+        if (
+            apart
+            and all(key.startswith("stages.") for key in apart)
+            and len({row.steps for row in members}) == len(members)
+        ):
             for row in members:
                 row.difference = f"{row.steps} steps"
         short = all(len(row.difference) <= LONG for row in members)
@@ -267,9 +327,14 @@ class Summary:
 
 
 # A score is averaged only over runs that agree in these: who judged, and how much was asked.
-SAME_TEST = {"chair": ("captions",), "mmhal": ("judge",), "mm_vet": ("judge",), "llava_bench": ("judge",),
-             "mmbench": ("judge",), "pope": ("questions", "random.questions", "popular.questions",
-                                              "adversarial.questions")}
+SAME_TEST = {
+    "chair": ("captions",),
+    "mmhal": ("judge",),
+    "mm_vet": ("judge",),
+    "llava_bench": ("judge",),
+    "mmbench": ("judge",),
+    "pope": ("questions", "random.questions", "popular.questions", "adversarial.questions"),
+}
 
 
 def lookup(scores: Any, path: str) -> Any:
@@ -299,8 +364,9 @@ def summarise(row: Row, score: str, corrected: bool = False) -> Summary:
             tests["decoding"].add(json.dumps(decoding, sort_keys=True))
         else:
             reasons.append(_reason(benchmark, key, found, value))
-    apart = [f"{part.replace('.', ' ')} {' and '.join(sorted(kinds))}" for part, kinds in tests.items()
-             if len(kinds) > 1]
+    apart = [
+        f"{part.replace('.', ' ')} {' and '.join(sorted(kinds))}" for part, kinds in tests.items() if len(kinds) > 1
+    ]
     if apart:
         return Summary(None, reason=f"{benchmark}: runs differ in {'; '.join(apart)} and are not averaged")
     reasons = sorted(set(reasons))

@@ -36,23 +36,28 @@ class Column:
         return {"low": " ↓", "high": " ↑", None: ""}[self.better]
 
 
-COLUMNS = {column.key: column for column in (
-    Column("chair.CHAIR_S", "CHAIR", "low", 1, "S"),
-    Column("chair.CHAIR_I", "CHAIR", "low", 1, "I"),
-    Column("pope.f1", "POPE", "high", 2),
-    Column("mmhal.score", "MMHal", "high", 2),
-    Column("science_qa.img_accuracy", "SciQA-IMG", "high", 1),
-    Column("mm_vet.total", "MM-Vet", "high", 1),
-    Column("mmbench.accuracy", "MMBench", "high", 1),
-    Column("llava_bench.overall", "LLaVA-Bench", "high", 1),
-    Column("chair.coverage", "coverage", None, 1),
-    Column("chair.words", "words", None, 1),
-    Column("pope.yes_ratio", "yes %", None, 1),
-    Column("rank.hallucination", "rank, hall.", "low", 2),
-    Column("rank.comprehensive", "rank, compr.", "low", 2),
-)}
-BREAKDOWN = tuple(Column(key, title, "high", 1) for key, title in zip(
-    paper.BREAKDOWN, ("Convo", "Captioning", "Reasoning", "Overall")))
+COLUMNS = {
+    column.key: column
+    for column in (
+        Column("chair.CHAIR_S", "CHAIR", "low", 1, "S"),
+        Column("chair.CHAIR_I", "CHAIR", "low", 1, "I"),
+        Column("pope.f1", "POPE", "high", 2),
+        Column("mmhal.score", "MMHal", "high", 2),
+        Column("science_qa.img_accuracy", "SciQA-IMG", "high", 1),
+        Column("mm_vet.total", "MM-Vet", "high", 1),
+        Column("mmbench.accuracy", "MMBench", "high", 1),
+        Column("llava_bench.overall", "LLaVA-Bench", "high", 1),
+        Column("chair.coverage", "coverage", None, 1),
+        Column("chair.words", "words", None, 1),
+        Column("pope.yes_ratio", "yes %", None, 1),
+        Column("rank.hallucination", "rank, hall.", "low", 2),
+        Column("rank.comprehensive", "rank, compr.", "low", 2),
+    )
+}
+BREAKDOWN = tuple(
+    Column(key, title, "high", 1)
+    for key, title in zip(paper.BREAKDOWN, ("Convo", "Captioning", "Reasoning", "Overall"))
+)
 BESIDE = ("chair.coverage", "chair.words", "pope.yes_ratio")
 
 
@@ -123,8 +128,11 @@ def _table_3(runs: Sequence[Run]) -> Table:
     every = sorted({row.world for row in rows})
     # A base model alone is a row of Table 2, and other preference data are rows of Table 1: they stand here only when
     # there is nothing else.
-    trained = [world for world in every if world[1] not in OTHER_DATA
-               and any(row.world == world and row.name != "none" for row in rows)]
+    trained = [
+        world
+        for world in every
+        if world[1] not in OTHER_DATA and any(row.world == world and row.name != "none" for row in rows)
+    ]
     worlds = trained or [world for world in every if world[1] not in OTHER_DATA] or every
     elsewhere = "; ".join(f"{model}, {data}" for model, data in every if (model, data) not in worlds)
     left_out = [f"left out here, see Tables 1 and 2 (model, data): {elsewhere}"] if elsewhere else []
@@ -145,19 +153,29 @@ def _table_3(runs: Sequence[Run]) -> Table:
             controls = [_ours(row, columns, ("", ""), bases, kind="control") for row in others]
             blocks.append(Block(f"controls, beyond the paper (not ranked): {title}", controls))
         blocks += _differences(here, columns, title)
-    return Table(3, "Ablation: which dispreferences", ("Text disprefer", "Image distortion", "row"), columns, blocks,
-                 _general(3) + left_out)
+    return Table(
+        3,
+        "Ablation: which dispreferences",
+        ("Text disprefer", "Image distortion", "row"),
+        columns,
+        blocks,
+        _general(3) + left_out,
+    )
 
 
 def _comparable(world: tuple[str, str]) -> list[str]:
     model, data = world
     if data.startswith("scenes") or model.startswith("scenes"):
-        return [f"These numbers come from the embedded scenes (data={data}, model={model}): painted pictures and a "
-                "tiny model, with their own vocabulary. Their level cannot be compared with the paper's rows, which "
-                "are LLaVA-1.5-7B on COCO; only the order of the rows can."]
+        return [
+            f"These numbers come from the embedded scenes (data={data}, model={model}): painted pictures and a "
+            "tiny model, with their own vocabulary. Their level cannot be compared with the paper's rows, which "
+            "are LLaVA-1.5-7B on COCO; only the order of the rows can."
+        ]
     if model != REAL or data != "povid_17k":
-        return [f"The paper's rows are LLaVA-1.5-7B trained on POVID's 17k records (model={REAL}, data=povid_17k); "
-                f"these are model={model}, data={data}, so their level cannot be compared with them."]
+        return [
+            f"The paper's rows are LLaVA-1.5-7B trained on POVID's 17k records (model={REAL}, data=povid_17k); "
+            f"these are model={model}, data={data}, so their level cannot be compared with them."
+        ]
     return []
 
 
@@ -178,8 +196,13 @@ def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list
                 lead = (*MARKS.get(row.name, ("", "")), f"{row.label} less {against.label}")
                 lines.append(Line(row.name, "difference", lead, cells, says_less=warning))
         if lines:
-            blocks.append(Block(f"difference from {name} ± its standard error over seeds (bold: better by more than "
-                                f"two of it): {title}", lines))
+            blocks.append(
+                Block(
+                    f"difference from {name} ± its standard error over seeds (bold: better by more than "
+                    f"two of it): {title}",
+                    lines,
+                )
+            )
     return blocks
 
 
@@ -204,8 +227,10 @@ def _order(lines: list[tuple[Row, Line]]) -> list[str]:
         if None in ours.values():
             continue
         theirs = {row.key: row.scores[key] for row in paper.TABLE_3}
-        said.append(f"{COLUMNS[key].heading.split()[0]}, from worst to best: ours {_descending(ours)}; "
-                    f"paper {_descending(theirs)}.")
+        said.append(
+            f"{COLUMNS[key].heading.split()[0]}, from worst to best: ours {_descending(ours)}; "
+            f"paper {_descending(theirs)}."
+        )
     return said
 
 
@@ -220,8 +245,10 @@ def _bases(rows: Iterable[Row]) -> list[Row]:
 def _no_base(bases: list[Row]) -> list[str]:
     if bases:
         return []
-    return ["No base row (ablation=none) for this model and data: whether a row says less than the base could not be "
-            "checked."]
+    return [
+        "No base row (ablation=none) for this model and data: whether a row says less than the base could not be "
+        "checked."
+    ]
 
 
 # Tables 1 and 4: preference data sets ---------------------------------------------------------------------------------
@@ -237,8 +264,9 @@ def _table_4(runs: Sequence[Run]) -> Table | None:
     return _by_data(4, "LLaVA-Bench in its three categories", paper.TABLE_4, BREAKDOWN, asked)
 
 
-def _by_data(number: int, title: str, printed: Sequence[PaperRow], columns: tuple[Column, ...],
-             runs: Sequence[Run]) -> Table | None:
+def _by_data(
+    number: int, title: str, printed: Sequence[PaperRow], columns: tuple[Column, ...], runs: Sequence[Run]
+) -> Table | None:
     belongs = [run for run in runs if run.world[1] != "scenes" and _data_row(run)]
     models = sorted({run.world[0] for run in belongs if run.row != "none" or run.world[0] == REAL})
     blocks = []
@@ -254,8 +282,14 @@ def _by_data(number: int, title: str, printed: Sequence[PaperRow], columns: tupl
         shown: list[Line] = []
         for paper_row in printed:
             shown += [line for row, line in lines if _data_row(row.runs[0]) == paper_row.key] + [theirs[paper_row.key]]
-        warnings = [] if model == REAL else [f"The paper's rows are LLaVA-1.5-7B; these are model={model}, so their "
-                                             "level cannot be compared with them."]
+        warnings = (
+            []
+            if model == REAL
+            else [
+                f"The paper's rows are LLaVA-1.5-7B; these are model={model}, so their "
+                "level cannot be compared with them."
+            ]
+        )
         blocks.append(Block(f"model {model}", shown, warnings + _no_base(bases)))
     return Table(number, title, ("Method", "row"), columns, blocks, _general(number)) if blocks else None
 
@@ -279,33 +313,55 @@ def _table_2(runs: Sequence[Run]) -> Table | None:
     ranks = ("rank.hallucination", "rank.comprehensive")
     keys = paper.HALLUCINATION + ranks[:1] + paper.COMPREHENSIVE + ranks[1:]
     columns = tuple(COLUMNS[key] for key in keys)
-    belongs = [run for run in runs if run.world[1] != "scenes" and "scenes" not in run.world[0]
-               and (_data_row(run) == "none" or _data_row(run) == "povid" and run.world[0] == REAL)]
+    belongs = [
+        run
+        for run in runs
+        if run.world[1] != "scenes"
+        and "scenes" not in run.world[0]
+        and (_data_row(run) == "none" or (_data_row(run) == "povid" and run.world[0] == REAL))
+    ]
     if not belongs:
         return None
     rows = group((run for run in belongs if run.row == "none"), ignore=("data",))
     rows += group(run for run in belongs if run.row != "none")
     theirs = _paper_lines(paper.TABLE_2, columns, lambda row: (row.name, row.vision, row.language))
     parts = {row.key: (row.name, row.vision, row.language) for row in paper.TABLE_2}
-    lines = [(_model_row(row), _ours(row, columns, parts.get(_model_row(row), (row.world[0], "", "")),
-                                     [base for base in _bases(rows) if base.world[0] == row.world[0]]))
-             for row in rows]
+    lines = [
+        (
+            _model_row(row),
+            _ours(
+                row,
+                columns,
+                parts.get(_model_row(row), (row.world[0], "", "")),
+                [base for base in _bases(rows) if base.world[0] == row.world[0]],
+            ),
+        )
+        for row in rows
+    ]
     _average_ranks([line for _, line in lines])
     _average_ranks(list(theirs.values()))
     for paper_row in paper.TABLE_2:
         for key, printed in zip(ranks, paper_row.ranks or ()):
             cell = theirs[paper_row.key].cells[key]
             if printed is not None and cell.summary.mean is not None and round(cell.summary.mean, 2) != printed:
-                cell.notes.append(f"paper, Table 2 prints {printed:.2f} for {paper_row.name}; "
-                                  f"its own scores give {cell.summary.mean:.2f}")
+                cell.notes.append(
+                    f"paper, Table 2 prints {printed:.2f} for {paper_row.name}; "
+                    f"its own scores give {cell.summary.mean:.2f}"
+                )
     for members in ([line for _, line in lines], list(theirs.values())):
         _rank(members, columns)
     shown: list[Line] = []
     for paper_row in paper.TABLE_2:
         shown += [line for key, line in lines if key == paper_row.key] + [theirs[paper_row.key]]
     shown += [line for key, line in lines if key not in theirs]
-    return Table(2, "Vision-language models", ("Method", "Vision encoder", "Language model", "row"), columns,
-                 [Block("", shown)], _general(2))
+    return Table(
+        2,
+        "Vision-language models",
+        ("Method", "Vision encoder", "Language model", "row"),
+        columns,
+        [Block("", shown)],
+        _general(2),
+    )
 
 
 def _model_row(row: Row) -> str:
@@ -340,8 +396,13 @@ def _average_ranks(lines: Sequence[Line]) -> None:
 # Lines ----------------------------------------------------------------------------------------------------------------
 
 
-def _ours(row: Row, columns: Iterable[Column], lead: tuple[str, ...], bases: list[Row],
-          kind: Literal["ours", "control"] = "ours") -> Line:
+def _ours(
+    row: Row,
+    columns: Iterable[Column],
+    lead: tuple[str, ...],
+    bases: list[Row],
+    kind: Literal["ours", "control"] = "ours",
+) -> Line:
     cells = {}
     for column in columns:
         summary = summarise(row, column.key)
@@ -371,20 +432,27 @@ def _says_less(row: Row, bases: list[Row]) -> str:
     before, after = summarise(base, "chair.coverage"), summarise(row, "chair.coverage")
     if before.mean is None or after.mean is None or before.mean - after.mean <= COLLAPSE:
         return ""
-    return (f"{row.label} says less: coverage fell by "
-            f"{before.mean - after.mean:.1f} points (from {before.mean:.1f} to {after.mean:.1f}), so its CHAIR is no "
-            "gain by itself and is not ranked")
+    return (
+        f"{row.label} says less: coverage fell by "
+        f"{before.mean - after.mean:.1f} points (from {before.mean:.1f} to {after.mean:.1f}), so its CHAIR is no "
+        "gain by itself and is not ranked"
+    )
 
 
 def _nearest(row: Row, candidates: list[Row]) -> Row:
     """The candidate that was trained for as many steps and shares most settings with ``row``."""
-    return max(candidates, key=lambda other: (other.steps == row.steps,
-                                              sum(other.settings.get(key) == value
-                                                  for key, value in row.settings.items())))
+    return max(
+        candidates,
+        key=lambda other: (
+            other.steps == row.steps,
+            sum(other.settings.get(key) == value for key, value in row.settings.items()),
+        ),
+    )
 
 
-def _paper_lines(rows: Sequence[PaperRow], columns: Sequence[Column],
-                 lead: Callable[[PaperRow], tuple[str, ...]]) -> dict[str, Line]:
+def _paper_lines(
+    rows: Sequence[PaperRow], columns: Sequence[Column], lead: Callable[[PaperRow], tuple[str, ...]]
+) -> dict[str, Line]:
     lines = {}
     for row in rows:
         cells = {}
@@ -410,22 +478,34 @@ def _rank(lines: Sequence[Line], columns: Iterable[Column]) -> None:
     for column in columns:
         if column.better is None:
             continue
-        contest = [line for line in lines if line.cells[column.key].summary.mean is not None
-                   and not (line.says_less and column.key in CHAIR)]
+        contest = [
+            line
+            for line in lines
+            if line.cells[column.key].summary.mean is not None and not (line.says_less and column.key in CHAIR)
+        ]
         values = [_shown(line.cells[column.key], column) for line in contest]
         ladder = sorted(set(values), reverse=column.better == "high")
         if len(ladder) < 2:
             continue
         for line, value in zip(contest, values):
             place = ladder.index(value) + 1
-            line.cells[column.key] = replace(line.cells[column.key],
-                                             place=place if place == 1 or place == 2 < len(values) else 0)
+            line.cells[column.key] = replace(
+                line.cells[column.key], place=place if place == 1 or place == 2 < len(values) else 0
+            )
 
 
 def _general(number: int) -> list[str]:
-    return ["ours: mean ± standard deviation over n seeds; bold is best and underlined second best among ours, and "
-            "among the paper's rows, by the mean as shown; the spread over seeds leaves out the chance in which "
-            "pictures were asked about",
-            *(("coverage: true objects that the captions name; words: mean length of a caption; yes %: share of yes "
-               "among the POPE answers; the paper prints none of them",) if number in (1, 3) else ()),
-            *paper.GENERAL[number]]
+    return [
+        "ours: mean ± standard deviation over n seeds; bold is best and underlined second best among ours, and "
+        "among the paper's rows, by the mean as shown; the spread over seeds leaves out the chance in which "
+        "pictures were asked about",
+        *(
+            (
+                "coverage: true objects that the captions name; words: mean length of a caption; yes %: share of yes "
+                "among the POPE answers; the paper prints none of them",
+            )
+            if number in (1, 3)
+            else ()
+        ),
+        *paper.GENERAL[number],
+    ]

@@ -19,12 +19,21 @@ def main(arguments: list[str] | None = None) -> int:
     for name, parameter in inspect.signature(prepare).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             kind = float if parameter.default is None else type(parameter.default)
-            settings.add_argument("--" + name.replace("_", "-"), type=kind, default=parameter.default,
-                                  help="default %(default)s")
-    build = commands.add_parser("build", help="train the base model (about 15 minutes on two cores), measure it and "
-                                              "print the figures beside those of the shipped one")
-    build.add_argument("folder", type=Path, nargs="?", default=Path("outputs/base"),
-                       help="where the model is written; default %(default)s")
+            settings.add_argument(
+                "--" + name.replace("_", "-"), type=kind, default=parameter.default, help="default %(default)s"
+            )
+    build = commands.add_parser(
+        "build",
+        help="train the base model (about 15 minutes on two cores), measure it and "
+        "print the figures beside those of the shipped one",
+    )
+    build.add_argument(
+        "folder",
+        type=Path,
+        nargs="?",
+        default=Path("outputs/base"),
+        help="where the model is written; default %(default)s",
+    )
     build.add_argument("--seed", type=int, default=0)
     given = vars(parser.parse_args(arguments))
     try:

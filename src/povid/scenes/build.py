@@ -72,6 +72,5 @@ def measure_base(folder: Path) -> dict[str, dict[str, float]]:
         figures = {}
         for name, settings in (("tuning", {}), ("habitual", {"partner": BASE_PARTNER})):
             world = prepare(Path(worlds) / name, preferences=0, tuning=PICTURES, evaluation=0, **settings)
-            figures[name] = {key: round(value, 2) for key, value in
-                             measure(answers, world / "tuning").items()}
+            figures[name] = {key: round(value, 2) for key, value in measure(answers, world / "tuning").items()}
     return figures

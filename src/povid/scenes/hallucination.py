@@ -23,8 +23,10 @@ from povid.scenes.scene import BASE_PARTNER, Scene
 from povid.scenes.vocabulary import ANCHOR, CONTEXT_OF, NAMES, PARTNER
 
 # What the base model has learnt; tests find the same by counting its scenes.
-HABITS = Statistics(pictures=dict.fromkeys(ANCHOR.values(), 1.0),
-                    together={anchor: {partner: BASE_PARTNER} for anchor, partner in PARTNER.items()})
+HABITS = Statistics(
+    pictures=dict.fromkeys(ANCHOR.values(), 1.0),
+    together={anchor: {partner: BASE_PARTNER} for anchor, partner in PARTNER.items()},
+)
 _SAID = ("left", "right", "small", "large")
 
 
@@ -69,8 +71,12 @@ def _flipped(caption: Caption) -> Caption:
     return replace(caption, remark=replace(caption.remark, value=opposites(caption.remark.value, pairs, _SAID)[0]))
 
 
-def _co_occurrence(rng: np.random.Generator, scene: Scene, caption: Caption, swap_share: float,
-                   ) -> tuple[Caption, Caption, str]:
+def _co_occurrence(
+    rng: np.random.Generator,
+    scene: Scene,
+    caption: Caption,
+    swap_share: float,
+) -> tuple[Caption, Caption, str]:
     expected = [name for name, _ in HABITS.companions(scene.names)]
     ghosts = rng.permutation(expected or _absent(scene, scene.context)).tolist()
     chance = rng.random()

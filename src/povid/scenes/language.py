@@ -57,16 +57,20 @@ class Caption:
         if self.remark is None:
             return text
         words = {mention.name: mention.word for mention in self.mentions}
-        said = f"to the {self.remark.value} of the {words[self.remark.other]}" if self.remark.other \
-            else self.remark.value
+        said = (
+            f"to the {self.remark.value} of the {words[self.remark.other]}" if self.remark.other else self.remark.value
+        )
         return f"{text} The {words[self.remark.subject]} is {said}."
 
     def exchange(self, old: str, new: Mention) -> Caption:
         """The caption that speaks of ``new`` wherever this one speaks of the object ``old``."""
         remark = self.remark
         if remark:
-            remark = replace(remark, subject=new.name if remark.subject == old else remark.subject,
-                             other=new.name if remark.other == old else remark.other)
+            remark = replace(
+                remark,
+                subject=new.name if remark.subject == old else remark.subject,
+                other=new.name if remark.other == old else remark.other,
+            )
         return replace(self, remark=remark, mentions=tuple(new if m.name == old else m for m in self.mentions))
 
 

@@ -6,9 +6,9 @@ import dataclasses
 from pathlib import Path
 
 from povid.benchmarks import chair, pope
-from povid.generation import Answers
-from povid.policy import ModelSettings, Policy
-from povid.preferences.template import Template
+from povid.model.generation import Answers
+from povid.model.policy import ModelSettings, Policy
+from povid.model.template import Template
 from povid.scenes.architecture import FOLDER
 
 LONGEST = 64  # tokens of a caption; the base needs about 45
@@ -28,6 +28,9 @@ def measure(answers: Answers, split: Path) -> dict[str, float]:
     questions = pope.load(split, suffix="")  # the tiny model knows the bare question
     decoding = dataclasses.replace(pope.DECODING, max_new_tokens=3)
     told = pope.score(questions, [text for _, text in sorted(answers(questions, decoding))]).scores
-    return {**{key: said[key] for key in ("CHAIR_S", "CHAIR_I", "coverage", "words")},
-            "POPE_F1": told["f1"], "yes_ratio": told["yes_ratio"],
-            **{f"POPE_F1_{name}": told[name]["f1"] for name in ("random", "popular", "adversarial")}}
+    return {
+        **{key: said[key] for key in ("CHAIR_S", "CHAIR_I", "coverage", "words")},
+        "POPE_F1": told["f1"],
+        "yes_ratio": told["yes_ratio"],
+        **{f"POPE_F1_{name}": told[name]["f1"] for name in ("random", "popular", "adversarial")},
+    }

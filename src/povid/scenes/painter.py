@@ -31,8 +31,9 @@ def paint(scene: Scene) -> Image.Image:
     """The scene as an RGB picture of 96 x 96 pixels, always the same for the same scene."""
     rng = np.random.default_rng(scene.ground)
     colour = rng.integers(150, 236, 3)
-    coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8)).resize((SIDE, SIDE),
-                                                                                Image.Resampling.BILINEAR)
+    coarse = Image.fromarray(rng.integers(0, 256, (6, 6), dtype=np.uint8)).resize(
+        (SIDE, SIDE), Image.Resampling.BILINEAR
+    )
     shade = (np.asarray(coarse, dtype=np.int16) - 128) // 8 + rng.integers(-8, 9, (SIDE, SIDE), dtype=np.int16)
     picture = Image.fromarray((colour + shade[..., None]).clip(0, 255).astype(np.uint8))
     for thing in scene.things:

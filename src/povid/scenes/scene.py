@@ -9,11 +9,11 @@ import numpy as np
 
 from povid.scenes.vocabulary import ANCHORS, NAMES, PARTNER
 
-SIDE = 96           # width and height of a picture in pixels
+SIDE = 96  # width and height of a picture in pixels
 SMALL, LARGE = 22, 32  # a thing of at most / at least this many pixels is called small / large
 SIZES = tuple(range(20, 37, 2))
-BASE_PARTNER = 0.95    # P(partner | anchor) where the base model learns
-HARD_PARTNER = 0.35    # P(partner | anchor) in preferences, tuning and evaluation
+BASE_PARTNER = 0.95  # P(partner | anchor) where the base model learns
+HARD_PARTNER = 0.35  # P(partner | anchor) in preferences, tuning and evaluation
 
 Size = Literal["small", "", "large"]
 
@@ -78,16 +78,20 @@ def draw_scene(rng: np.random.Generator, partner: float) -> Scene:
         names.append(strangers.pop())
     doubled = rng.choice(names) if len(names) < 6 and rng.random() < 0.3 else None
     taken: list[tuple[int, int, int]] = []
-    things = [Thing(name, tuple(_place(rng, taken, side) for _ in range(2 if name == doubled else 1)))
-              for name in names for side in [int(rng.choice(SIZES))]]
+    things = [
+        Thing(name, tuple(_place(rng, taken, side) for _ in range(2 if name == doubled else 1)))
+        for name in names
+        for side in [int(rng.choice(SIZES))]
+    ]
     return Scene(context, tuple(things), int(rng.integers(2**31)))
 
 
 def draw_contextless(rng: np.random.Generator) -> Scene:
     """A scene of six things drawn without any habit: what the vision tower learns to see from."""
     taken: list[tuple[int, int, int]] = []
-    things = [Thing(str(name), (_place(rng, taken, int(rng.choice(SIZES))),))
-              for name in rng.choice(NAMES, 6, replace=False)]
+    things = [
+        Thing(str(name), (_place(rng, taken, int(rng.choice(SIZES))),)) for name in rng.choice(NAMES, 6, replace=False)
+    ]
     return Scene("", tuple(things), int(rng.integers(2**31)))
 
 

@@ -42,7 +42,7 @@ def patch_labels(scene: Scene) -> np.ndarray:
     for thing in scene.things:
         for left, top, side in thing.boxes:
             solid = np.asarray(glyph(thing.name, side))[..., 3] > 127
-            shown[top:top + side, left:left + side][solid] = NAMES.index(thing.name)
+            shown[top : top + side, left : left + side][solid] = NAMES.index(thing.name)
     patches = shown.reshape(GRID, PATCH, GRID, PATCH).swapaxes(1, 2).reshape(GRID * GRID, PATCH * PATCH)
     counts = np.stack([np.bincount(patch, minlength=len(NAMES) + 1) for patch in patches])
     counts[:, -1] = PATCH * PATCH // 10
@@ -61,8 +61,13 @@ class Course:
     spoken: int = 48  # pictures per step of the last two parts
 
 
-def teach(processor: LlavaProcessor, model: LlavaForConditionalGeneration, seed: int, course: Course,
-          say: Callable[[str], None] = print) -> Iterator[str]:
+def teach(
+    processor: LlavaProcessor,
+    model: LlavaForConditionalGeneration,
+    seed: int,
+    course: Course,
+    say: Callable[[str], None] = print,
+) -> Iterator[str]:
     """Trains ``model`` in place; yields the name of each part when it is done."""
     torch.manual_seed(seed)
     draws = [np.random.default_rng([seed, part]) for part in range(4)]
@@ -72,8 +77,14 @@ def teach(processor: LlavaProcessor, model: LlavaForConditionalGeneration, seed:
     _optimise("see", course.see, 1.5e-3, [*vision.parameters(), *head.parameters()], losses, say)
     yield "see"
     vision.requires_grad_(False)
-    _optimise("align", course.align, 3e-3, [*projector.parameters()],
-              _aligning(processor, model, draws[1], course.pictures), say)
+    _optimise(
+        "align",
+        course.align,
+        3e-3,
+        [*projector.parameters()],
+        _aligning(processor, model, draws[1], course.pictures),
+        say,
+    )
     yield "align"
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad]
     _optimise("speak", course.speak, 3e-3, rest, _speaking(processor, model, draws[2], course.spoken, 2, 0), say)
@@ -83,11 +94,18 @@ def teach(processor: LlavaProcessor, model: LlavaForConditionalGeneration, seed:
     yield "answer"
 
 
-def _optimise(name: str, steps: int, lr: float, weights: list[torch.nn.Parameter],
-              losses: Iterator[tuple[torch.Tensor, str]], say: Callable[[str], None]) -> None:
+def _optimise(
+    name: str,
+    steps: int,
+    lr: float,
+    weights: list[torch.nn.Parameter],
+    losses: Iterator[tuple[torch.Tensor, str]],
+    say: Callable[[str], None],
+) -> None:
     optimiser = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimiser, lambda step: min(1, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2))
+        optimiser, lambda step: min(1, (step + 1) / 40) * (0.05 + 0.95 * (1 + math.cos(math.pi * step / steps)) / 2)
+    )
     started = time.monotonic()
     for step in range(steps):
         loss, note = next(losses)
@@ -105,8 +123,11 @@ def _features(model: LlavaForConditionalGeneration, batch: torch.Tensor) -> torc
     return model.model.vision_tower(batch).last_hidden_state[:, 1:]
 
 
-def _seeing(model: LlavaForConditionalGeneration, rng: np.random.Generator, pictures: int,
-            ) -> tuple[Iterator[tuple[torch.Tensor, str]], torch.nn.Module]:
+def _seeing(
+    model: LlavaForConditionalGeneration,
+    rng: np.random.Generator,
+    pictures: int,
+) -> tuple[Iterator[tuple[torch.Tensor, str]], torch.nn.Module]:
     head = torch.nn.Linear(model.config.vision_config.hidden_size, len(NAMES) + 1)
 
     def losses() -> Iterator[tuple[torch.Tensor, str]]:
@@ -121,8 +142,9 @@ def _seeing(model: LlavaForConditionalGeneration, rng: np.random.Generator, pict
     return losses(), head
 
 
-def _aligning(processor: LlavaProcessor, model: LlavaForConditionalGeneration, rng: np.random.Generator,
-              pictures: int) -> Iterator[tuple[torch.Tensor, str]]:
+def _aligning(
+    processor: LlavaProcessor, model: LlavaForConditionalGeneration, rng: np.random.Generator, pictures: int
+) -> Iterator[tuple[torch.Tensor, str]]:
     words = [processor.tokenizer(" " + name, add_special_tokens=False).input_ids for name in NAMES]
     words.append([processor.tokenizer.unk_token_id])
     embeddings = model.get_input_embeddings().weight.detach()
@@ -136,8 +158,14 @@ def _aligning(processor: LlavaProcessor, model: LlavaForConditionalGeneration, r
         yield loss, f"unexplained variance {loss.item():.3f}"
 
 
-def _speaking(processor: LlavaProcessor, model: LlavaForConditionalGeneration, rng: np.random.Generator,
-              pictures: int, captions: int, questions: int) -> Iterator[tuple[torch.Tensor, str]]:
+def _speaking(
+    processor: LlavaProcessor,
+    model: LlavaForConditionalGeneration,
+    rng: np.random.Generator,
+    pictures: int,
+    captions: int,
+    questions: int,
+) -> Iterator[tuple[torch.Tensor, str]]:
     tokenizer = processor.tokenizer
 
     def tokens(text: str) -> list[int]:
@@ -146,17 +174,23 @@ def _speaking(processor: LlavaProcessor, model: LlavaForConditionalGeneration, r
     prefix = [tokenizer.bos_token_id, *tokens("USER: " + "<image>" * GRID**2)]
     while True:
         scenes = [draw_scene(rng, BASE_PARTNER) for _ in range(pictures)]
-        packs = [[(tokens(f"\n{asked} ASSISTANT:"), tokens(f" {said}</s>"))
-                  for asked, said in [(CAPTION_PROMPT, draw_caption(rng, scene)) for _ in range(captions)]
-                  + draw_questions(rng, scene, questions)] for scene in scenes]
+        packs = [
+            [
+                (tokens(f"\n{asked} ASSISTANT:"), tokens(f" {said}</s>"))
+                for asked, said in [(CAPTION_PROMPT, draw_caption(rng, scene)) for _ in range(captions)]
+                + draw_questions(rng, scene, questions)
+            ]
+            for scene in scenes
+        ]
         batch = pack(prefix, packs, tokenizer.pad_token_id)
         with torch.no_grad():
             seen = _features(model, pixels(scenes))
         embedded = model.get_input_embeddings()(batch["ids"])
         pictured = batch["ids"] == model.config.image_token_id
         embedded = embedded.masked_scatter(pictured[..., None], model.model.multi_modal_projector(seen))
-        hidden = model.model.language_model(inputs_embeds=embedded, attention_mask=batch["mask"],
-                                            position_ids=batch["positions"], use_cache=False).last_hidden_state
+        hidden = model.model.language_model(
+            inputs_embeds=embedded, attention_mask=batch["mask"], position_ids=batch["positions"], use_cache=False
+        ).last_hidden_state
         spoken = batch["labels"] != IGNORED
         logits = model.lm_head(hidden[spoken])
         each = F.cross_entropy(logits, batch["labels"][spoken], reduction="none")
@@ -182,16 +216,16 @@ def pack(prefix: list[int], packs: list[list[tuple[list[int], list[int]]]], pad:
     positions, segments = torch.zeros_like(ids), torch.full_like(ids, -2)
     labels = torch.full_like(ids, IGNORED)
     for row, conversations in enumerate(packs):
-        ids[row, :len(prefix)] = torch.tensor(prefix)
-        positions[row, :len(prefix)] = torch.arange(len(prefix))
-        segments[row, :len(prefix)] = -1
+        ids[row, : len(prefix)] = torch.tensor(prefix)
+        positions[row, : len(prefix)] = torch.arange(len(prefix))
+        segments[row, : len(prefix)] = -1
         start = len(prefix)
         for number, (prompt, response) in enumerate(conversations):
             end = start + len(prompt) + len(response)
             ids[row, start:end] = torch.tensor(prompt + response)
             positions[row, start:end] = torch.arange(len(prefix), len(prefix) + end - start)
             segments[row, start:end] = number
-            labels[row, end - len(response) - 1:end - 1] = torch.tensor(response)
+            labels[row, end - len(response) - 1 : end - 1] = torch.tensor(response)
             start = end
     query, key = segments[:, :, None], segments[:, None, :]
     causal = torch.ones(length, length, dtype=torch.bool).tril()

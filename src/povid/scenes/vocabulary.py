@@ -67,10 +67,13 @@ KINDS: dict[str, Kind] = {kind.name: kind for pairs in CONTEXTS.values() for pai
 NAMES: tuple[str, ...] = tuple(KINDS)
 PARTNER: dict[str, str] = {anchor.name: partner.name for pairs in CONTEXTS.values() for anchor, partner in pairs}
 ANCHOR: dict[str, str] = {partner: anchor for anchor, partner in PARTNER.items()}
-CONTEXT_OF: dict[str, str] = {kind.name: context for context, pairs in CONTEXTS.items() for pair in pairs
-                              for kind in pair}
-ANCHORS: dict[str, tuple[str, ...]] = {context: tuple(anchor.name for anchor, _ in pairs)
-                                       for context, pairs in CONTEXTS.items()}
+CONTEXT_OF: dict[str, str] = {
+    kind.name: context for context, pairs in CONTEXTS.items() for pair in pairs for kind in pair
+}
+ANCHORS: dict[str, tuple[str, ...]] = {
+    context: tuple(anchor.name for anchor, _ in pairs) for context, pairs in CONTEXTS.items()
+}
+
 
 def synonyms_file() -> str:
     """The vocabulary in the form of CHAIR's ``synonyms.txt``: one line per object, its COCO name first."""

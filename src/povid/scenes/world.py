@@ -34,9 +34,18 @@ HABITS = 2000  # pictures
 POPE_SPLITS = ("random", "popular", "adversarial")
 
 
-def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning: int = 300, evaluation: int = 500,
-            yes_no_share: float = 0.25, swap_share: float = 0.7, partner: float = HARD_PARTNER,
-            preference_partner: float | None = None) -> Path:
+def prepare(
+    folder: Path | str,
+    *,
+    seed: int = 0,
+    preferences: int = 800,
+    tuning: int = 300,
+    evaluation: int = 500,
+    yes_no_share: float = 0.25,
+    swap_share: float = 0.7,
+    partner: float = HARD_PARTNER,
+    preference_partner: float | None = None,
+) -> Path:
     """Writes the world to ``folder`` unless it is there already, and returns ``folder``.
 
     Args:
@@ -54,8 +63,16 @@ def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning
         Fault: a setting is out of range, ``folder`` holds something else, or the disk cannot be written.
     """
     folder = Path(folder)
-    settings = {"version": VERSION, "seed": seed, "preferences": preferences, "tuning": tuning,
-                "evaluation": evaluation, "yes_no_share": yes_no_share, "swap_share": swap_share, "partner": partner}
+    settings = {
+        "version": VERSION,
+        "seed": seed,
+        "preferences": preferences,
+        "tuning": tuning,
+        "evaluation": evaluation,
+        "yes_no_share": yes_no_share,
+        "swap_share": swap_share,
+        "partner": partner,
+    }
     if preference_partner is not None:
         settings["preference_partner"] = preference_partner
     for key in ("seed", "preferences", "tuning", "evaluation"):
@@ -74,12 +91,22 @@ def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write_preferences(draft, _scenes(seed, "preferences", preferences,
-                                               partner if preference_partner is None else preference_partner),
-                               np.random.default_rng([seed, _STREAMS["preferences"], 1]), yes_no_share, swap_share)
+            _write_preferences(
+                draft,
+                _scenes(
+                    seed, "preferences", preferences, partner if preference_partner is None else preference_partner
+                ),
+                np.random.default_rng([seed, _STREAMS["preferences"], 1]),
+                yes_no_share,
+                swap_share,
+            )
             for split, number in (("tuning", tuning), ("evaluation", evaluation)):
-                _write_benchmarks(draft / split, split, _scenes(seed, split, number, partner),
-                                  np.random.default_rng([seed, _STREAMS[split], 1]))
+                _write_benchmarks(
+                    draft / split,
+                    split,
+                    _scenes(seed, split, number, partner),
+                    np.random.default_rng([seed, _STREAMS[split], 1]),
+                )
             _write_habits(draft / "habits.json", seed)
             _write_json(draft / "manifest.json", settings)
             draft.chmod(0o755)
@@ -87,8 +114,10 @@ def prepare(folder: Path | str, *, seed: int = 0, preferences: int = 800, tuning
         finally:
             shutil.rmtree(draft, ignore_errors=True)
     except OSError as error:
-        raise Fault(f"the embedded world cannot be written to {folder}: {error.strerror or error}; free space or "
-                    "choose another folder") from error
+        raise Fault(
+            f"the embedded world cannot be written to {folder}: {error.strerror or error}; free space or "
+            "choose another folder"
+        ) from error
     return folder
 
 
@@ -107,13 +136,17 @@ def _complete(folder: Path, settings: dict) -> bool:
     try:
         found = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        raise Fault(f"{folder} is not empty and holds no embedded world (no readable manifest.json); choose another "
-                    "folder or remove it") from None
+        raise Fault(
+            f"{folder} is not empty and holds no embedded world (no readable manifest.json); choose another "
+            "folder or remove it"
+        ) from None
     if found != settings:
         other = found if isinstance(found, dict) else {}
         differing = sorted(key for key in {*settings, *other} if settings.get(key) != other.get(key))
-        raise Fault(f"{folder} holds an embedded world with other settings ({', '.join(differing) or 'unreadable'}); "
-                    "choose another folder or remove it")
+        raise Fault(
+            f"{folder} holds an embedded world with other settings ({', '.join(differing) or 'unreadable'}); "
+            "choose another folder or remove it"
+        )
     return True
 
 
@@ -141,19 +174,29 @@ def _write_pictures(folder: Path, split: str, scenes: Sequence[Scene]) -> list[s
     return files
 
 
-def _write_preferences(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator, yes_no_share: float,
-                       swap_share: float) -> None:
+def _write_preferences(
+    folder: Path, scenes: Sequence[Scene], rng: np.random.Generator, yes_no_share: float, swap_share: float
+) -> None:
     records = []
     questions = set(rng.permutation(len(scenes))[: round(yes_no_share * len(scenes))].tolist())
     for number, (file, scene) in enumerate(zip(_write_pictures(folder / "images", "preferences", scenes), scenes)):
-        pair = draw_answer_pair(rng, scene) if number in questions else \
-            draw_caption_pair(rng, scene, CAPTION_PROMPT, swap_share)
+        pair = (
+            draw_answer_pair(rng, scene)
+            if number in questions
+            else draw_caption_pair(rng, scene, CAPTION_PROMPT, swap_share)
+        )
         asked = {"from": "human", "value": f"<image>\n{pair.prompt}"}
-        records.append({
-            "id": Path(file).stem, "image": f"images/{file}",
-            "conversations": [asked, {"from": "gpt", "value": pair.preferred}],
-            "rejected_conversations": [asked, {"from": "gpt", "value": pair.dispreferred}],
-            "cause": pair.cause, "edit": pair.edit, "objects": list(scene.names)})
+        records.append(
+            {
+                "id": Path(file).stem,
+                "image": f"images/{file}",
+                "conversations": [asked, {"from": "gpt", "value": pair.preferred}],
+                "rejected_conversations": [asked, {"from": "gpt", "value": pair.dispreferred}],
+                "cause": pair.cause,
+                "edit": pair.edit,
+                "objects": list(scene.names),
+            }
+        )
     _write_json(folder / "preferences.json", records)
 
 
@@ -165,12 +208,19 @@ def _write_benchmarks(folder: Path, split: str, scenes: Sequence[Scene], rng: np
     known = [draw_scene(rng, BASE_PARTNER).names for _ in range(1000)]
     for pope in POPE_SPLITS:
         rows = pope_rows(rng, files, [scene.names for scene in scenes], asked, known, pope)
-        (folder / f"coco_pope_{pope}.json").write_text("".join(json.dumps(row) + "\n" for row in rows),
-                                                       encoding="utf-8")
+        (folder / f"coco_pope_{pope}.json").write_text(
+            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
+        )
 
 
-def pope_rows(rng: np.random.Generator, files: Sequence[str], objects: Sequence[Sequence[str]],
-              asked: Sequence[Sequence[str]], known: Sequence[Sequence[str]], split: str) -> list[dict]:
+def pope_rows(
+    rng: np.random.Generator,
+    files: Sequence[str],
+    objects: Sequence[Sequence[str]],
+    asked: Sequence[Sequence[str]],
+    known: Sequence[Sequence[str]],
+    split: str,
+) -> list[dict]:
     """POPE's questions (Li et al. 2023, section 5): every picture's three ``asked`` objects, each followed by a
     negative.
 
@@ -190,7 +240,7 @@ def pope_rows(rng: np.random.Generator, files: Sequence[str], objects: Sequence[
             elif split == "popular":
                 negative = max(absent, key=lambda name: frequency[name])
             else:
-                negative = max(absent, key=lambda name: together[positive, name])  # noqa: B023
+                negative = max(absent, key=lambda name: together[positive, name])
             absent.remove(negative)
             for name, label in ((positive, "yes"), (negative, "no")):
                 rows.append({"question_id": len(rows) + 1, "image": file, "text": question(name), "label": label})

@@ -1,0 +1,78 @@
+"""Files that are there whole or not at all.
+
+One rule: what is written here is forced to disk before it takes its name, and its name is forced to disk afterwards, so
+that neither a kill nor a power cut leaves half a file under a name that somebody trusts.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+@contextmanager
+def draft(place: Path) -> Iterator[Path]:
+    """Yield a path beside ``place``; a file or folder written there becomes ``place`` when the block ends.
+
+    The parent folder is made. After an exception the draft is removed and ``place`` is what it was. A folder that
+    stands at ``place`` already is replaced.
+    """
+    place = Path(place)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(f".{place.name}.{os.getpid()}.part")
+    remove(beside)
+    try:
+        yield beside
+        for file in files_in(beside):
+            sync(file)
+        if place.is_dir():
+            remove(place)
+        os.replace(beside, place)
+        sync(place.parent)
+    except BaseException:
+        remove(beside)
+        raise
+
+
+def write_bytes(file: Path, content: bytes) -> Path:
+    """Write a file whole or not at all. Returns ``file``."""
+    with draft(file) as beside:
+        beside.write_bytes(content)
+    return Path(file)
+
+
+def write_text(file: Path, text: str) -> Path:
+    """Write a UTF-8 file whole or not at all, line ends as they are. Returns ``file``."""
+    return write_bytes(file, text.encode("utf-8"))
+
+
+def write_json(file: Path, value: Any) -> Path:
+    """Write a value as indented JSON, whole or not at all. Returns ``file``."""
+    return write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def remove(place: Path) -> None:
+    """Remove a file or a folder with all that is in it; what does not exist is no error."""
+    if place.is_dir() and not place.is_symlink():
+        shutil.rmtree(place)
+    else:
+        place.unlink(missing_ok=True)
+
+
+def files_in(place: Path) -> list[Path]:
+    """A file itself, or all files below a folder, sorted."""
+    return sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+
+
+def sync(place: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""What is learned: objectives and distortions; torch only."""

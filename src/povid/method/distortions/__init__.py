@@ -1,0 +1,51 @@
+"""Distortions: what makes x^n of a picture x (paper, section 3.2). One file each.
+
+A distortion is a callable with a ``space``:
+
+- ``normalized``: it is called with the tensor that the model sees (the image processor's ``pixel_values`` of one
+  record, any shape) and returns a tensor of the same shape.
+- ``pixel``: it is called with the picture itself, [3, H, W] float32 in [0, 1] before padding and resizing, and returns
+  [3, H', W'] around [0, 1], which :meth:`Distortion.to_bytes` turns into 8 bits.
+
+Whatever is random comes from the generator, which depends on seed, epoch and record alone: a record gets the same x^n
+whatever the batch size, the number of workers or of devices, and after a resume.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+
+class Distortion(ABC):
+    """Makes x^n of x. Subclasses say in which ``space`` they work and how."""
+
+    space: Literal["normalized", "pixel"] = "normalized"
+
+    @abstractmethod
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """The distorted x; ``x`` itself is left unchanged."""
+
+    def to_bytes(self, x: Tensor) -> Tensor:
+        """A distorted picture [3, H, W] around [0, 1] as uint8: clamped and rounded."""
+        return (x.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
+def generator(*, seed: int, epoch: int, record: int) -> torch.Generator:
+    """The source of randomness for one record in one epoch."""
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 100_000_007 + record)
+
+
+def distort_picture(distortion: Distortion, picture: Image.Image, source: torch.Generator) -> Image.Image:
+    """The distorted 8-bit RGB picture: exactly what a ``pixel`` distortion trains on.
+
+    A ``normalized`` distortion trains on the resized tensor; here it is applied to the picture's own pixels, which shows
+    a person what it does.
+    """
+    x = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
+    return Image.fromarray(distortion.to_bytes(distortion(x, source)).permute(1, 2, 0).numpy())

@@ -1,0 +1,1 @@
+"""Who learns and who answers: loading, policy, template, generation, adapters."""

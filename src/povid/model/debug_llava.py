@@ -1,0 +1,127 @@
+"""LLaVA-1.5's architecture in small, with random weights: to try data, disks and clusters without a download.
+
+It has everything that LLaVA-1.5-7B has (CLIP tower read at its second-last layer, two-layer projector, Llama with a
+head of its own, image token, processor), and knows nothing: what it says is noise.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+SPECIAL = {"<s>": 0, "</s>": 1, "<pad>": 2, "<image>": 3}
+WORDS = (
+    "USER: ASSISTANT: A chat between a curious user and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the user's questions. Describe this image in detail. What is in the "
+    "picture? There are two people, one man and a woman, next to a red car on the street with trees behind them. "
+    "Is there a dog? Yes, there is. No, there is not. The sky is blue and clear, the table is white."
+)
+
+
+def prepare(
+    folder: Path | str,
+    *,
+    seed: int = 0,
+    image: int = 336,
+    patch: int = 14,
+    width: int = 64,
+    layers: int = 4,
+    vision_width: int = 64,
+    vision_layers: int = 4,
+    positions: int = 2048,
+    words: Iterable[str] = (WORDS,),
+    spread: float | None = None,
+) -> Path:
+    """Write model and processor to ``folder`` unless they are there, and return ``folder``.
+
+    Args:
+        seed: of the weights. image, patch: sides of the picture and of a patch, pixels; (image / patch)^2 image tokens.
+        width, layers: of the language model; vision_width, vision_layers: of the vision tower; positions: longest
+            sequence in tokens. words: texts that the byte-level BPE of 512 tokens learns from.
+        spread: standard deviation of the weights; None for transformers' own initialisation.
+    """
+    import torch
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    folder = Path(folder)
+    if (folder / "config.json").exists():
+        return folder
+    processor = _processor(words, image, patch)
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=vision_width,
+            intermediate_size=4 * vision_width,
+            num_hidden_layers=vision_layers,
+            num_attention_heads=2,
+            image_size=image,
+            patch_size=patch,
+        ),
+        text_config=LlamaConfig(
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            vocab_size=len(processor.tokenizer),
+            max_position_embeddings=positions,
+            pad_token_id=SPECIAL["<pad>"],
+            bos_token_id=SPECIAL["<s>"],
+            eos_token_id=SPECIAL["</s>"],
+            tie_word_embeddings=False,
+        ),
+        image_token_id=SPECIAL["<image>"],
+        vision_feature_layer=-2,
+        vision_feature_select_strategy="default",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LlavaForConditionalGeneration(config)
+        if spread is not None:
+            for name, parameter in model.named_parameters():
+                if parameter.ndim > 1:
+                    torch.nn.init.normal_(parameter, std=spread if "embed" not in name else 1.0)
+    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
+    model.save_pretrained(draft)
+    processor.save_pretrained(draft)
+    try:
+        os.replace(draft, folder)
+    except OSError:  # another process was faster, with the same weights
+        shutil.rmtree(draft)
+        if not (folder / "config.json").exists():
+            raise
+    return folder
+
+
+def _processor(words: Iterable[str], image: int, patch: int):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from tokenizers.trainers import BpeTrainer
+    from transformers import CLIPImageProcessorPil, LlavaProcessor, PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    bpe.train_from_iterator(
+        [text for text in words for _ in range(3)],
+        BpeTrainer(
+            vocab_size=512,
+            special_tokens=list(SPECIAL),
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    bpe.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", SPECIAL["<s>"])])
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    return LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": image}, crop_size={"height": image, "width": image}),
+        tokenizer,
+        patch_size=patch,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )

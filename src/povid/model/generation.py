@@ -1,0 +1,300 @@
+"""Captions and answers in batches; questions about one image share its prefix, which is computed once.
+
+Shape suffixes: R = rows (questions) of a batch, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from povid.fault import Fault
+from povid.model.packing import shared_length, stack
+from povid.model.policy import Policy
+from povid.model.question import Decoding, Question
+from povid.model.template import Template
+from povid.preferences.triple import Turn
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Group:
+    """Questions about one image: their places in the list, token ids of each prompt, and the image's tensors.
+
+    Questions without an image are groups of one with no tensors.
+    """
+
+    indices: list[int]
+    prompts: list[list[int]]
+    images: dict[str, Tensor]
+
+    @property
+    def shared(self) -> int:
+        """Length of the beginning (image included) that all prompts share."""
+        first = self.prompts[0]
+        return min(shared_length(first, other) for other in (self.prompts[1:] or [first]))
+
+
+@dataclass(slots=True)
+class Answers:
+    """An ``Answerer`` for a loaded policy (see ``povid.model.question``).
+
+    Args:
+        policy, template: the model and how it is spoken to.
+        batch_size: rows generated together; on a GPU fewer, where the memory asks for it.
+        seed: of sampling; a question's answer depends on the seed and its id, not on the batch it falls into.
+        share_prefix: compute an image's prefix once for all questions about it (token for token the same answers).
+    """
+
+    policy: Policy
+    template: Template
+    batch_size: int = 32
+    seed: int = 0
+    share_prefix: bool = True
+
+    @torch.inference_mode()  # as a decorator it ends at every yield
+    def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
+        self.policy.eval()
+        batches = self._batches(questions)
+        with ThreadPoolExecutor(1) as ahead:  # pictures are decoded while the model generates
+            future = ahead.submit(self._prepare, questions, batches[0]) if batches else None
+            for number in range(len(batches)):
+                groups = future.result()
+                if number + 1 < len(batches):
+                    future = ahead.submit(self._prepare, questions, batches[number + 1])
+                for part in split(groups, self._affordable(groups, decoding)):
+                    yield from self._answer(questions, part, decoding)
+
+    def _batches(self, questions: Sequence[Question]) -> list[list[list[int]]]:
+        """Batches of groups of question numbers: an image's questions together, like lengths together.
+
+        Questions with and without an image do not mix.
+        """
+        share = self.share_prefix and self.policy.packable and not self.policy.architecture.question_in_image
+        by_image: dict[object, list[int]] = {}
+        for number, question in enumerate(questions):
+            by_image.setdefault(question.image if share and question.image is not None else number, []).append(number)
+        batches: list[list[list[int]]] = []
+        for with_image in (True, False):
+            groups = [group for group in by_image.values() if (questions[group[0]].image is not None) is with_image]
+            groups.sort(key=lambda group: max(len(questions[i].text) for i in group))
+            rows = self.batch_size
+            for group in groups:
+                for part in (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)):
+                    if rows + len(part) > self.batch_size:
+                        batches.append([])
+                        rows = 0
+                    batches[-1].append(part)
+                    rows += len(part)
+        return batches
+
+    def _affordable(self, groups: list[Group], decoding: Decoding) -> int:
+        """Rows whose keys and values fit into two thirds of the GPU's free memory."""
+        from povid.model.key_values import bytes_per_token
+
+        parameter = next(self.policy.parameters())
+        if parameter.device.type != "cuda":
+            return self.batch_size
+        free = torch.cuda.mem_get_info(parameter.device)[0] + (
+            torch.cuda.memory_reserved(parameter.device) - torch.cuda.memory_allocated(parameter.device)
+        )
+        length = max(len(prompt) for group in groups for prompt in group.prompts) + decoding.max_new_tokens
+        return max(1, int(2 / 3 * free / (length * bytes_per_token(self.policy.network))))
+
+    def _prepare(self, questions: Sequence[Question], batch: list[list[int]]) -> list[Group]:
+        longest = getattr(self.policy.network.config.get_text_config(), "max_position_embeddings", None)
+        groups = []
+        for indices in batch:
+            first = questions[indices[0]]
+            conversations = [(Turn("user", questions[i].text),) for i in indices]
+            encoded, images = self.template.encode(conversations, first.image, first.id)
+            for i, entry in zip(indices, encoded):
+                if longest and len(entry.input_ids) >= longest:
+                    raise Fault(
+                        f"question {questions[i].id!r}: its prompt takes {len(entry.input_ids)} tokens and the "
+                        f"model reads no more than {longest}; shorten or remove the question"
+                    )
+            groups.append(Group(indices, [entry.input_ids for entry in encoded], images))
+        return groups
+
+    def _answer(
+        self, questions: Sequence[Question], groups: list[Group], decoding: Decoding
+    ) -> Iterator[tuple[int, str]]:
+        if self.policy.architecture.needs_image and not groups[0].images:
+            raise Fault(
+                f"question {questions[groups[0].indices[0]].id!r} has no image and {self.policy.model_type!r} "
+                "models cannot answer without one; leave such questions out"
+            )
+        device = next(self.policy.parameters()).device
+        images = {key: tensor.to(device) for key, tensor in stack([group.images for group in groups]).items()}
+        indices = [index for group in groups for index in group.indices]
+        produced = (self._generate if self.policy.packable else self._generate_plain)(
+            groups, images, decoding, [self._generator(questions[index]) for index in indices]
+        )
+        for row, tokens in produced:
+            yield indices[row], self.template.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
+
+    def _generator(self, question: Question) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.seed} {question.id!r} {question.text}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def _generate(
+        self, groups: list[Group], images: dict[str, Tensor], decoding: Decoding, generators: list[torch.Generator]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """(row, tokens) as rows come to their end. One forward for the images' prefixes, one for all questions' rests,
+        then one per token."""
+        from povid.model.key_values import key_values  # transformers takes seconds to import
+
+        policy, network = self.policy, self.policy.network
+        device = next(policy.parameters()).device
+        decoder, head = network.get_decoder(), network.get_output_embeddings()
+        pad = self.template.processor.tokenizer.pad_token_id or 0
+        ends = _end_tokens(network, self.template)
+
+        shared = [group.shared for group in groups]
+        prefix, mask = _left_pad([group.prompts[0][:n] for group, n in zip(groups, shared)], pad, device)
+        cache = key_values(network.config.get_text_config())
+        read = partial(decoder, use_cache=True, **{_cache_name(decoder): cache})
+        read(
+            inputs_embeds=policy.embed(prefix, policy.look(images)),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+        )
+        owners = [number for number, group in enumerate(groups) for _ in group.prompts]
+        if owners != list(range(len(groups))):
+            cache.batch_select_indices(torch.tensor(owners, device=device))
+            mask = mask[owners]
+        rests = [prompt[n:] for group, n in zip(groups, shared) for prompt in group.prompts]
+        ids, rest_mask = _left_pad(rests, pad, device)
+        rows = list(range(len(owners)))
+        tokens: list[list[int]] = [[] for _ in rows]
+        done: set[int] = set()
+        before = mask.sum(-1, keepdim=True)
+        positions = before + (rest_mask.cumsum(-1) - 1).clamp(min=0)
+        mask = torch.cat([mask, rest_mask], dim=1)
+        for _ in range(decoding.max_new_tokens):
+            hidden = read(
+                inputs_embeds=network.get_input_embeddings()(ids), attention_mask=mask, position_ids=positions
+            ).last_hidden_state[:, -1]
+            chosen = _choose(head(hidden), decoding.temperature, [generators[row] for row in rows])
+            for row, token in zip(rows, chosen.tolist()):
+                if row not in done:
+                    tokens[row].append(token)
+                    if (
+                        token in ends
+                        or len(tokens[row]) == decoding.max_new_tokens
+                        or self._stops(tokens[row], decoding)
+                    ):
+                        done.add(row)
+                        yield row, tokens[row]
+            going = [place for place, row in enumerate(rows) if row not in done]
+            if not going:
+                return
+            ids, positions = chosen[:, None], positions[:, -1:] + 1
+            if len(going) <= 0.875 * len(rows):  # finished rows are dropped; that copies the cache, so not one by one
+                keep = torch.tensor(going, device=device)
+                cache.batch_select_indices(keep)
+                ids, positions, mask = ids[keep], positions[keep], mask[keep]
+                rows = [rows[place] for place in going]
+            mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+
+    def _stops(self, tokens: list[int], decoding: Decoding) -> bool:
+        """Whether the text of ``decoding.stop`` is complete with the last token."""
+        if decoding.stop is None:
+            return False
+        last = tokens[-len(decoding.stop.encode()) - 1 :]  # a token is a byte at least
+        return decoding.stop in self.template.processor.tokenizer.decode(last, skip_special_tokens=True)
+
+    def _generate_plain(
+        self, groups: list[Group], images: dict[str, Tensor], decoding: Decoding, generators: list[torch.Generator]
+    ) -> Iterator[tuple[int, list[int]]]:
+        """transformers' own generation, for models whose language model needs more than tokens and positions."""
+        network = self.policy.network
+        device = next(self.policy.parameters()).device
+        pad = self.template.processor.tokenizer.pad_token_id or 0
+        ids, mask = _left_pad([group.prompts[0] for group in groups], pad, device)
+        start = ids.shape[1]
+
+        def sampled(_: Tensor, logits_RV: Tensor) -> Tensor:
+            return _noisy(logits_RV, decoding.temperature, generators)
+
+        def stopped(ids_RT: Tensor, _: Tensor, **unused) -> Tensor:
+            return torch.tensor([self._stops(row, decoding) for row in ids_RT[:, start:].tolist()], device=device)
+
+        output = network.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            **images,
+            **(self.policy.token_kinds(ids) if images else {}),
+            do_sample=False,
+            num_beams=1,
+            repetition_penalty=1.0,
+            temperature=None,
+            top_p=None,
+            top_k=None,
+            max_new_tokens=decoding.max_new_tokens,
+            pad_token_id=pad,
+            logits_processor=[sampled] if decoding.temperature else None,
+            stopping_criteria=[stopped] if decoding.stop else None,
+        )
+        ends = _end_tokens(network, self.template)
+        for row, tokens in enumerate(output[:, start:].tolist()):
+            last = next(
+                (i + 1 for i, token in enumerate(tokens) if token in ends or self._stops(tokens[: i + 1], decoding)),
+                len(tokens),
+            )
+            yield row, tokens[:last]
+
+
+def split(groups: list[Group], rows: int) -> Iterator[list[Group]]:
+    """Groups in parts of at most ``rows`` questions; a larger group is taken apart."""
+    part: list[Group] = []
+    for group in groups:
+        for i in range(0, len(group.indices), rows):
+            piece = Group(group.indices[i : i + rows], group.prompts[i : i + rows], group.images)
+            if part and sum(len(other.indices) for other in part) + len(piece.indices) > rows:
+                yield part
+                part = []
+            part.append(piece)
+    if part:
+        yield part
+
+
+def _end_tokens(network: torch.nn.Module, template: Template) -> set[int]:
+    ends = getattr(network.generation_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    return {token for token in (*ends, template.processor.tokenizer.eos_token_id) if token is not None}
+
+
+def _cache_name(decoder: nn.Module) -> str:
+    """What a decoder calls its keys and values: ``cache`` since transformers 5.24, where the old name is to go."""
+    return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
+
+
+def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids [R, T] and their attention mask, padded on the left."""
+    longest = max(map(len, rows))
+    ids = [[pad] * (longest - len(row)) + row for row in rows]
+    mask = [[0] * (longest - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids, device=device), torch.tensor(mask, device=device)
+
+
+def _choose(logits_RV: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:
+    """Greedy at temperature 0, else a sample, each row from its own generator. [R]"""
+    return (_noisy(logits_RV, temperature, generators) if temperature else logits_RV).argmax(-1)
+
+
+def _noisy(logits_RV: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:
+    """Logits whose largest entry is a sample of softmax(logits / temperature) (Gumbel-max)."""
+    uniform = torch.stack([torch.rand(logits_RV.shape[1], generator=generator) for generator in generators])
+    gumbel = -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
+    return logits_RV.float() / temperature + gumbel.to(logits_RV.device)

@@ -1,0 +1,161 @@
+"""Token sequences of a batch: packed so that what preferred and dispreferred share is computed once.
+
+Shape suffixes: B = examples, T = packed length, U = positions from which some response token is predicted,
+N = response tokens of one side over the whole batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SHARED, PREFERRED, DISPREFERRED, PADDING = 0, 1, 2, -1
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A conversation as tokens; ``response[i]`` says whether token i belongs to an assistant's response."""
+
+    input_ids: list[int]
+    response: list[bool]
+
+
+class Side(NamedTuple):
+    """The response tokens of one side of the pairs.
+
+    ``example_N`` names the example in the batch, ``position_N`` the place among the U predicting positions and
+    ``token_N`` the token that is predicted there.
+    """
+
+    example_N: Tensor
+    position_N: Tensor
+    token_N: Tensor
+
+
+class Packed(NamedTuple):
+    """Sequences ``[shared | rest of y_w | rest of y_l]``; without a dispreferred side just the preferred one.
+
+    Positions of both rests go on from the shared part. The shared part is the longest common beginning, which holds
+    image and prompt and whatever the responses have in common.
+
+    ``example_U`` and ``column_U`` say where response tokens are predicted from; ``columns_BU`` holds the same columns
+    row by row (filled with column 0) and ``slot_U`` the place of each in its row. ``causal``: plain causal attention
+    is all there is to the mask.
+    """
+
+    input_ids_BT: Tensor
+    position_ids_BT: Tensor
+    segment_BT: Tensor
+    example_U: Tensor
+    column_U: Tensor
+    columns_BU: Tensor
+    slot_U: Tensor
+    preferred: Side
+    dispreferred: Side | None
+    causal: bool
+
+    @property
+    def examples(self) -> int:
+        return self.input_ids_BT.shape[0]
+
+    def attention(self) -> Tensor:
+        """[B, 1, T, T] bool: causal, and y_l does not see y_w. Padding sees itself alone (a row of nothing is NaN)."""
+        length = self.segment_BT.shape[1]
+        causal_TT = torch.ones(length, length, dtype=torch.bool, device=self.segment_BT.device).tril()
+        query, key = self.segment_BT[:, :, None], self.segment_BT[:, None, :]
+        visible = ((key == SHARED) | (key == query)) & (query != PADDING) & (key != PADDING) & causal_TT
+        itself = torch.eye(length, dtype=torch.bool, device=self.segment_BT.device)
+        return (visible | itself)[:, None]
+
+    def additive_attention(self, dtype: torch.dtype) -> Tensor:
+        """The same as what is added to attention's scores: 0, or the lowest number where nothing may be seen."""
+        mask = self.attention()
+        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+
+def shared_length(preferred: Sequence[int], dispreferred: Sequence[int]) -> int:
+    """Length of the longest common beginning, at most one less than the shorter sequence."""
+    limit = min(len(preferred), len(dispreferred)) - 1
+    for i in range(limit):
+        if preferred[i] != dispreferred[i]:
+            return i
+    return limit
+
+
+def pack(preferred: Sequence[Encoded], dispreferred: Sequence[Encoded] | None, *, padding_id: int = 0) -> Packed:
+    """Pack a batch of conversations (right-padded). ``dispreferred=None`` packs the preferred side alone.
+
+    A response token is predicted from the position before it; the first tokens after the shared part are both
+    predicted from the shared part's last position.
+    """
+    rows: list[tuple[list[int], list[int], list[int]]] = []
+    columns: list[list[int]] = []
+    sides: tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]] = ([], [])  # (example, column, token)
+    for example, w in enumerate(preferred):
+        length = len(w.input_ids)
+        tokens, positions, segments = list(w.input_ids), list(range(length)), [SHARED] * length
+        predicted = {(i - 1, w.input_ids[i]) for i in range(1, length) if w.response[i]}
+        sides[0].extend((example, column, token) for column, token in sorted(predicted))
+        used = {column for column, _ in predicted}
+        if dispreferred is not None:
+            l = dispreferred[example]
+            shared = shared_length(w.input_ids, l.input_ids)
+            segments[shared:] = [PREFERRED] * (length - shared)
+            tokens += l.input_ids[shared:]
+            positions += range(shared, len(l.input_ids))
+            segments += [DISPREFERRED] * (len(l.input_ids) - shared)
+            for i in range(1, len(l.input_ids)):
+                if l.response[i]:
+                    column = i - 1 if i - 1 < shared else length + i - 1 - shared
+                    sides[1].append((example, column, l.input_ids[i]))
+                    used.add(column)
+        rows.append((tokens, positions, segments))
+        columns.append(sorted(used))
+
+    longest = max(len(tokens) for tokens, _, _ in rows)
+
+    most = max(map(len, columns))
+
+    def padded(values: list[int], filler: int, length: int = longest) -> list[int]:
+        return values + [filler] * (length - len(values))
+
+    place = {}
+    for example, used_columns in enumerate(columns):
+        for column in used_columns:
+            place[example, column] = len(place)
+
+    def side(entries: list[tuple[int, int, int]]) -> Side:
+        return Side(
+            torch.tensor([example for example, _, _ in entries], dtype=torch.long),
+            torch.tensor([place[example, column] for example, column, _ in entries], dtype=torch.long),
+            torch.tensor([token for _, _, token in entries], dtype=torch.long),
+        )
+
+    return Packed(
+        torch.tensor([padded(tokens, padding_id) for tokens, _, _ in rows]),
+        torch.tensor([padded(positions, 0) for _, positions, _ in rows]),
+        torch.tensor([padded(segments, PADDING) for _, _, segments in rows]),
+        torch.tensor([example for example, _ in place], dtype=torch.long),
+        torch.tensor([column for _, column in place], dtype=torch.long),
+        torch.tensor([padded(used, 0, most) for used in columns], dtype=torch.long),
+        torch.tensor([slot for used in columns for slot in range(len(used))], dtype=torch.long),
+        side(sides[0]),
+        None if dispreferred is None else side(sides[1]),
+        dispreferred is None and all(len(tokens) == longest for tokens, _, _ in rows),
+    )
+
+
+def stack(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Join the image tensors of several examples; those with fewer tiles than others are filled up with zeros."""
+    joined = {}
+    for key in images[0]:
+        tensors = [entry[key] for entry in images]
+        if len({tensor.shape[1:] for tensor in tensors}) > 1:
+            most = max(tensor.shape[1] for tensor in tensors)
+            tensors = [torch.cat([t, t.new_zeros(t.shape[0], most - t.shape[1], *t.shape[2:])], 1) for t in tensors]
+        joined[key] = torch.cat(tensors)
+    return joined

@@ -1,0 +1,1 @@
+"""What keeps a run alive: experiment, settings, checkpoints, resuming, guards."""

@@ -1,0 +1,264 @@
+"""Checkpoints from which a stage goes on with the very losses that it would have had without the interruption.
+
+What the trainer saves (trained weights, optimiser, schedule, position in the epoch) is joined by the states of all
+random generators of all processes. A checkpoint is written beside its place, forced to disk and renamed; its name ends
+with a checksum, so that a torn or spoilt file is known for what it is and the one before it is taken.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import numpy as np
+import torch
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+from povid.fault import Fault
+
+log = logging.getLogger(__name__)
+
+NAME = re.compile(r"step_(\d{8})\.([0-9a-f]{8})\.ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointSettings:
+    """How often a stage is saved: every so many optimiser steps, every so many minutes, or both; null for neither.
+
+    ``keep``: how many checkpoints stay on disk while a stage trains; none stays when it is finished.
+    """
+
+    every_steps: int | None = None
+    every_minutes: float | None = 1.0
+    keep: int = 2
+
+
+class Stopped(BaseException):
+    """The run was told to stop (SIGTERM, or the cluster's requeue signal), saved and left. Not an error."""
+
+
+class Checkpoints(L.Callback):
+    """Saves a stage as the settings say and on SIGTERM; at the end of a step, never inside one.
+
+    On a SLURM cluster (``plugins`` of the trainer: SLURMEnvironment) the requeue signal saves and requeues the job.
+
+    Args:
+        folder: where the checkpoints lie. metrics: the file of metrics, forced to disk before a checkpoint claims its
+        rows; it stands before this among the callbacks.
+    """
+
+    def __init__(self, folder: Path, settings: CheckpointSettings, metrics: Any = None) -> None:
+        self.folder, self.settings, self.metrics = folder, settings, metrics
+        self.saved_step, self.saved_at = 0, 0.0
+        self.waiting: int | None = None  # the signal (0 for none) of a checkpoint put off to the end of the epoch
+        self.signal: int | None = None
+        self.requeue: int | None = None
+        self.random: list[dict[str, Any]] = []
+
+    # --- saving -----------------------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+        self._listen(trainer)
+        if self.random:  # last of all: whatever was drawn while things were loaded is forgotten here
+            set_random_state(self.random[trainer.global_rank])
+        elif trainer.global_rank:
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # dropout differs between devices
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        # Lightning's own count, under which loggers file a step, lags by one after some resumptions.
+        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
+            return
+        due, told = self._due(trainer), self.signal or 0
+        if trainer.world_size > 1:  # one process's clock or signal decides for all
+            both = torch.tensor([int(due), told], device=trainer.strategy.root_device)
+            torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
+            due, told = bool(both[0]), int(both[1])
+        if not (due or told):
+            return
+        if trainer.is_last_batch:  # Lightning miscounts epochs after a checkpoint between an epoch's last batch and end
+            self.waiting = told
+        else:
+            self._act(trainer, told)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if self.waiting is not None:
+            told, self.waiting = self.waiting, None
+            self._act(trainer, told)
+
+    def _act(self, trainer: L.Trainer, told: int) -> None:
+        self.save(trainer)
+        if told:
+            self._leave(trainer, told)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        states: list[Any] = [random_state()]
+        if trainer.world_size > 1:
+            states = [None] * trainer.world_size
+            torch.distributed.all_gather_object(states, random_state())
+        checkpoint["random"], checkpoint["batch_size"] = states, trainer.datamodule.batch_size
+
+    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.random = checkpoint["random"]
+        if len(self.random) != trainer.world_size:
+            raise Fault(
+                f"{self.folder} was written by {len(self.random)} devices and this run has "
+                f"{trainer.world_size}, which would give other batches; use as many devices as before"
+            )
+        if checkpoint["batch_size"] != trainer.datamodule.batch_size:
+            raise Fault(
+                f"{self.folder} was written with batches of {checkpoint['batch_size']} and this run has those "
+                f"of {trainer.datamodule.batch_size}; set stages.N.batch_size to the former"
+            )
+
+    def save(self, trainer: L.Trainer) -> None:
+        """Write a checkpoint of the step that has just ended and remove the oldest."""
+        if self.metrics is not None and trainer.is_global_zero:
+            self.metrics.force()
+        draft = self.folder / ".draft.part"
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+        trainer.save_checkpoint(draft)
+        if trainer.is_global_zero:
+            for file in _files(draft):
+                sync(file)
+            place = self.folder / f"step_{trainer.global_step:08d}.{checksum(draft):08x}.ckpt"
+            os.replace(draft, place)
+            sync(self.folder)
+            for old in checkpoints(self.folder)[self.settings.keep :]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
+        self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
+
+    def _due(self, trainer: L.Trainer) -> bool:
+        steps, minutes = self.settings.every_steps, self.settings.every_minutes
+        return bool(
+            (steps and trainer.global_step % steps == 0)
+            or (minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes)
+        )
+
+    # --- signals ----------------------------------------------------------------------------------------------------
+
+    def _listen(self, trainer: L.Trainer) -> None:
+        """Take SIGTERM and the requeue signal over from Lightning, whose handlers save in the middle of a step."""
+        environment = trainer._accelerator_connector.cluster_environment
+        launcher = trainer.strategy.launcher
+
+        def note(number: int, frame: FrameType | None) -> None:
+            if self.signal is None and isinstance(launcher, _SubprocessScriptLauncher):
+                launcher.kill(number)  # the processes that this one started hear of it too
+            self.signal = number
+
+        numbers = [signal.SIGTERM]
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            self.requeue = environment.requeue_signal or signal.SIGUSR1
+            numbers.append(self.requeue)
+        for number in numbers:
+            signal.signal(number, note)  # Lightning puts the former handlers back when the fit ends
+
+    def _leave(self, trainer: L.Trainer, number: int) -> None:
+        name = signal.Signals(number).name
+        if number == self.requeue and trainer.is_global_zero:
+            array = os.environ.get("SLURM_ARRAY_JOB_ID")
+            job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
+            subprocess.run(["scontrol", "requeue", job], check=True)
+            raise Stopped(f"{name}: saved after step {trainer.global_step} and requeued as job {job}")
+        raise Stopped(f"{name}: saved after step {trainer.global_step} in {self.folder}; go on with resume=latest")
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, the newest first; nothing is said of whether they are whole."""
+    return sorted((file for file in folder.glob("*.ckpt") if NAME.fullmatch(file.name)), reverse=True)
+
+
+def step_of(file: Path) -> int:
+    """The number of optimiser steps behind a checkpoint."""
+    return int(NAME.fullmatch(file.name)[1])
+
+
+def batch_size_of(file: Path | None) -> int | None:
+    """How many records a batch held where a checkpoint was written; None without one (or in DeepSpeed's folders)."""
+    if file is None or file.is_dir():
+        return None
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["batch_size"]
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint that is whole; those that are not are named in the log, and left alone."""
+    for file in checkpoints(folder):
+        found = checksum(file)
+        if found == int(NAME.fullmatch(file.name)[2], 16):
+            return file
+        log.warning("%s is damaged (checksum %08x); going back to the checkpoint before it", file, found)
+    return None
+
+
+def checksum(place: Path) -> int:
+    """CRC-32 of a file, or of all files of a folder (what DeepSpeed writes)."""
+    value = 0
+    for file in _files(place):
+        with file.open("rb") as source:
+            while block := source.read(2**22):
+                value = zlib.crc32(block, value)
+    return value
+
+
+def _files(place: Path) -> list[Path]:
+    return sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
+
+
+def sync(place: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    handle = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+# --- random generators -----------------------------------------------------------------------------------------------
+
+
+def random_state() -> dict[str, Any]:
+    """The states of this process's random generators, in plain containers and tensors."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: Mapping[str, Any]) -> None:
+    """Undo :func:`random_state`."""
+    random.setstate(_tuples(state["python"]))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(state["torch"])
+    if state["cuda"]:
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, (list, tuple)) else value

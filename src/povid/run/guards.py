@@ -1,0 +1,164 @@
+"""What stops a run before it wastes time: losses that are no numbers, records that cannot be used, a full disk."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from povid.fault import Fault
+from povid.preferences.check import Report, check
+from povid.preferences.triple import Triple
+from povid.run.checkpoint import Stopped, newest
+
+log = logging.getLogger(__name__)
+
+LISTED = 20  # faulty records that a message names
+
+
+class FiniteLoss(L.Callback):
+    """Stops a stage at a loss that is NaN or infinite, naming the step, its records and the last good checkpoint.
+
+    On a GPU a step's loss is looked at when the next step has ended, so that nobody waits for the device; before a
+    checkpoint is written the newest loss is looked at too.
+    """
+
+    def __init__(self, stage: int, checkpoints: Path) -> None:
+        self.stage, self.checkpoints = stage, checkpoints
+        self.step = 1
+        self.pending: tuple[int, list[str], Tensor, Any] | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        self.step = trainer.global_step + 1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.settle(trainer)
+        loss = trainer.callback_metrics["train/loss"].detach()  # the mean over devices: all of them stop together
+        event = None
+        if loss.is_cuda:
+            loss = torch.empty(loss.shape, dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self.pending = self.step, batch.names, loss, event
+        if event is None:
+            self.settle(trainer)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.settle(trainer)
+        for name, weights in checkpoint["state_dict"].items():
+            if not torch.isfinite(weights).all():
+                raise Fault(
+                    f"stage {self.stage}: after step {trainer.global_step} {name} holds NaN or infinite values "
+                    f"though every loss was finite; lower stages.{self.stage}.lr. {self._good()}"
+                )
+
+    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self.settle(trainer)
+
+    def settle(self, trainer: L.Trainer) -> None:
+        """Look at the loss that has not been looked at."""
+        if self.pending is None:
+            return
+        step, names, loss, event = self.pending
+        self.pending = None
+        if event is not None:
+            event.synchronize()
+        value = loss.item()
+        if math.isfinite(value):
+            return
+        if trainer.world_size > 1:
+            shares: list[Any] = [None] * trainer.world_size
+            torch.distributed.all_gather_object(shares, names)
+            names = [name for share in shares for name in share]
+            if not trainer.is_global_zero:
+                raise Stopped("the first process tells what happened")
+        raise Fault(
+            f"stage {self.stage}: the loss of step {step} is {value}; its records are "
+            f"{', '.join(map(repr, names))}; look at them and at stages.{self.stage}.lr. {self._good()}"
+        )
+
+    def _good(self) -> str:
+        file = newest(self.checkpoints)
+        return f"The last good checkpoint is {file}" if file else "There is no checkpoint before it"
+
+
+class DataCheck(L.Callback):
+    """Looks at every record while the first epoch trains, and stops the stage when some cannot be used."""
+
+    def __init__(self, triples: Sequence[Triple], source: str, look: Callable[..., Report] = check) -> None:
+        self.triples, self.source, self.look = triples, source, look
+        self.report: Report | None = None
+        self.thread: threading.Thread | None = None
+
+    def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if trainer.is_global_zero and trainer.current_epoch == 0 and self.thread is None:
+            self.thread = threading.Thread(target=self._run, name="data-check", daemon=True)
+            self.thread.start()
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        if self.report is not None:
+            report, self.report = self.report, None
+            refuse(report, self.source)
+            log.info("all %d records have been checked: no fault", report.checked)
+
+    def _run(self) -> None:
+        self.report = self.look(self.triples)
+
+
+def refuse(report: Report, source: str) -> None:
+    """Raise a Fault that lists the records that a check found unusable, if there are any."""
+    if report.sound:
+        return
+    told = [finding.text for finding in report.findings[:LISTED]]
+    more = len(report.findings) - len(told)
+    rest = f"\n  - and {more} more" if more else ""
+    found = "a record that cannot be used" if len(report.bad) == 1 else f"{len(report.bad)} records that cannot be used"
+    raise Fault(
+        f"{source} holds {found} (of {report.checked} looked at); mend or remove what is listed, or leave such "
+        "records out and count them with data.skip_bad=true:\n  - " + "\n  - ".join(told) + rest
+    )
+
+
+@contextmanager
+def full_disk_told(folder: Path) -> Iterator[None]:
+    """Turn what libraries make of a full disk into one sentence."""
+    try:
+        yield
+    except Fault:
+        raise
+    except Exception as error:
+        if not _disk_full(error):
+            raise
+        raise Fault(
+            f"there is no space left to write in {folder}; free some and go on with resume=latest: finished "
+            "stages, checkpoints and answers are kept"
+        ) from error
+
+
+def _disk_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return True
+        if any(
+            sign in str(error)
+            for sign in (
+                "No space left on device",
+                "PytorchStreamWriter failed writing",
+                "File too large",
+                "Disk quota exceeded",
+            )
+        ):
+            return True
+        error = error.__cause__ or error.__context__
+    return False

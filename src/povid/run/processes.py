@@ -1,0 +1,99 @@
+"""The processes of one run: the first prepares, writes and evaluates; the others train, and wait where they must."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import lightning as L
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import open_dict, read_write
+
+from povid.fault import Fault
+
+log = logging.getLogger(__name__)
+
+GROUP = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def first() -> bool:
+    """Whether this is the process that writes."""
+    return rank_zero_only.rank == 0
+
+
+def device() -> torch.device:
+    """This process's own GPU where there are GPUs, so that not all processes load onto the first; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    place = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    return torch.device("cuda", place % torch.cuda.device_count())
+
+
+def wait_for(file: Path, seconds: float = 3600) -> None:
+    """Let the first process prepare; one that the trainer itself started never waits, since that comes after.
+
+    Raises:
+        Fault: the file did not come, most likely since every process was given a folder of its own.
+    """
+    end = time.monotonic() + seconds
+    while not file.exists():
+        if time.monotonic() > end:
+            raise Fault(
+                f"process {rank_zero_only.rank} waited {seconds:.0f} s for {file}; give all processes of a run "
+                "the same folder with hydra.run.dir="
+            )
+        time.sleep(0.5)
+
+
+@contextmanager
+def one_job(folder: Path) -> Iterator[None]:
+    """Inside, processes that Lightning starts run this job alone, in this folder; afterwards they are gone.
+
+    Lightning starts them with this process's command line, which under ``-m`` would be the whole sweep, and leaves
+    the process group and its environment behind, in which the next job would start none.
+    """
+    ours = not any(name in os.environ for name in GROUP)
+    argv = list(sys.argv)
+    if HydraConfig.initialized() and ours:
+        config = HydraConfig.instance().cfg
+        with read_write(config.hydra), open_dict(config.hydra):
+            config.hydra.run.dir = str(folder)
+        sys.argv[1:] = list(config.hydra.overrides.task)
+    try:
+        yield
+    finally:
+        sys.argv[:] = argv
+        if ours:
+            leave_group()
+
+
+def leave_group() -> None:
+    """End the process group that Lightning made, and forget it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    for name in GROUP:
+        os.environ.pop(name, None)
+
+
+def end_children(trainer: L.Trainer) -> None:
+    """End the processes that a trainer started, after a fault here: they would wait for this one for ever."""
+    launcher = trainer.strategy.launcher
+    if not isinstance(launcher, _SubprocessScriptLauncher):
+        return
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []  # or it would end this process too, and with it the rest of a sweep
+    for child in launcher.procs:
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL)
+        child.wait()

@@ -1,0 +1,228 @@
+"""Replies of a server kept on disk: written the moment they arrive, shared by processes, counted against a budget."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from povid.fault import Fault
+
+log = logging.getLogger(__name__)
+
+
+class BudgetReached(Fault):
+    """The next request could exceed the budget; nothing was sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What came back; ``cost`` in the currency of the prices (0 without prices), ``cached`` if it was on disk."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    cost: float
+    finish_reason: str
+    cached: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(slots=True)
+class Spent:
+    """What requests have cost: their number, tokens and money."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cost: float = 0.0
+
+    def add(self, reply: Reply) -> None:
+        self.requests += 1
+        self.prompt_tokens += reply.prompt_tokens
+        self.completion_tokens += reply.completion_tokens
+        self.cost += reply.cost
+
+    @property
+    def tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class ReplyFile:
+    """An append-only JSON Lines file of replies by key, and a folder of claims beside it for requests in flight.
+
+    Every process appends under a file lock. A claim is a locked file named by its key: whoever holds it asks, the
+    others wait and then find the reply. Locks die with their process, so a kill leaves nothing stuck.
+
+    ``total`` is what everybody who wrote to the file has spent. ``budget`` (currency) and ``token_budget`` bound it,
+    what requests in flight may still cost included.
+    """
+
+    def __init__(self, file: Path, budget: float | None = None, token_budget: int | None = None) -> None:
+        self.file, self.budget, self.token_budget = file, budget, token_budget
+        self.total = Spent()
+        self._claims = file.with_name(file.name + ".claims")
+        self._replies: dict[str, Reply] = {}
+        self._read_to = 0
+        self._lock = threading.RLock()
+        try:
+            self._claims.mkdir(parents=True, exist_ok=True)
+            file.touch()
+        except OSError as error:
+            raise Fault(
+                f"{file}: replies cannot be kept there ({error.strerror}); "
+                "choose a file in a folder that can be written"
+            ) from error
+        self.read_new()
+
+    def get(self, key: str) -> Reply | None:
+        """The reply that was read already."""
+        with self._lock:
+            return self._replies.get(key)
+
+    def read_new(self) -> None:
+        """Take in the lines that this or another process has appended; a torn last line waits for its end."""
+        with self._lock:
+            with self.file.open("rb") as file:
+                file.seek(self._read_to)
+                block = file.read()
+            block = block[: block.rfind(b"\n") + 1]
+            self._read_to += len(block)
+            for line in block.splitlines():
+                self._take(line)
+
+    def keep(self, key: str, name: str, reply: Reply, about: dict[str, Any]) -> None:
+        """Append a reply; ``about`` says what was asked. Raises Fault on a full disk."""
+        record = {
+            "key": key,
+            "name": name,
+            **about,
+            "text": reply.text,
+            "prompt_tokens": reply.prompt_tokens,
+            "completion_tokens": reply.completion_tokens,
+            "cost": reply.cost,
+            "finish_reason": reply.finish_reason,
+            "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        }
+        line = json.dumps(record).encode() + b"\n"
+        with self._locked() as file:
+            end = file.seek(0, os.SEEK_END)
+            if end:
+                file.seek(end - 1)
+                if file.read(1) != b"\n":
+                    line = b"\n" + line  # closes a line that a killed process left open
+            try:
+                while line:
+                    line = line[file.write(line) :]
+            except OSError as error:
+                raise Fault(
+                    f"{self.file}: the reply to {name} could not be written ({error.strerror}); make room and run again"
+                ) from error
+        self.read_new()
+
+    @contextmanager
+    def claim(self, key: str) -> Iterator[int]:
+        """Wait until nobody else is asking this, and hold it until the reply is kept."""
+        path = self._claims / key
+        while True:
+            claim = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            fcntl.flock(claim, fcntl.LOCK_EX)
+            try:
+                if os.stat(path).st_ino == os.fstat(claim).st_ino:
+                    break
+            except FileNotFoundError:
+                pass
+            os.close(claim)  # its last owner removed it while this process waited
+        try:
+            yield claim
+        finally:
+            path.unlink(missing_ok=True)
+            os.close(claim)
+
+    def reserve(self, claim: int, name: str, need: Reply, stop: threading.Event) -> None:
+        """Set aside what a request may cost; waits while what others have set aside may still turn out smaller.
+
+        Raises BudgetReached when it would not fit even if nobody else were asking.
+        """
+        if self.budget is None and self.token_budget is None:
+            return
+        while True:
+            with self._locked():
+                self.read_new()
+                money, tokens = self._reserved()
+                if self._fits(need.cost + money, need.tokens + tokens):
+                    os.pwrite(claim, json.dumps([need.cost, need.tokens]).encode(), 0)
+                    return
+                if not self._fits(need.cost, need.tokens) or stop.is_set():
+                    limit = f"{self.budget:g}" if self.budget is not None else f"{self.token_budget} tokens"
+                    raise BudgetReached(
+                        f"{name}: stopped before the budget of {limit} would be exceeded ({self.total.cost:.4f} and "
+                        f"{self.total.tokens} tokens spent so far in {self.file}, up to {need.cost:.4f} and "
+                        f"{need.tokens} tokens needed next); raise the budget to go on"
+                    )
+            stop.wait(0.05)
+
+    def _fits(self, cost: float, tokens: int) -> bool:
+        return (self.budget is None or self.total.cost + cost <= self.budget) and (
+            self.token_budget is None or self.total.tokens + tokens <= self.token_budget
+        )
+
+    def _reserved(self) -> tuple[float, int]:
+        """What requests in flight, of every process, have set aside; leftovers of killed ones are cleared away."""
+        money, tokens = 0.0, 0
+        for path in self._claims.iterdir():
+            try:
+                claim = os.open(path, os.O_RDWR)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            except BlockingIOError:
+                if amount := os.pread(claim, 200, 0):
+                    money, tokens = money + json.loads(amount)[0], tokens + json.loads(amount)[1]
+            finally:
+                os.close(claim)
+        return money, tokens
+
+    def _take(self, line: bytes) -> None:
+        if not line.strip():
+            return
+        try:
+            record = json.loads(line)
+        except ValueError:  # a process was killed while writing; its request will be asked again
+            log.warning("%s: one torn line is passed over: %s", self.file, line[:60])
+            return
+        try:
+            reply = Reply(
+                record["text"],
+                record["prompt_tokens"],
+                record["completion_tokens"],
+                record["cost"],
+                record["finish_reason"],
+                cached=True,
+            )
+            self._replies[record["key"]] = reply
+        except (KeyError, TypeError) as error:
+            raise Fault(
+                f"{self.file}: a line is no kept reply (it lacks {error}); "
+                "name another file, this one belongs to something else"
+            ) from error
+        self.total.add(reply)
+
+    @contextmanager
+    def _locked(self) -> Iterator[Any]:
+        with self.file.open("r+b", buffering=0) as file:  # no buffer that a full disk would fail a second time
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file

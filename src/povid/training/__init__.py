@@ -1,0 +1,1 @@
+"""How it is learned: module, data module, scoring, reference cache."""

@@ -1,0 +1,186 @@
+"""What a run needs of the device's memory, told before it trains, and the largest batch that fits."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from povid.fault import Fault
+from povid.training.datamodule import PreferenceBatch, PreferenceDataModule
+from povid.training.module import POVIDModule
+from povid.training.scoring import score
+
+log = logging.getLogger(__name__)
+
+SPARE = 0.1  # of the device's memory: fragments, libraries, what else runs on a CPU
+TRANSIENT = 1.5  # on a CPU: a backward pass holds gradients beside the kept activations
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """Bytes. ``adapter``: gradients and Adam's two moments of what is trained (its weights count as weights);
+    ``step``: activations of one step; ``free`` and ``total``: of the device, before the run has taken anything."""
+
+    weights: int
+    adapter: int
+    step: int
+    free: int
+    total: int
+
+    def __str__(self) -> str:
+        return (
+            f"memory: weights {_spoken(self.weights)}, gradients and Adam {_spoken(self.adapter)}, a step of the "
+            f"longest records about {_spoken(self.step)}; together {_spoken(self.needed)}, and the device has "
+            f"{_spoken(self.free)} free of {_spoken(self.total)}"
+        )
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.adapter + self.step
+
+
+def _spoken(size: float) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
+
+
+def estimate(module: POVIDModule, data: PreferenceDataModule, batch_size: int) -> Needs:
+    """What training will take, from one forward pass of the longest records (forward and backward on CUDA).
+
+    Raises:
+        Fault: on CUDA, if the pass does not fit.
+    """
+    policy = module.policy
+    weights = sum(p.nbytes for p in policy.parameters())
+    trained = [p for group in policy.trained_parameters() for p in group]
+    adapter = sum(p.nbytes + 8 * p.numel() for p in trained)
+    free, total = device_memory(_device(module))
+    taken = weights if _device(module).type == "cuda" else 0  # there already
+    batch = longest(module, data, batch_size)
+    try:
+        with _undisturbed(module):
+            step = _peak_on_cuda(module, batch) if taken else int(TRANSIENT * kept_bytes(module, batch))
+    except torch.OutOfMemoryError:
+        raise Fault(
+            f"a step of {batch_size} records does not fit into the device's memory ({_spoken(free)} free); use "
+            "a smaller stages.N.batch_size with accumulate, or set model.gradient_checkpointing=true"
+        ) from None
+    return Needs(weights, adapter, step, free + taken, total)
+
+
+def largest_batch(module: POVIDModule, data: PreferenceDataModule) -> int:
+    """The largest power of two of records whose step fits: tried on CUDA with the longest records and Adam's memory
+    set aside, reckoned from one record on a CPU. At most the number of records.
+
+    Raises:
+        Fault: not even one record fits.
+    """
+    device, records = _device(module), len(data.dataset)
+    trained = [p for group in module.policy.trained_parameters() for p in group]
+    if device.type != "cuda":
+        free, _ = device_memory(device)
+        single = estimate(module, data, 1)
+        # adapter and weights that are loaded already are not in MemAvailable
+        fitting = int(((1 - SPARE) * free - single.adapter) / single.step)
+        return _power_of_two(min(fitting, records), single)
+    size = 0
+    while 2 * max(size, 0.5) <= records and _fits(module, data, int(2 * max(size, 0.5)), trained):
+        size = int(2 * max(size, 0.5))
+    return _power_of_two(size, None)
+
+
+def _power_of_two(fitting: int, needs: Needs | None) -> int:
+    if fitting < 1:
+        raise Fault(
+            "not even one record fits into the device's memory; set model.gradient_checkpointing=true or "
+            "model.dtype=bfloat16" + (f" ({needs})" if needs else "")
+        )
+    return 2 ** (fitting.bit_length() - 1)
+
+
+def _fits(module: POVIDModule, data: PreferenceDataModule, size: int, trained: list[Tensor]) -> bool:
+    device = _device(module)
+    try:
+        with _undisturbed(module):
+            spare = int(SPARE * device_memory(device)[1])
+            reserved = [torch.empty(8 * sum(p.numel() for p in trained) + spare, dtype=torch.uint8, device=device)]
+            _peak_on_cuda(module, longest(module, data, size))
+            reserved.clear()
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        torch.cuda.empty_cache()
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """(free, total) bytes: of the GPU, or of the machine as Linux counts what can be had without swapping."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)
+    page = os.sysconf("SC_PAGE_SIZE")
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            lines = dict(line.split(":") for line in file)
+        return 1024 * int(lines["MemAvailable"].split()[0]), 1024 * int(lines["MemTotal"].split()[0])
+    except (OSError, KeyError):  # not Linux
+        return page * os.sysconf("SC_AVPHYS_PAGES"), page * os.sysconf("SC_PHYS_PAGES")
+
+
+def kept_bytes(module: POVIDModule, batch: PreferenceBatch) -> int:
+    """What the forward pass of a step keeps for its backward pass, weights excepted."""
+    weights = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
+    kept: dict[int, int] = {}
+
+    def count(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        _loss(module, batch)
+    return sum(kept.values())
+
+
+def _loss(module: POVIDModule, batch: PreferenceBatch) -> Tensor:
+    logps = score(module.policy, batch, noise_on_clean_image=module.objective.name == "released")
+    return module.loss(*logps, batch).loss_B.mean()
+
+
+def _peak_on_cuda(module: POVIDModule, batch: PreferenceBatch) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    with torch.autocast("cuda", torch.bfloat16, enabled=next(module.parameters()).dtype == torch.bfloat16):
+        _loss(module, batch).backward()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def longest(module: POVIDModule, data: PreferenceDataModule, count: int) -> PreferenceBatch:
+    """A batch of the longest records, on the module's device."""
+    order = sorted(range(len(data.lengths)), key=lambda i: data.lengths[i], reverse=True)[:count]
+    return module.transfer_batch_to_device(data.collate([data.dataset[i, 0] for i in order]), _device(module), 0)
+
+
+@contextmanager
+def _undisturbed(module: POVIDModule) -> Iterator[None]:
+    """Gradients, modes and random numbers are afterwards as they were, so that looking changes no result."""
+    was = {name: part.training for name, part in module.policy.named_modules()}
+    with torch.random.fork_rng():
+        module.policy.train()
+        try:
+            yield
+        finally:
+            for name, part in module.policy.named_modules():
+                part.training = was[name]
+            for parameter in module.policy.parameters():
+                parameter.grad = None
+
+
+def _device(module: POVIDModule) -> torch.device:
+    return next(module.policy.parameters()).device

@@ -1,0 +1,87 @@
+"""Both stages on real photographs, with LLaVA-1.5's architecture in small."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+
+from povid.run.experiment import load_policy, load_triples, run
+from povid.run.settings import check
+from povid.training.scoring import score
+
+ROOT = Path(__file__).resolve().parents[2]
+SAMPLE = ROOT / "../shared/real_sample"
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    if not SAMPLE.exists():
+        pytest.skip(f"the real photographs are not beside the project ({SAMPLE.name})")
+    folder = tmp_path_factory.mktemp("debug")
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        cfg = compose(
+            "config",
+            overrides=[
+                "data=povid_17k",
+                f"data.root={SAMPLE}",
+                "data.file=preferences.json",
+                "data.workers=0",
+                "model=llava_debug",
+                "stages.1.max_steps=3",
+                "stages.2.max_steps=2",
+                "stages.1.lr=1e-3",
+                "stages.2.lr=1e-3",
+                f"outputs={folder}/outputs",
+                "benchmarks=[pope]",
+                "samples=2",
+            ],
+        )
+    return cfg, folder / "run", run(cfg, folder / "run")
+
+
+def test_both_stages_train_and_save(ran):
+    _, folder, results = ran
+    assert [results["stages"][stage]["steps"] for stage in ("1", "2")] == [3, 2]
+    assert results["stages"]["2"]["init_from"] == [str(folder / "stage_1" / "adapter")]
+    lines = (folder / "stage_1" / "metrics.csv").read_text().splitlines()
+    first = dict(zip(lines[0].split(","), lines[1].split(",")))
+    assert float(first["train/loss"]) == pytest.approx(0.6931472, abs=1e-4)  # log 2: the policy is its reference
+
+
+def test_it_is_llava_1_5_in_small(ran):
+    cfg, _, _ = ran
+    policy, template = load_policy(check(cfg).model, [])
+    config = policy.network.config
+    assert (config.model_type, config.vision_config.image_size, config.vision_feature_layer) == ("llava", 336, -2)
+    triple = load_triples(check(cfg))[0]
+    (encoded, _), images = template.encode((triple.preferred, triple.dispreferred), triple.image, triple.id)
+    assert encoded.input_ids.count(config.image_token_id) == 576 and images["pixel_values"].shape == (1, 3, 336, 336)
+    assert template.prompt("What?").startswith("A chat between a curious user and an artificial intelligence assistant")
+
+
+def test_the_adapter_comes_back(ran):
+    """The policy of stage 2, loaded from disk, scores otherwise than the base."""
+    from povid.training.datamodule import PreferenceDataset, collate
+
+    cfg, _folder, results = ran
+    checked = check(cfg)
+    scored = []
+    for adapters in ([], [Path(adapter) for adapter in results["adapters"]]):
+        policy, template = load_policy(checked.model, adapters, adapted=True)
+        dataset = PreferenceDataset(load_triples(checked)[:1], template, None, 0)
+        batch = collate([dataset[0, 0]], text=True, packable=True, padding_id=2)
+        with torch.no_grad():
+            scored.append(score(policy.eval(), batch)[0].preferred)
+    assert not torch.allclose(*scored)
+
+
+def test_photographs_are_captioned_and_what_lacks_is_told(ran):
+    _, folder, results = ran
+    page = (folder / "captions.html").read_text()
+    assert page.count("data:image/") == 4  # two photographs and their noised pictures
+    assert results["benchmarks"]["pope"]["missing"] and "fetch pope" in results["benchmarks"]["pope"]["cure"]
+    assert json.loads((folder / "results.json").read_text())["model"] == "llava_debug"

@@ -1,0 +1,348 @@
+"""Conversations as tokens: LLaVA-1.5's layout token by token, with Llama's kind of tokenizer and a byte-level one."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import numpy as np
+import pytest
+import tiny
+import tiny_models
+import torch
+from PIL import Image
+
+from povid.fault import Fault
+from povid.model.template import VICUNA_V1_SYSTEM, Template, pad_to_square
+from povid.preferences.pictures import open_picture
+from povid.preferences.triple import Turn
+
+SINGLE = (Turn("user", "Is there a dog"), Turn("assistant", "Yes it is"))
+MULTI = (
+    Turn("user", "Is it a cat"),
+    Turn("assistant", "A red bus"),
+    Turn("user", "Is there a tree"),
+    Turn("assistant", "No"),
+)
+SEEN = 16  # a picture of 32 by 32 in patches of 8
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: tiny.load(tiny_models.save(name, folder / name), adapted=False)[1] for name in ("llava", "llava_vicuna")
+    }
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    return tiny.picture(tmp_path_factory.mktemp("pictures"), "photo", 1, (48, 30))
+
+
+def layout(template: Template, conversation, photo, name="record"):
+    """Tokens as the tokenizer spells them; those of responses in a list of their own."""
+    (encoded,), _ = template.encode([conversation], photo, name)
+    spelt = template.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    found = []
+    for token, response in zip(spelt, encoded.response):
+        if not response:
+            found.append(token)
+        elif found and isinstance(found[-1], list):
+            found[-1].append(token)
+        else:
+            found.append([token])
+    return found
+
+
+IMAGE = ["<image>"] * SEEN
+LAYOUTS = {
+    ("llava_vicuna", SINGLE): [
+        "<s>",
+        "▁USER",
+        ":",
+        "▁",
+        *IMAGE,
+        "<0x0A>",
+        "Is",
+        "▁there",
+        "▁a",
+        "▁dog",
+        "▁ASSISTANT",
+        ":",
+        ["▁Yes", "▁it", "▁is", "</s>"],
+    ],
+    ("llava_vicuna", MULTI): [
+        "<s>",
+        "▁USER",
+        ":",
+        "▁",
+        *IMAGE,
+        "<0x0A>",
+        "Is",
+        "▁it",
+        "▁a",
+        "▁cat",
+        "▁ASSISTANT",
+        ":",
+        ["▁A", "▁red", "▁bus", "</s>"],
+        "USER",
+        ":",
+        "▁Is",
+        "▁there",
+        "▁a",
+        "▁tree",
+        "▁ASSISTANT",
+        ":",
+        ["▁No", "</s>"],
+    ],
+    ("llava", SINGLE): [
+        "<s>",
+        "USER",
+        ":",
+        "Ġ",
+        *IMAGE,
+        "Ċ",
+        "Is",
+        "Ġthere",
+        "Ġa",
+        "Ġdog",
+        "ĠASSISTANT",
+        ":",
+        ["ĠYes", "Ġit", "Ġis", "</s>"],
+    ],
+    ("llava", MULTI): [
+        "<s>",
+        "USER",
+        ":",
+        "Ġ",
+        *IMAGE,
+        "Ċ",
+        "Is",
+        "Ġit",
+        "Ġa",
+        "Ġcat",
+        "ĠASSISTANT",
+        ":",
+        ["Ġ", "A", "Ġred", "Ġbus", "</s>"],
+        "USER",
+        ":",
+        "ĠIs",
+        "Ġthere",
+        "Ġa",
+        "Ġtree",
+        "ĠASSISTANT",
+        ":",
+        ["ĠNo", "</s>"],
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "conversation"), LAYOUTS, ids=lambda value: value if isinstance(value, str) else f"{len(value) // 2} turns"
+)
+def test_tokens_and_labels_are_laid_out_as_written_by_hand(loaded, photo, name, conversation):
+    assert layout(loaded[name], conversation, photo) == LAYOUTS[name, conversation]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_vicuna"])
+def test_a_prompt_is_the_beginning_of_its_training_sequence(loaded, photo, name):
+    template = loaded[name]
+    for conversation in (SINGLE, MULTI):
+        for count in range(1, len(conversation), 2):
+            (prompt, whole), _ = template.encode([conversation[:count], conversation], photo, "x")
+            assert whole.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+            assert prompt.response == whole.response[: len(prompt.input_ids)]
+            assert not prompt.response[-1] and whole.response[len(prompt.input_ids)]
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_vicuna"])
+def test_system_text_stands_before_the_first_turn(loaded, photo, name):
+    """Plain words, so that each is a run of its own letters; the text of vicuna_v1 itself is checked below."""
+    template = Template(loaded[name].processor, system="A chat.", max_length=200)
+    assert template.text(MULTI)[0] == (
+        "A chat. USER: <image>\nIs it a cat ASSISTANT: A red bus</s>USER: Is there a tree ASSISTANT: No</s>"
+    )
+    before, after = layout(loaded[name], SINGLE, photo), layout(template, SINGLE, photo)
+    start = 1 if name == "llava" else 2  # Llama's first word carries a blank wherever it stands
+    assert after[-len(before) + start :] == before[start:] and len(after) > len(before)
+    assert after[0] == "<s>" and after.count("<s>") == 1
+
+
+def test_system_text_of_vicuna_v1():
+    assert VICUNA_V1_SYSTEM == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
+    )
+
+
+def test_configured_system_text_is_that_of_vicuna_v1():
+    from pathlib import Path
+
+    from omegaconf import OmegaConf
+
+    conf = Path(__file__).resolve().parents[2] / "conf" / "model"
+    assert OmegaConf.load(conf / "llava_1_5_7b.yaml").system == VICUNA_V1_SYSTEM
+
+
+def test_a_llama_tokenizer_without_first_token_gets_it():
+    """Llama's tokenizer may be saved without its <s>; LLaVA-1.5 never saw a prompt that lacks it."""
+    assert tiny_models.llama()("Is")["input_ids"][0] != 1  # what the layouts above start from
+
+
+# --- lengths ---------------------------------------------------------------------------------------------------------
+
+
+def short(template: Template, length: int) -> Template:
+    return Template(template.processor, system="", max_length=length)
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_vicuna"])
+def test_responses_are_cut_and_image_tokens_never(loaded, photo, name):
+    template = loaded[name]
+    (whole,), _ = template.encode([MULTI], photo, "x")
+    first = whole.response.index(True)
+    for length in range(first + 1, len(whole.input_ids) + 3):
+        (cut,), _ = short(template, length).encode([MULTI], photo, "x")
+        assert cut.input_ids == whole.input_ids[:length] and cut.response == whole.response[:length]
+        assert cut.input_ids.count(template.processor.image_token_id) == SEEN
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_vicuna"])
+def test_prompts_that_leave_no_room_are_faults_that_name_the_record(loaded, photo, name):
+    template = loaded[name]
+    (whole,), _ = template.encode([SINGLE], photo, "x")
+    first = whole.response.index(True)
+    for length in (1, SEEN, first):
+        said = rf"record 'r7': its prompt alone takes {first} tokens.*max_length is {length};"
+        with pytest.raises(Fault, match=said):
+            short(template, length).encode([SINGLE], photo, "r7")
+        (prompt,), _ = short(template, length).encode([SINGLE[:1]], photo, "r7")  # a question to be answered is whole
+        assert prompt.input_ids == whole.input_ids[:first]
+
+
+@pytest.mark.parametrize(
+    ("name", "style", "mark"), [("llava", "vicuna_v1", "<image>"), ("llava_vicuna", "vicuna_v1", "<image>")]
+)
+@pytest.mark.parametrize("with_image", [True, False])
+def test_the_image_marker_in_a_text_names_the_record(loaded, photo, name, style, mark, with_image):
+    conversation = (Turn("user", f"What is {mark} here"), Turn("assistant", "A dog"))
+    with pytest.raises(Fault, match=r"record 'r8': its text holds the image marker '<image>'"):
+        loaded[name].encode([conversation], photo if with_image else None, "r8")
+
+
+def test_texts_without_an_image(loaded):
+    template = loaded["llava_vicuna"]
+    (encoded,), images = template.encode([SINGLE], None, "x")
+    assert images == {}
+    assert template.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids) == [
+        "<s>",
+        "▁USER",
+        ":",
+        "▁Is",
+        "▁there",
+        "▁a",
+        "▁dog",
+        "▁ASSISTANT",
+        ":",
+        "▁Yes",
+        "▁it",
+        "▁is",
+        "</s>",
+    ]
+    assert encoded.response == [False] * 9 + [True] * 4
+
+
+# --- other styles ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llava_next", "qwen2_5_vl", "idefics3", "internvl", "llava_onevision"])
+def test_responses_in_chat_templates(tmp_path, photo, name):
+    """The response with the end token that the template gives it, and nothing of the next turn."""
+    template = tiny.load(tiny_models.save(name, tmp_path / name), adapted=False, style="chat", max_length=400)[1]
+    (encoded,), _ = template.encode([MULTI], photo, "x")
+    spoken = [token for token, response in zip(encoded.input_ids, encoded.response) if response]
+    assert template.processor.tokenizer.decode(spoken) == "A red bus</s>No</s>"
+    assert encoded.input_ids.count(0) == 1  # <s>, which template and tokenizer both would write
+    (prompt,), _ = template.encode([MULTI[:1]], photo, "x")
+    assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+
+
+def test_instructblip_sees_the_image_before_a_bare_question(tmp_path, photo):
+    template = tiny.load(tiny_models.save("instructblip", tmp_path / "m"), adapted=False, style="bare")[1]
+    (encoded,), images = template.encode([SINGLE], photo, "x")
+    spelt = template.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids)
+    assert spelt == [*["<image>"] * 4, "<s>", "Is", "Ġthere", "Ġa", "Ġdog", "ĠYes", "Ġit", "Ġis", "</s>"]
+    assert encoded.response == [False] * 9 + [True] * 4
+    asked = template.processor.qformer_tokenizer.decode(images["qformer_input_ids"][0])
+    assert asked == "<s>Is there a dog"  # the Q-Former reads the question, not the answer
+
+
+def test_a_chat_template_that_rewrites_earlier_turns_is_refused(loaded, photo):
+    template = Template(loaded["llava"].processor, style="chat")
+    template.processor.chat_template = "{{ messages | length }}{% for m in messages %}<image>{% endfor %}"
+    with pytest.raises(Fault, match="changes earlier turns"):
+        template.encode([MULTI], photo, "x")
+    template.processor.chat_template = None
+
+
+# --- pictures --------------------------------------------------------------------------------------------------------
+
+
+def padded_by_hand(pixels: np.ndarray, mean: tuple[int, int, int]) -> np.ndarray:
+    """[H, W, 3] bytes in the middle of a square of one colour; an odd pixel goes to the right or to the bottom."""
+    height, width, _ = pixels.shape
+    side = max(height, width)
+    square = np.empty((side, side, 3), np.uint8)
+    for row in range(side):
+        for column in range(side):
+            y, x = row - (side - height) // 2, column - (side - width) // 2
+            square[row, column] = pixels[y, x] if 0 <= y < height and 0 <= x < width else mean
+    return square
+
+
+@pytest.mark.parametrize("size", [(48, 30), (30, 48), (31, 16), (16, 31), (7, 7), (1, 9)], ids=str)
+def test_pad_to_square_bit_by_bit(size):
+    """CLIP's mean (0.48145466, 0.4578275, 0.40821073) times 255 is 122.77, 116.75 and 104.09: (122, 116, 104)."""
+    pixels = torch.randint(0, 256, (size[1], size[0], 3), generator=torch.Generator().manual_seed(1)).byte().numpy()
+    found = pad_to_square(Image.fromarray(pixels), (0.48145466, 0.4578275, 0.40821073))
+    np.testing.assert_array_equal(np.array(found), padded_by_hand(pixels, (122, 116, 104)))
+
+
+@pytest.mark.parametrize("size", [(48, 30), (30, 48), (64, 64)], ids=str)
+def test_what_the_model_sees_is_the_padded_picture_resized(loaded, tmp_path, size):
+    """Pad, resize to 32 by 32 (bicubic), scale to [0, 1], normalise; a crop of the centre would lose the borders."""
+    photo = tiny.picture(tmp_path, "photo", 3, size)
+    template = Template(loaded["llava"].processor, system="", pad_square=True)
+    _, images = template.encode([SINGLE], photo, "x")
+    square = Image.fromarray(padded_by_hand(np.array(Image.open(photo)), (122, 116, 104)))
+    scaled = np.array(square.resize((32, 32), Image.Resampling.BICUBIC)).astype(np.float32) / 255
+    mean = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+    std = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+    expected = torch.from_numpy(((scaled - mean) / std).transpose(2, 0, 1))
+    torch.testing.assert_close(images["pixel_values"][0], expected, rtol=0, atol=1e-6)
+    if size[0] != size[1]:
+        _, cropped = Template(loaded["llava"].processor, system="").encode([SINGLE], photo, "x")
+        assert not torch.allclose(cropped["pixel_values"][0], expected, atol=0.1)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "CMYK", "1", "LA", "I;16"])
+def test_pictures_of_every_mode_are_read_as_rgb(mode):
+    buffer = BytesIO()
+    picture = Image.new("I;16", (9, 5), 300) if mode == "I;16" else Image.new("RGB", (9, 5), (250, 3, 7)).convert(mode)
+    picture.save(buffer, "TIFF")
+    found = open_picture(buffer.getvalue())
+    assert found.mode == "RGB" and found.size == (9, 5)
+
+
+def test_pictures_that_cannot_be_read_are_faults(tmp_path):
+    (tmp_path / "text.png").write_text("not a picture")
+    whole = BytesIO()
+    Image.new("RGB", (64, 64)).save(whole, "PNG")
+    (tmp_path / "half.png").write_bytes(whole.getvalue()[: len(whole.getvalue()) // 2])
+    for name in ("text.png", "half.png"):
+        with pytest.raises(Fault, match=f"{name} cannot be decoded"):
+            open_picture(tmp_path / name)
+    with pytest.raises(Fault, match="none.png does not exist"):
+        open_picture(tmp_path / "none.png")
+    with pytest.raises(Fault, match="cannot be decoded"):
+        open_picture(tmp_path)

@@ -1,0 +1,104 @@
+"""Runs and sweeps as a whole: interrupted sweeps, requeued cluster jobs, W&B runs that go on, files of a run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+from forks import at_step, finish, settings, train
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("experiment")
+    tiny.save_tiny_llava(folder / "tiny")
+    return folder
+
+
+def test_an_interrupted_sweep_goes_on_where_it_was(world, tmp_path):
+    """Killed in the second of three jobs: the first is not run again, the second goes on, the third is begun."""
+    common = [*settings(world, f"outputs={tmp_path}"), "benchmarks=[chair,pope]"]
+    status, _ = train(
+        "-m", *common, "ablation=none,text,noise", log=tmp_path / "log", sabotage=at_step(1, 7, signal.SIGKILL)
+    )
+    assert status == -9
+    (sweep,) = (tmp_path / "sweeps").iterdir()
+    first = (sweep / "0_none_seed0" / "results.json").read_bytes()
+    assert not (sweep / "2_noise_seed0").exists()
+
+    status, printed = train("resume=latest", f"outputs={tmp_path}", log=tmp_path / "log")
+    assert status == 0, printed
+    assert "finished already" in printed
+    assert "stage 1 goes on after step 6" in printed
+    assert [folder.name for folder in (tmp_path / "sweeps").iterdir()] == [sweep.name]
+    assert (sweep / "0_none_seed0" / "results.json").read_bytes() == first
+    for job in ("1_text_seed0", "2_noise_seed0"):
+        assert (sweep / job / "results.json").exists()
+    assert (sweep / "tables" / "table3.md").exists()
+
+    status, printed = train("-m", "resume=latest", f"outputs={tmp_path}", log=tmp_path / "log")
+    assert status == 2 and "holds no sweep that has begun and not ended" in printed
+
+
+def test_a_requeue_signal_saves_and_requeues(world, tmp_path):
+    """SLURM's part is played by environment variables and a scontrol that writes down what it is told."""
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
+    scontrol.chmod(0o755)
+    variables = {
+        "SLURM_JOB_ID": "42",
+        "SLURM_NTASKS": "1",
+        "SLURM_NTASKS_PER_NODE": "1",
+        "SLURM_PROCID": "0",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_NAME": "povid",
+        "SLURM_JOB_NODELIST": "here",
+        "PATH": f"{scontrol.parent}:{os.environ['PATH']}",
+    }
+    command = settings(
+        world,
+        "ablation=text",
+        "trainer=slurm",
+        "trainer.devices=1",
+        "trainer.accelerator=cpu",
+        "trainer.precision=32-true",
+        "trainer.strategy=auto",
+    )
+
+    def on_cluster(then: Callable[[], None] = lambda: None, **more: str) -> Callable[[], None]:
+        return lambda: (os.environ.update(variables | more), then())
+
+    folder = tmp_path / "run"
+    assert finish(command, folder, on_cluster(at_step(1, 3, signal.SIGUSR1))) == 143
+    assert (tmp_path / "told").read_text() == "requeue 42\n"
+    assert "stopped: SIGUSR1: saved after step 3 and requeued as job 42" in folder.with_suffix(".log").read_text()
+    assert finish(command, folder, on_cluster(SLURM_RESTART_COUNT="1")) == 0
+    assert "stage 1 goes on after step 3" in folder.with_suffix(".log").read_text()
+    assert json.loads((folder / "stage_1" / "stage.json").read_text())["steps"] == 10
+
+
+def test_a_resumed_stage_goes_on_in_its_wandb_run(world, tmp_path):
+    def offline(then: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        return lambda: (os.environ.update(WANDB_MODE="offline"), then())
+
+    folder = tmp_path / "run"
+    command = settings(world, "ablation=text", "logger=wandb")
+    assert finish(command, folder, offline(at_step(1, 3, signal.SIGTERM))) == 143
+    assert finish([*command, "resume=true"], folder, offline()) == 0, folder.with_suffix(".log").read_text()
+    # offline-run-TIME-ID, with a number behind it where one second saw two of an id
+    runs = [place.name.split("-")[3] for place in (folder / "wandb").glob("offline-run-*")]
+    stage, evaluation = ((folder / "wandb_ids" / job).read_text() for job in ("stage_1", "evaluate"))
+    assert sorted(runs) == sorted([stage, stage, evaluation])
+
+
+def test_a_run_without_benchmarks(world, tmp_path):
+    command = [part for part in settings(world, "ablation=text", "stages.1.max_steps=1") if "benchmarks" not in part]
+    assert finish([*command, "benchmarks=[]"], tmp_path / "run") == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"] == {}

@@ -1,0 +1,101 @@
+"""What a run says of its memory, and the batch it chooses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+from povid.fault import Fault
+from povid.training import memory
+from povid.training.datamodule import PreferenceDataModule
+from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tiny")
+    policy, template = tiny.load(tiny.save_tiny_llava(folder))
+    stage = StageSettings("text", ("text",), 1, 1e-3, 1e-3, 1)
+    module = POVIDModule(policy, ObjectiveSettings(), stage, frozenset(["text"]))
+    data = PreferenceDataModule(
+        tiny.triples(folder) * 4, template, noise=None, text=True, packable=True, batch_size=1, seed=0
+    )
+    return module, data
+
+
+def test_weights_and_adam_are_counted_exactly(ready):
+    module, data = ready
+    needs = memory.estimate(module, data, 1)
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    assert needs.weights == 4 * sum(p.numel() for p in module.parameters())
+    assert needs.adapter == 12 * trained  # a gradient and two moments in float32
+    assert 0 < needs.free <= needs.total
+    assert "gradients and Adam" in str(needs) and "free of" in str(needs)
+
+
+def test_activations_grow_with_the_batch(ready):
+    module, data = ready
+    one, four = (memory.estimate(module, data, size).step for size in (1, 4))
+    assert 2 * one < four < 6 * one
+
+
+def test_reference_keeps_nothing(ready, monkeypatch):
+    """Under no gradient nothing is kept: what is counted is the policy's."""
+    module, data = ready
+    with torch.no_grad():
+        assert memory.kept_bytes(module, memory.longest(module, data, 1)) == 0
+
+
+def test_looking_changes_nothing(ready):
+    module, data = ready
+    module.policy.eval()
+    state = torch.random.get_rng_state()
+    memory.estimate(module, data, 2)
+    assert torch.equal(state, torch.random.get_rng_state())
+    assert not any(part.training for part in module.policy.modules())
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_largest_batch_follows_the_memory(ready, monkeypatch):
+    module, data = ready
+    single = memory.estimate(module, data, 1)
+
+    def chosen(free):
+        monkeypatch.setattr(memory, "device_memory", lambda device: (int(free), int(free)))
+        return memory.largest_batch(module, data)
+
+    room = single.adapter / 0.9
+    assert chosen(room + 5.5 * single.step / 0.9) == 4
+    assert chosen(2**40) == 16  # all the records there are
+    with pytest.raises(Fault, match="not even one record"):
+        chosen(room)
+
+
+def test_longest_records_are_the_ones_looked_at(ready):
+    module, data = ready
+    batch = memory.longest(module, data, 2)
+    assert max(data.lengths) == data.lengths[batch.records[0]] == data.lengths[batch.records[1]]
+
+
+def test_batch_size_auto_is_a_setting_of_one_device():
+    from hydra import compose, initialize_config_dir
+
+    from povid.run.settings import check
+
+    def checked(*overrides):
+        with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base=None):
+            return check(compose("config", [*overrides, "hydra.run.dir=."]))
+
+    assert checked("stages.1.batch_size=auto").stages[1].batch_size == "auto"
+    with pytest.raises(Fault, match="one device"):
+        checked("stages.2.batch_size=auto", "trainer.devices=2")
+    with pytest.raises(Fault, match="this trainer splits it"):
+        checked("stages.2.batch_size=auto", "trainer=offload")
+    with pytest.raises(Fault, match="trainer.strategy.stage: found 3; ZeRO 1 and 2"):
+        checked("trainer=deepspeed", "trainer.strategy.stage=3")
+    assert checked("trainer=deepspeed").trainer["strategy"]["stage"] == 2
+    with pytest.raises(Fault, match="whole number or auto"):
+        checked("stages.2.batch_size=many")

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import math
+
+import lightning as L
+import pytest
+import tiny
+import torch
+from lightning.pytorch.loggers import CSVLogger
+
+from povid.training.datamodule import NoiseSettings, PreferenceDataModule
+from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
+
+STAGE = StageSettings("image", ("text", "noise"), epochs=2, lr=1e-3, projector_lr=1e-4, batch_size=2, warmup_ratio=0.25)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.save_tiny_llava(tmp_path_factory.mktemp("tiny"))
+
+
+def fit(
+    folder, out, *, terms=frozenset({"text", "noise"}), objective="paper", stage=STAGE, precision="32-true", **model
+):
+    L.seed_everything(0, verbose=False)
+    policy, template = tiny.load(folder, perturb=False, **model)
+    module = POVIDModule(policy, ObjectiveSettings(objective), stage, terms)
+    data = PreferenceDataModule(
+        tiny.triples(folder),
+        template,
+        noise=NoiseSettings() if "noise" in terms else None,
+        text="text" in terms,
+        packable=True,
+        batch_size=stage.batch_size,
+        seed=0,
+    )
+    trainer = L.Trainer(
+        max_epochs=stage.epochs,
+        accumulate_grad_batches=stage.accumulate,
+        accelerator="cpu",
+        logger=CSVLogger(str(out), name="", version="", flush_logs_every_n_steps=1),
+        log_every_n_steps=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        precision=precision,
+        reload_dataloaders_every_n_epochs=1,
+    )
+    trainer.fit(module, data)
+    header, *lines = (out / "metrics.csv").read_text().splitlines()
+    return module, [dict(zip(header.split(","), line.split(","))) for line in lines]
+
+
+@pytest.mark.parametrize("terms", [{"text"}, {"noise"}, {"text", "noise"}], ids=lambda terms: "+".join(sorted(terms)))
+@pytest.mark.parametrize("objective", ["paper", "released"])
+def test_training_starts_at_log_2_and_moves_what_it_should(folder, tmp_path, terms, objective):
+    before, _ = tiny.load(folder, perturb=False)
+    module, steps = fit(folder, tmp_path, terms=frozenset(terms), objective=objective)
+    assert float(steps[0]["train/loss"]) == pytest.approx(math.log(2), abs=1e-5)
+    assert len(steps) == 4 and float(steps[-1]["train/loss"]) != float(steps[0]["train/loss"])
+    for kind in ("text", "noise"):
+        assert (f"train/margin_{kind}" in steps[0]) == (kind in terms)
+    changed = {
+        name
+        for (name, old), new in zip(before.network.named_parameters(), module.policy.network.parameters())
+        if not torch.equal(old, new)
+    }
+    assert changed == {name for name, p in module.policy.network.named_parameters() if p.requires_grad}
+    assert any("lora_B" in name for name in changed) and any("modules_to_save" in name for name in changed)
+
+
+def test_only_loras_dropout_is_active(folder, tmp_path):
+    module, _ = fit(folder, tmp_path, lora=tiny.LoraSettings(r=4, alpha=8, dropout=0.5))
+    dropouts = {name: m.training for name, m in module.policy.named_modules() if isinstance(m, torch.nn.Dropout)}
+    assert dropouts and all(training == ("lora_dropout" in name) for name, training in dropouts.items())
+
+
+def test_accumulation_equals_the_larger_batch(folder, tmp_path):
+    """Four records as two steps of two, or as one of four: the same gradient, hence the same adapter."""
+    two = fit(folder, tmp_path / "two", stage=StageSettings("s", ("text",), 3, 1e-3, 1e-4, 2, accumulate=2))[0]
+    four = fit(folder, tmp_path / "four", stage=StageSettings("s", ("text",), 3, 1e-3, 1e-4, 4))[0]
+    for one, other in zip(two.policy.trained_parameters()[0], four.policy.trained_parameters()[0]):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_bf16_is_near_float32(folder, tmp_path):
+    _, exact = fit(folder, tmp_path / "exact")
+    _, rough = fit(folder, tmp_path / "rough", precision="bf16-mixed")
+    for a, b in zip(exact, rough):
+        assert float(a["train/loss"]) == pytest.approx(float(b["train/loss"]), abs=0.05)
+
+
+def test_rates_are_those_of_the_stage(folder, tmp_path):
+    """Four steps, a quarter of them warm-up: after step 1 the full rate, then a cosine down to zero."""
+    module, _ = fit(folder, tmp_path)
+    lora, projector = module.optimizers().param_groups
+    assert (lora["initial_lr"], projector["initial_lr"]) == (1e-3, 1e-4)
+    assert lora["lr"] == pytest.approx(0, abs=1e-12)
+    schedule = module.lr_schedulers()
+    assert [round(schedule.lr_lambdas[0](step), 4) for step in range(5)] == [0, 1, 0.75, 0.25, 0]
+
+
+def test_the_control_needs_no_dispreference(folder, tmp_path):
+    _, steps = fit(
+        folder, tmp_path, terms=frozenset(), objective="preferred_only", stage=StageSettings("s", (), 4, 1e-2, 1e-4, 4)
+    )
+    losses = [float(step["train/loss"]) for step in steps]
+    assert losses[-1] < losses[0] and "train/reward_text" not in steps[0]
