@@ -26,7 +26,8 @@ from povid.fault import Fault
 from povid.machine import keep_freed_memory, packages, versions
 from povid.model.adapters import adapter_chain
 from povid.model.generation import Answers
-from povid.model.policy import ModelSettings, Policy, load_processor
+from povid.model.loading import LocalModel
+from povid.model.policy import Policy
 from povid.model.question import Answerer, Decoding, Question
 from povid.model.served import ServedSettings
 from povid.model.template import Template
@@ -139,7 +140,7 @@ def evaluate(
     """Answer the benchmarks with what the adapters make of the model, write results.json and the page of captions."""
     with _timed(timings, "evaluate"):
         answers = _answerer(cfg, checked, adapters)
-        model = fingerprint({"model": asdict(checked.model), "adapters": [_digest(a) for a in adapters]})
+        model = fingerprint({"model": _plain(checked.model), "adapters": [_digest(a) for a in adapters]})
         benchmarks = suite.run(_selection(cfg), answers, folder / "benchmarks", judge(cfg), model=f"povid-{model}")
         after = _caption(answers, samples)
     before = _before(folder, samples)
@@ -313,22 +314,16 @@ def _answerer(cfg: DictConfig, checked: Checked, adapters: Sequence[Path]) -> An
     return Answers(policy, template, cfg.generation.batch_size, cfg.seed)
 
 
+def _plain(settings: LocalModel | ServedSettings) -> dict[str, Any]:
+    return settings.model_dump() if isinstance(settings, LocalModel) else asdict(settings)
+
+
 def load_policy(
-    settings: ModelSettings, adapters: Sequence[Path], *, adapted: bool = False, whole: bool = True
+    settings: LocalModel, adapters: Sequence[Path], *, adapted: bool = False, whole: bool = True
 ) -> tuple[Policy, Template]:
     """Policy and template; on this process's device if it is to be there ``whole``, else in the machine's memory."""
-    policy = Policy.load(settings, adapters=adapters, adapted=adapted)
-    return policy.to(device()) if whole else policy, _template(policy.processor, settings)
-
-
-def _template(processor: Any, settings: ModelSettings) -> Template:
-    return Template(
-        processor,
-        style=settings.style,
-        system=settings.system,
-        pad_square=settings.pad_square,
-        max_length=settings.max_length,
-    )
+    policy = settings.policy(adapters, adapted=adapted)
+    return policy.to(device()) if whole else policy, settings.template(policy.processor)
 
 
 def _path(name: str | None) -> Path | None:
@@ -366,9 +361,9 @@ def load_triples(checked: Checked, seed: int = 0) -> list[Triple]:
     return triples
 
 
-def prompt_tokens(settings: ModelSettings) -> Callable[[Triple], int]:
+def prompt_tokens(settings: LocalModel) -> Callable[[Triple], int]:
     """Counts the tokens of a record's prompt, image included, as training will; with a processor of its own."""
-    template = _template(load_processor(settings), settings)
+    template = settings.template(settings.load_processor())
 
     def count(triple: Triple) -> int:
         try:
@@ -391,7 +386,7 @@ def stage_fingerprint(cfg: DictConfig, checked: Checked, number: int) -> str:
         data["dispreference"] = [checked.dispreference, checked.data.objects, checked.data.synonyms]
     return fingerprint(
         {
-            "model": asdict(checked.model),
+            "model": _plain(checked.model),
             "data": data,
             "objective": asdict(checked.objective),
             "stage": asdict(checked.stages[number]),

@@ -10,13 +10,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_method
+from hydra.utils import get_class, get_method
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from povid.benchmarks.suite import BENCHMARKS
 from povid.fault import Fault
-from povid.model.policy import ModelSettings
+from povid.model.loading import LocalModel
 from povid.model.served import ServedSettings
 from povid.preferences.formats import READERS
 from povid.run.checkpoint import CheckpointSettings
@@ -71,7 +72,7 @@ class Checked:
     ablation: AblationSettings
     stages: dict[int, StageSettings]
     run_stages: tuple[int, ...]
-    model: ModelSettings | ServedSettings
+    model: LocalModel | ServedSettings
     data: DataSettings
     noise: NoiseSettings
     objective: ObjectiveSettings
@@ -104,8 +105,7 @@ def check(cfg: DictConfig) -> Checked:
         raise Fault(f"configuration: {said}; give {error.full_key or 'that key'} a value") from None
 
     ablation = _bind(AblationSettings, tree.get("ablation"), "ablation", faults)
-    served = isinstance(tree.get("model"), dict) and "base_url" in tree["model"]
-    model = _bind(ServedSettings if served else ModelSettings, tree.get("model"), "model", faults)
+    model = _model(tree.get("model"), faults)
     data = _bind(DataSettings, tree.get("data"), "data", faults)
     noise = _bind(NoiseSettings, tree.get("noise"), "noise", faults)
     objective = _bind(ObjectiveSettings, tree.get("objective"), "objective", faults)
@@ -123,7 +123,7 @@ def check(cfg: DictConfig) -> Checked:
     run_stages = _stages(tree, ablation, faults)
     for key in ("trainer",):
         _check_target(tree.get(key) or {}, key, faults)
-    if isinstance(model, ModelSettings) and model.prepare:
+    if isinstance(model, LocalModel) and model.prepare:
         _check_target(model.prepare, "model.prepare", faults)
     if data and data.prepare:
         _check_target(data.prepare, "data.prepare", faults)
@@ -143,6 +143,28 @@ def check(cfg: DictConfig) -> Checked:
         raise Fault(f"the configuration has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
     used = tree["dispreference"] if "text" in ablation.dispreferences else "given"
     return Checked(ablation, stages, run_stages, model, data, noise, objective, checkpoint, tree["trainer"], used)
+
+
+def _model(node: Any, faults: list[str]) -> Any:
+    """The model's settings, or None with every error noted."""
+    if not isinstance(node, dict) or "_target_" not in node:
+        return _bind(ServedSettings, node, "model", faults)
+    kind = get_class(node["_target_"])
+    try:
+        return kind(
+            **{key: value for key, value in node.items() if key not in ("_target_", "_recursive_", "_convert_")}
+        )
+    except ValidationError as error:
+        for entry in error.errors():
+            *parents, name = map(str, entry["loc"])
+            key, known = ".".join(("model", *parents, name)), kind
+            for parent in parents:
+                known = getattr(known, "model_fields", {})[parent].annotation
+            if entry["type"] == "extra_forbidden":
+                faults.append(f"{key}: there is no such setting{_near(name, known.model_fields)}")
+            else:
+                faults.append(f"{key}: found {entry['input']!r}; {entry['msg']}")
+    return None
 
 
 def _bind(kind: type, node: Any, key: str, faults: list[str]) -> Any:
@@ -309,15 +331,6 @@ def _values(tree: dict, ablation, stages, model, data, noise, objective) -> Iter
             )
         if tree.get("adapters") or tree.get("init_from"):
             yield "adapters: a served model takes none; merge them, serve the result and name that"
-    elif model:
-        if model.style not in ("vicuna_v1", "chat", "bare"):
-            yield f"model.style: found {model.style!r}; it is vicuna_v1, chat or bare"
-        if model.quantize not in (None, "4bit"):
-            yield f"model.quantize: found {model.quantize!r}; it is 4bit or null"
-        if model.dtype not in ("float32", "bfloat16", "float16", "float64"):
-            yield f"model.dtype: found {model.dtype!r}; it is float32, bfloat16 or float16"
-        if model.path.startswith("package:") and not Path(model.source).exists():
-            yield f"model.path: the package holds no {model.path.removeprefix('package:')!r}"
     if data and data.format not in READERS:
         yield f"data.format: found {data.format!r}; it is one of {', '.join(READERS)}"
     if (kind := tree.get("dispreference")) not in ("given", "cooccurrence"):

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from povid.internals import attention_name
 from povid.method.objective import LogProbs
 from povid.model.policy import Policy
 from povid.training.datamodule import PreferenceBatch
@@ -58,7 +59,8 @@ def folder_key(policy: Policy, **run: Any) -> str:
         "config": config,
         "code": code.hexdigest(),
         "packable": policy.packable,
-        "attention": policy.network.config.get_text_config()._attn_implementation,
+        "fused": policy.settings.fused,
+        "attention": attention_name(policy.network.config.get_text_config()),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
         "versions": [torch.__version__, transformers.__version__],
