@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from povid.model.debug_llava import prepare
-from povid.model.policy import LoraSettings, ModelSettings, Policy, load_processor
+from povid.model.loading import LocalModel, LoraSettings
+from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
 
@@ -35,7 +36,7 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, width: int = 32, layers: int
     )
 
 
-def settings(folder: Path, **changes) -> ModelSettings:
+def settings(folder: Path, **changes) -> LocalModel:
     values = {
         "name": "tiny",
         "path": str(folder),
@@ -44,7 +45,7 @@ def settings(folder: Path, **changes) -> ModelSettings:
         "lora": LoraSettings(r=4, alpha=8, dropout=0.0),
         **changes,
     }
-    return ModelSettings(**values)
+    return LocalModel(**values)
 
 
 def load(
@@ -53,17 +54,11 @@ def load(
     """A policy whose adapter is not zero, so that policy and reference differ."""
     model_settings = settings(folder, **changes)
     torch.manual_seed(1)
-    policy = Policy.load(model_settings, adapted=adapted)
+    policy = model_settings.policy(adapted=adapted)
     if adapted and perturb:
         for parameter in (p for group in policy.trained_parameters() for p in group):
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return policy.to(dtype), Template(
-        load_processor(model_settings),
-        style=model_settings.style,
-        system=model_settings.system,
-        pad_square=model_settings.pad_square,
-        max_length=model_settings.max_length,
-    )
+    return policy.to(dtype), model_settings.template(policy.processor)
 
 
 def picture(folder: Path, name: str, seed: int, size: tuple[int, int] = (40, 32)) -> Path:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from povid.method.objective import LogProbs
-from povid.model.fused import predicting_rows
+from povid.model.fused import FUSED, predicting_rows
 from povid.model.packing import Encoded
 from povid.training.datamodule import Example, NoiseSettings, PreferenceDataset, collate
 from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
@@ -29,10 +29,13 @@ def folder(tmp_path_factory):
 @contextmanager
 def stock(network):
     """The modules as transformers and peft wrote them, without what povid.model.fused changes."""
-    changed = [(module, module.__dict__.pop("forward")) for module in network.modules() if "forward" in vars(module)]
+    changed = [(module, type(module)) for module in network.modules() if type(module) in FUSED.values()]
+    assert changed
+    for module, kind in changed:
+        module.__class__ = next(original for original, fused in FUSED.items() if fused is kind)
     yield
-    for module, forward in changed:
-        module.forward = forward
+    for module, kind in changed:
+        module.__class__ = kind
 
 
 def plain_logits(network, encoded, pixels):
@@ -235,4 +238,4 @@ def test_last_layer_is_computed_where_tokens_are_predicted(loaded, folder, tmp_p
     assert seen == [length, predicting] and predicting < length
     with predicting_rows(policy.network.get_decoder(), batch.pairs) as place_U:
         assert torch.equal(place_U, batch.pairs.slot_U)
-    assert layers[-1].rows is None
+    assert layers[-1].rows_BU is None

@@ -24,11 +24,11 @@ import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from pydantic import BaseModel, ConfigDict, Field
 
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
+from povid.internals import cluster_environment, correct_logged_step, script_launcher
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,7 @@ class Checkpoints(L.Callback):
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # dropout differs between devices
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        # Lightning's own count, under which loggers file a step, lags by one after some resumptions.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        correct_logged_step(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
@@ -159,11 +158,11 @@ class Checkpoints(L.Callback):
 
     def _listen(self, trainer: L.Trainer) -> None:
         """Take SIGTERM and the requeue signal over from Lightning, whose handlers save in the middle of a step."""
-        environment = trainer._accelerator_connector.cluster_environment
-        launcher = trainer.strategy.launcher
+        environment = cluster_environment(trainer)
+        launcher = script_launcher(trainer)
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is None and isinstance(launcher, _SubprocessScriptLauncher):
+            if self.signal is None and launcher is not None:
                 launcher.kill(number)  # the processes that this one started hear of it too
             self.signal = number
 

@@ -20,6 +20,7 @@ from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.run.build import make
 from povid.run.loggers import RunContext, close, make_loggers, show_evaluation
+from povid.run.processes import device
 from povid.run.settings import Settings
 from povid.run.stage import digest
 
@@ -49,7 +50,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Answer the benchmarks with the adapted model and return what results.json holds (timings excepted)."""
     model = digest({"model": settings.tree["model"], "adapters": [_weights_digest(a) for a in adapters]})
-    answers = settings.model.answerer(adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed)
+    answers = settings.model.answerer(
+        adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed, device=device()
+    )
     scores = suite.run(settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{model}")
     samples = sample_questions(triples, settings.plain.samples)
     after = caption(answers, samples)
@@ -63,7 +66,7 @@ def evaluate(
         "model": settings.model.name,
         "data": settings.data.name,
         "dispreference": settings.dispreference_name,
-        "experiment": settings.tree.get("experiment"),
+        "experiment": settings.experiment,
         "settings": {
             "objective": {str(n): settings.objective_node(n) for n in settings.run_stages},
             "noise": settings.tree["noise"],

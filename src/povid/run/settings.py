@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field
@@ -132,6 +133,7 @@ class Settings:
     loggers: dict[str, dict[str, Any]]
     checkpoint: CheckpointSettings
     generation: Generation
+    experiment: str | None
     tree: dict[str, Any]
 
     @property
@@ -242,6 +244,7 @@ def build(cfg: DictConfig) -> Settings:
         loggers=nodes["logger"],
         checkpoint=checkpoint,
         generation=generation,
+        experiment=HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None,
         tree=tree,
     )
 

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from povid.internals import attention_name
 from povid.method.objectives import Terms
 from povid.model.policy import Policy
 from povid.training.datamodule import PreferenceBatch
@@ -31,8 +32,9 @@ from povid.training.digest import tensor_digest
 log = logging.getLogger(__name__)
 
 SCORING_CODE = (
-    "model/fused.py",
     "method/noise_dispreferred.py",
+    "model/fused.py",
+    "model/loading.py",
     "model/packing.py",
     "model/policy.py",
     "training/scoring.py",
@@ -64,7 +66,8 @@ def folder_key(policy: Policy, **run: Any) -> str:
         "config": config,
         "code": code.hexdigest(),
         "packable": policy.packable,
-        "attention": policy.network.config.get_text_config()._attn_implementation,
+        "fused": policy.settings.fused,
+        "attention": attention_name(policy.network.config.get_text_config()),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
         "versions": [torch.__version__, transformers.__version__],
