@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
+from povid.method.distortions.diffusion import Diffusion
 from povid.model.debug_llava import prepare
 from povid.model.loading import LocalModel, LoraSettings
 from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
+from povid.training.module import StageSettings
 
 WORDS = (
     "A dog and cat sit on the mat near a red bus in town . Describe this image What is Is there Yes No it two "
@@ -110,3 +113,15 @@ def triples(folder: Path) -> list[Triple]:
             ),
         ),
     ]
+
+
+def noise(step: int = 500, **changes) -> Diffusion:
+    """Eq. 4 with the schedule of appendix A.1."""
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3)
+    return Diffusion(scheduler, step, **changes)
+
+
+def stage(*dispreferences: str, **changes) -> StageSettings:
+    """Two epochs in batches of two."""
+    values = {"epochs": 2, "lr": 1e-3, "projector_lr": 1e-4, "batch_size": 2, "warmup_ratio": 0.25, **changes}
+    return StageSettings(name="stage", dispreferences=list(dispreferences), **values)
