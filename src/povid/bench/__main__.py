@@ -22,7 +22,7 @@ from povid.bench.pipeline import waiting
 from povid.bench.subject import SHAPES, Shape, Step, adapt, build_model, build_processor, steps, twin
 from povid.fault import Fault
 from povid.machine import keep_freed_memory, versions
-from povid.method.objective import most_likely
+from povid.method.noise_dispreferred import most_likely
 from povid.model.policy import Policy
 
 SAME = {"float32": 1e-5, "bfloat16": 2e-2}  # relative difference of losses that summation order explains
