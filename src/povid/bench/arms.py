@@ -1,8 +1,8 @@
-"""The ways to take one step. Each returns the loss of a batch, with gradients of the adapter computed.
+"""The ways to take one step. Each returns the loss of a batch and computes the adapter's gradients.
 
 Ours is ``povid.training.scoring``. The plain way sends every sequence through the whole model by itself. The released
-code's way is written after what it computes (public repository YiyangZhou/POVID, tool/dpo_trainer_inherent.py): per model
-three forwards and two more vision passes, made only to lay out labels.
+code's way computes what its trainer does (public repository YiyangZhou/POVID, tool/dpo_trainer_inherent.py): three
+forward passes per model, and two more vision passes that only serve to lay out labels.
 """
 
 from __future__ import annotations

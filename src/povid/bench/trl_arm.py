@@ -70,7 +70,7 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
 
 
 def inputs_of(step: Step, dtype: torch.dtype) -> dict[str, Tensor]:
-    """TRL's layout: all chosen rows, then all rejected ones, padded on the right; images come twice."""
+    """TRL's layout: all chosen rows, then all rejected ones, padded on the right, each half with the images."""
     rows = [e.preferred for e in step.examples] + [e.dispreferred for e in step.examples]
     longest = max(len(row.input_ids) for row in rows)
     device = step.text.pairs.input_ids_BT.device
