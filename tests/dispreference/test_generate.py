@@ -25,7 +25,7 @@ from povid.dispreference.generate import Sampling, claimed, estimate, folder_of,
 from povid.dispreference.rows import read_rows
 from povid.fault import Fault
 from povid.preferences.formats import read
-from povid.server.endpoint import Endpoint
+from povid.server.endpoint import Endpoint, EndpointSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -126,7 +126,7 @@ def test_500_records_killed_three_times_yield_the_same_set(tmp_path):
 def endpoint(server: ChatServer, folder: Path, **more) -> Endpoint:
     folder.mkdir(exist_ok=True)
     settings = {"timeout": 5, "retries": 1, "backoff": 0.001, **more}
-    return Endpoint("m", folder / "replies.jsonl", base_url=server.url, **settings)
+    return Endpoint(EndpointSettings(model="m", base_url=server.url, **settings), folder / "replies.jsonl")
 
 
 def some_rows(tmp_path: Path, count: int = 6) -> list:

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 from servers import ChatServer, Cut, Raw, Say, Silence, Status, last_text
 
-from povid.fault import Fault
-from povid.server.endpoint import Endpoint, NoReply, Request, image_part
+from povid.fault import Fault, validated
+from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
 from povid.server.replies import BudgetReached
 
 
@@ -27,7 +27,7 @@ def ask_for(text: str, **more) -> Request:
 
 def endpoint(server: ChatServer, folder, **more) -> Endpoint:
     settings = {"timeout": 5, "retries": 4, "backoff": 0.001, **more}
-    return Endpoint("m", folder / "replies.jsonl", base_url=server.url, **settings)
+    return Endpoint(EndpointSettings(model="m", base_url=server.url, **settings), folder / "replies.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -61,13 +61,13 @@ def test_a_bad_reply_is_asked_again(tmp_path, bad):
         (Status(503, "over capacity"), "over capacity"),
         (Silence(), "no answer within"),
         (Cut(), "connection"),
-        (Raw(b"prose"), "no chat completion"),
+        (Raw(b"prose"), "not a chat completion"),
     ],
     ids=repr,
 )
 def test_after_the_last_try_the_request_is_named(tmp_path, bad, says):
     with ChatServer(lambda body, n: bad) as server:
-        with pytest.raises(NoReply, match=f"^record 17: m at .* in 3 tries, .*{says}.*run again"):
+        with pytest.raises(NoReply, match=f"^record 17: m at .* in 3 attempts .*{says}.*run again"):
             endpoint(server, tmp_path, retries=2, timeout=0.1).ask(ask_for("17"))
     assert len(server.requests) == 3
 
@@ -136,7 +136,7 @@ def test_a_torn_line_costs_one_reply_and_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "replies.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(Fault, match="replies.jsonl: a line is no kept reply"):
-        Endpoint("m", tmp_path / "other" / "replies.jsonl", base_url="http://127.0.0.1:1/v1")
+        Endpoint(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"), tmp_path / "other" / "replies.jsonl")
 
 
 def test_a_full_disk_is_one_sentence_and_costs_one_reply(tmp_path):
@@ -212,8 +212,27 @@ def test_the_budget_stops_before_it_is_exceeded_and_counts_earlier_runs(tmp_path
         with pytest.raises(BudgetReached):
             money.ask(ask_for("9" * 60))
     assert len(server.requests) == 3
-    with pytest.raises(Fault, match="input_price"):
-        endpoint(server, tmp_path, budget=1.0)
+
+
+def test_invalid_settings_are_reported_together():
+    with pytest.raises(Fault) as caught:
+        validated(
+            EndpointSettings,
+            {"concurrency": 0, "timeout": "long", "retries": True, "backof": 1.0, "requests_per_minute": 0},
+            "judge",
+        )
+    for part in (
+        "judge.concurrency: found 0; input should be greater than or equal to 1",
+        "judge.timeout: found 'long'",
+        "judge.retries: found True",
+        "judge.requests_per_minute: found 0",
+        "judge.backof: there is no such setting; did you mean 'backoff'?",
+    ):
+        assert part in str(caught.value)
+    with pytest.raises(Fault, match="^judge: budget=1 needs input_price and output_price"):
+        validated(EndpointSettings, {"budget": 1.0, "input_price": 2}, "judge")
+    with pytest.raises(Fault, match="no model is named"):
+        Endpoint(EndpointSettings(base_url="http://127.0.0.1:1/v1"), "replies.jsonl")
 
 
 def test_requests_per_minute(tmp_path):
@@ -224,7 +243,8 @@ def test_requests_per_minute(tmp_path):
 
 
 def _ask_from_a_process(url, folder, names, budget=10_000):
-    model = Endpoint("m", folder / "replies.jsonl", base_url=url, concurrency=4, token_budget=budget)
+    settings = EndpointSettings(model="m", base_url=url, concurrency=4, token_budget=budget)
+    model = Endpoint(settings, folder / "replies.jsonl")
     try:
         list(model.ask_all(ask_for(name) for name in names))
     except BudgetReached:
@@ -306,11 +326,11 @@ def test_a_key_is_needed_only_without_a_server_of_ones_own(tmp_path, monkeypatch
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(Fault, match="OPENAI_API_KEY is not set"):
-        Endpoint("m", tmp_path / "r.jsonl")
+        Endpoint(EndpointSettings(model="m"), tmp_path / "r.jsonl")
     with ChatServer(lambda body, n: Say("fine")) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url)
         monkeypatch.setenv("MY_KEY", "k1")
-        Endpoint("m", tmp_path / "r.jsonl", api_key_env="MY_KEY").ask(ask_for("1"))
+        Endpoint(EndpointSettings(model="m", api_key_env="MY_KEY"), tmp_path / "r.jsonl").ask(ask_for("1"))
     assert server.headers[0]["authorization"] == "Bearer k1"
     assert "k1" not in (tmp_path / "r.jsonl").read_text()
 
@@ -370,7 +390,7 @@ def test_broken_absent_and_enormous_pictures_are_named(tmp_path, monkeypatch):
     whole = encoded((64, 64), "JPEG")
     for damaged in (whole[: len(whole) // 2], b"", b"<html>"):
         file.write_bytes(damaged)
-        with pytest.raises(Fault, match="cat.jpg: this is no image"):
+        with pytest.raises(Fault, match="cat.jpg: this is not a readable image"):
             image_part(file)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
     file.write_bytes(whole)

@@ -16,7 +16,7 @@ from typing import Any
 from tqdm import tqdm
 
 from povid.fault import Fault
-from povid.server.endpoint import Endpoint, NoReply, Reply, Request, Spent
+from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Reply, Request, Spent
 
 WORDING = "povid-1"
 OFFICIAL_JUDGES = {
@@ -82,7 +82,7 @@ class Judge:
             raise Fault(f"{benchmark} is scored without a judge; judged are {', '.join(OFFICIAL_JUDGES)}.")
         model = self.model(benchmark)
         if model not in self._endpoints:
-            self._endpoints[model] = Endpoint(model, self._cache, **self._settings)
+            self._endpoints[model] = Endpoint(EndpointSettings(model=model, **self._settings), self._cache)
         return self._endpoints[model]
 
     def ask(self, benchmark: str, requests: Sequence[Request]) -> list[Reply]:

@@ -24,9 +24,9 @@ from povid.dispreference.generate import (
 )
 from povid.dispreference.report import figures, summary, write_report
 from povid.dispreference.rows import Row, read_rows
-from povid.fault import Fault
+from povid.fault import Fault, validated
 from povid.preferences.formats import write_povid
-from povid.server.endpoint import Endpoint
+from povid.server.endpoint import Endpoint, EndpointSettings
 
 CONF = Path(__file__).resolve().parents[3] / "conf"
 
@@ -64,7 +64,8 @@ def _by_endpoint(config: DictConfig, rows: list[Row], out: Path) -> None:
     if not config.endpoint.model:
         raise Fault("endpoint.model is not set; name a vision model as the server knows it")
     with claimed(out, identity(rows, **settings_of(sampling, gates, config.endpoint.model))) as folder:
-        endpoint = Endpoint(cache=folder / "replies.jsonl", **OmegaConf.to_container(config.endpoint, resolve=True))
+        settings = validated(EndpointSettings, OmegaConf.to_container(config.endpoint, resolve=True), "endpoint")
+        endpoint = Endpoint(settings, folder / "replies.jsonl")
         print(estimate(rows, endpoint, sampling), file=sys.stderr, flush=True)
         if config.estimate_only:
             return

@@ -1,83 +1,68 @@
-"""A model behind an OpenAI-compatible server as an answerer: Qwen-VL-Chat, mPLUG-Owl2, or anything else served."""
+"""A model behind an OpenAI-compatible server, evaluated as it is: Qwen-VL-Chat, mPLUG-Owl2, or anything else served."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, ClassVar
+
+from pydantic import Field, Strict
 
 from povid.fault import Fault
 from povid.model.question import Answerer, Decoding, Question
-from povid.server.endpoint import Endpoint, NoReply, Request, image_part
+from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
 
 
-def open_answerer(
-    model: str, cache: str | Path, *, max_side: int = 1024, system: str | None = None, **settings: Any
-) -> Answerer:
-    """``answerer`` for a new ``Endpoint(model, cache, **settings)``: what a configuration of a served model calls."""
-    return answerer(Endpoint(model, cache, **settings), max_side=max_side, system=system)
+class ServedModel(EndpointSettings):
+    """A served model: the settings of its server, and how questions are put to it.
 
-
-@dataclass(frozen=True, slots=True)
-class ServedSettings:
-    """A model that somebody serves, to be evaluated as it is.
-
-    Args:
-        name: its name in results; model: the server's name for it; base_url: the server, up to ``/v1``.
-        cache: file in which every reply is kept. max_side: pictures are made no larger than this, in pixels.
-        system: a system text, if the model wants one. The others: see ``povid.server.endpoint.Endpoint``.
+    Attributes:
+        name: its name in results and tables.
+        model: its name on the server; base_url: the server, up to ``/v1``. See ``EndpointSettings`` for the others.
+        cache: JSON Lines file in which every reply is kept.
+        max_side: images are resized so that no side exceeds this, in pixels.
+        system: a system prompt, if the model wants one.
     """
 
-    name: str
-    model: str
-    base_url: str
-    cache: str
-    api_key_env: str = "OPENAI_API_KEY"
-    concurrency: int = 8
-    timeout: float = 120.0
-    retries: int = 6
-    max_side: int = 1024
+    trainable: ClassVar[bool] = False
+    max_length: ClassVar[int | None] = None  # the server knows its own limit
+
+    name: str = Field(min_length=1)
+    model: str = Field(min_length=1)
+    base_url: str = Field(min_length=1)
+    cache: Annotated[Path, Strict(False)]
+    max_side: int = Field(1024, ge=16)
     system: str | None = None
 
-    def answerer(self) -> Answerer:
-        endpoint = Endpoint(
-            self.model,
-            self.cache,
-            base_url=self.base_url,
-            api_key_env=self.api_key_env,
-            concurrency=self.concurrency,
-            timeout=self.timeout,
-            retries=self.retries,
-        )
-        return answerer(endpoint, max_side=self.max_side, system=self.system)
+    def answerer(self, adapters: Sequence[Path] = (), *, batch_size: int = 1, seed: int = 0) -> Answerer:
+        """An answerer that asks the server. ``batch_size`` and ``seed`` have no effect: the server decides both.
+
+        Raises:
+            Fault: adapters are given, which a server cannot load from here, or the key of the server is missing.
+        """
+        if adapters:
+            raise Fault(
+                f"model {self.name!r} is served and cannot load the adapter {adapters[0]}; merge the adapter into the "
+                "weights, serve the result, and set model.model to its name"
+            )
+        return ServedAnswers(Endpoint(self, self.cache), max_side=self.max_side, system=self.system)
 
 
-def answerer(endpoint: Endpoint, *, max_side: int = 1024, system: str | None = None) -> Answerer:
-    """Asks ``endpoint`` every question: the picture first (longest side ``max_side`` pixels), then the text.
+class ServedAnswers:
+    """Answers questions through ``endpoint``: the image first (longest side ``max_side`` pixels), then the text."""
 
-    Answers come in the order in which the server gives them. A question that stays without an answer does not stop the
-    others; when they are all there, NoReply names it. An absent or broken picture raises Fault naming the question.
-    """
+    def __init__(self, endpoint: Endpoint, *, max_side: int = 1024, system: str | None = None) -> None:
+        self.endpoint, self.max_side, self.system = endpoint, max_side, system
 
-    def request(question: Question, decoding: Decoding) -> Request:
-        parts = [{"type": "text", "text": question.text}]
-        if question.image is not None:
-            try:
-                parts.insert(0, image_part(question.image, max_side))
-            except Fault as fault:
-                raise Fault(f"question {question.id}: {fault}") from fault
-        first = [{"role": "system", "content": system}] if system else []
-        return Request(
-            [*first, {"role": "user", "content": parts}],
-            temperature=decoding.temperature,
-            max_tokens=decoding.max_new_tokens,
-            name=f"question {question.id}",
-        )
+    def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
+        """Yield (index, answer) in the order in which the server replies.
 
-    def answer(questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
+        Raises:
+            NoReply: after all other answers, if some question got none; it names the first.
+            Fault: an image is missing or broken; it names the question.
+        """
         unanswered: list[NoReply] = []
-        for index, reply in endpoint.ask_all(request(question, decoding) for question in questions):
+        for index, reply in self.endpoint.ask_all(self._request(question, decoding) for question in questions):
             if isinstance(reply, NoReply):
                 unanswered.append(reply)
             else:
@@ -87,4 +72,17 @@ def answerer(endpoint: Endpoint, *, max_side: int = 1024, system: str | None = N
                 f"{len(unanswered)} of {len(questions)} questions got no answer, the first: {unanswered[0]}"
             ) from unanswered[0]
 
-    return answer
+    def _request(self, question: Question, decoding: Decoding) -> Request:
+        parts = [{"type": "text", "text": question.text}]
+        if question.image is not None:
+            try:
+                parts.insert(0, image_part(question.image, self.max_side))
+            except Fault as fault:
+                raise Fault(f"question {question.id}: {fault}") from fault
+        first = [{"role": "system", "content": self.system}] if self.system else []
+        return Request(
+            [*first, {"role": "user", "content": parts}],
+            temperature=decoding.temperature,
+            max_tokens=decoding.max_new_tokens,
+            name=f"question {question.id}",
+        )

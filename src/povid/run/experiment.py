@@ -28,7 +28,7 @@ from povid.model.adapters import adapter_chain
 from povid.model.generation import Answers
 from povid.model.policy import ModelSettings, Policy, load_processor
 from povid.model.question import Answerer, Decoding, Question
-from povid.model.served import ServedSettings
+from povid.model.served import ServedModel
 from povid.model.template import Template
 from povid.preferences.check import Report
 from povid.preferences.check import check as check_records
@@ -139,7 +139,9 @@ def evaluate(
     """Answer the benchmarks with what the adapters make of the model, write results.json and the page of captions."""
     with _timed(timings, "evaluate"):
         answers = _answerer(cfg, checked, adapters)
-        model = fingerprint({"model": asdict(checked.model), "adapters": [_digest(a) for a in adapters]})
+        served = isinstance(checked.model, ServedModel)
+        settings = checked.model.model_dump(mode="json") if served else asdict(checked.model)
+        model = fingerprint({"model": settings, "adapters": [_digest(a) for a in adapters]})
         benchmarks = suite.run(_selection(cfg), answers, folder / "benchmarks", judge(cfg), model=f"povid-{model}")
         after = _caption(answers, samples)
     before = _before(folder, samples)
@@ -307,7 +309,7 @@ def fit(
 
 def _answerer(cfg: DictConfig, checked: Checked, adapters: Sequence[Path]) -> Answerer:
     """Who answers: a server, or the model with its adapters."""
-    if isinstance(checked.model, ServedSettings):
+    if isinstance(checked.model, ServedModel):
         return checked.model.answerer()
     policy, template = load_policy(checked.model, adapters)
     return Answers(policy, template, cfg.generation.batch_size, cfg.seed)

@@ -10,14 +10,16 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.utils import get_method
+from hydra.errors import InstantiationException
+from hydra.utils import get_class, get_method, instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
 
 from povid.benchmarks.suite import BENCHMARKS
-from povid.fault import Fault
+from povid.fault import Fault, invalid
 from povid.model.policy import ModelSettings
-from povid.model.served import ServedSettings
+from povid.model.served import ServedModel
 from povid.preferences.formats import READERS
 from povid.run.checkpoint import CheckpointSettings
 from povid.training.datamodule import NoiseSettings
@@ -71,7 +73,7 @@ class Checked:
     ablation: AblationSettings
     stages: dict[int, StageSettings]
     run_stages: tuple[int, ...]
-    model: ModelSettings | ServedSettings
+    model: ModelSettings | ServedModel
     data: DataSettings
     noise: NoiseSettings
     objective: ObjectiveSettings
@@ -104,8 +106,11 @@ def check(cfg: DictConfig) -> Checked:
         raise Fault(f"configuration: {said}; give {error.full_key or 'that key'} a value") from None
 
     ablation = _bind(AblationSettings, tree.get("ablation"), "ablation", faults)
-    served = isinstance(tree.get("model"), dict) and "base_url" in tree["model"]
-    model = _bind(ServedSettings if served else ModelSettings, tree.get("model"), "model", faults)
+    node = tree.get("model")
+    if isinstance(node, dict) and "_target_" in node:
+        model = _built(node, "model", faults)
+    else:
+        model = _bind(ModelSettings, node, "model", faults)
     data = _bind(DataSettings, tree.get("data"), "data", faults)
     noise = _bind(NoiseSettings, tree.get("noise"), "noise", faults)
     objective = _bind(ObjectiveSettings, tree.get("objective"), "objective", faults)
@@ -143,6 +148,18 @@ def check(cfg: DictConfig) -> Checked:
         raise Fault(f"the configuration has {count}:\n" + "\n".join(f"  - {fault}" for fault in faults))
     used = tree["dispreference"] if "text" in ablation.dispreferences else "given"
     return Checked(ablation, stages, run_stages, model, data, noise, objective, checkpoint, tree["trainer"], used)
+
+
+def _built(node: dict, key: str, faults: list[str]) -> Any:
+    """What a ``_target_`` node instantiates, or None with a fault for each setting that is invalid."""
+    try:
+        return instantiate(node, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ValidationError):
+            faults += invalid(error.__cause__, get_class(node["_target_"]), key)
+        else:
+            faults.append(f"{key}: {str(error).splitlines()[0]}")
+        return None
 
 
 def _bind(kind: type, node: Any, key: str, faults: list[str]) -> Any:
@@ -301,7 +318,7 @@ def _values(tree: dict, ablation, stages, model, data, noise, objective) -> Iter
             )
     if objective and objective.name not in ("paper", "released", "preferred_only"):
         yield f"objective.name: found {objective.name!r}; it is paper, released or preferred_only"
-    if isinstance(model, ServedSettings):
+    if isinstance(model, ServedModel):
         if ablation and ablation.stages:
             yield (
                 f"ablation: {ablation.name!r} trains and a served model can only be evaluated; use ablation=none or "

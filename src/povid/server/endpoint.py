@@ -1,6 +1,6 @@
-"""Any OpenAI-compatible server: bounded concurrency, back-off, a budget, and every reply kept on disk.
+"""A client for any OpenAI-compatible server: bounded concurrency, back-off, a budget, and every reply kept on disk.
 
-Judges, served models and the dispreference generator all ask through this file, so that nothing is asked twice.
+Judges, served models and the dispreference generator all send their requests from here, so nothing is asked twice.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import openai
 from PIL import Image, ImageOps
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from povid.fault import Fault
 from povid.server.replies import Reply, ReplyFile, Spent
@@ -31,22 +32,22 @@ from povid.server.replies import Reply, ReplyFile, Spent
 log = logging.getLogger(__name__)
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
-LOCAL_KEY = "none"  # servers of one's own ask for no key, the client insists on one
+LOCAL_KEY = "none"  # local servers ask for no key, but the client insists on one
 
 
 class NoReply(Fault):
-    """The server did not answer one request, however often it was asked."""
+    """The server did not answer one request in any attempt."""
 
 
-class _Garbled(ValueError):
-    """A reply with status 200 that is no chat completion."""
+class _Malformed(ValueError):
+    """A reply with status 200 that is not a chat completion."""
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One question to the server. ``name`` is what errors call it ("record 17") and no part of the cache key.
+    """One request to the server. ``name`` identifies it in errors ("record 17") and is not part of the cache key.
 
-    ``sample`` tells apart several replies to the same request; ``extra`` holds further arguments of the API.
+    ``sample`` distinguishes several replies to the same request; ``extra`` holds further arguments of the API.
     ``temperature=None`` leaves the choice to the server.
     """
 
@@ -58,72 +59,84 @@ class Request:
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
+class EndpointSettings(BaseModel):
+    """How an OpenAI-compatible server is asked: the settings that judges, served models and generators share.
+
+    Attributes:
+        model: name of the model as the server knows it; None where the caller chooses it, as a judge does.
+        base_url: address up to ``/v1``; None takes OPENAI_BASE_URL from the environment, else OpenAI's own server.
+        api_key_env: environment variable that holds the key; it may be unset when a ``base_url`` is known.
+        concurrency: requests in flight at once from this process.
+        timeout: seconds without an answer after which an attempt counts as failed.
+        retries: attempts after the first one, on 429, 5xx, time-outs, broken connections and malformed replies.
+        backoff: seconds before the second attempt; doubles with each further one, with jitter.
+        longest_wait: seconds that no single wait exceeds, including a server's Retry-After.
+        requests_per_minute: rate limit of this process; None for no limit.
+        input_price, output_price: currency per million tokens; without them, costs are reported as 0.
+        budget: currency that all replies in the cache together may cost; needs both prices.
+        token_budget: tokens that all replies in the cache together may take.
+        image_tokens: tokens reserved for one image until the server has reported what it took.
+        max_tokens_key: name of the API's length limit; some newer models want ``max_completion_tokens``.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    model: str | None = Field(None, min_length=1)
+    base_url: str | None = None
+    api_key_env: str = Field("OPENAI_API_KEY", min_length=1)
+    concurrency: int = Field(8, ge=1)
+    timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
+    retries: int = Field(6, ge=0)
+    backoff: float = Field(1.0, ge=0, allow_inf_nan=False)
+    longest_wait: float = Field(120.0, ge=0, allow_inf_nan=False)
+    requests_per_minute: float | None = Field(None, gt=0, allow_inf_nan=False)
+    input_price: float | None = Field(None, ge=0, allow_inf_nan=False)
+    output_price: float | None = Field(None, ge=0, allow_inf_nan=False)
+    budget: float | None = Field(None, ge=0, allow_inf_nan=False)
+    token_budget: int | None = Field(None, ge=0)
+    image_tokens: int = Field(1100, ge=0)
+    max_tokens_key: str = Field("max_tokens", min_length=1)
+
+    @model_validator(mode="after")
+    def _a_budget_needs_prices(self) -> Self:
+        if self.budget is not None and (self.input_price is None or self.output_price is None):
+            raise ValueError(
+                f"budget={self.budget:g} needs input_price and output_price (currency per million tokens); "
+                "give both, or use token_budget"
+            )
+        return self
+
+
 class Endpoint:
     """A chat model behind an OpenAI-compatible server.
 
     Args:
-        model: name of the model as the server knows it.
-        cache: JSON Lines file of replies, appended to the moment one arrives; several processes may share it.
-        base_url: the server; default OPENAI_BASE_URL, else OpenAI's own.
-        api_key_env: environment variable that holds the key; may be unset when ``base_url`` is given.
-        concurrency: requests in flight at once from this process.
-        timeout: seconds without an answer after which a try counts as failed.
-        retries: further tries after the first, on 429, 5xx, time-outs, broken connections and garbled replies.
-        backoff: seconds before the second try; doubles with each further one, with jitter.
-        longest_wait: seconds that no single wait exceeds, a server's Retry-After included.
-        requests_per_minute: pace of this process, if bounded.
-        input_price, output_price: currency per million tokens.
-        budget: currency that all replies in ``cache`` together may cost. ``token_budget``: the same in tokens.
-        image_tokens: tokens reserved for one picture before the server has said what it took.
-        max_tokens_key: some newer models want ``max_completion_tokens``.
+        settings: which model, where, and how it is asked.
+        cache: JSON Lines file that every reply is appended to the moment it arrives; several processes may share it.
 
-    Requests that timed out are not counted as spent: no server tells what they cost.
+    Requests that timed out do not count as spent: no server reports what they cost.
+
+    Raises:
+        Fault: no model is named, or a key is needed and its environment variable is not set.
     """
 
-    def __init__(
-        self,
-        model: str,
-        cache: str | Path,
-        *,
-        base_url: str | None = None,
-        api_key_env: str = "OPENAI_API_KEY",
-        concurrency: int = 8,
-        timeout: float = 120.0,
-        retries: int = 6,
-        backoff: float = 1.0,
-        longest_wait: float = 120.0,
-        requests_per_minute: float | None = None,
-        input_price: float | None = None,
-        output_price: float | None = None,
-        budget: float | None = None,
-        token_budget: int | None = None,
-        image_tokens: int = 1100,
-        max_tokens_key: str = "max_tokens",
-    ) -> None:
-        base_url = base_url or os.environ.get("OPENAI_BASE_URL") or None
-        key = os.environ.get(api_key_env) or (LOCAL_KEY if base_url else None)
+    def __init__(self, settings: EndpointSettings, cache: str | Path) -> None:
+        if settings.model is None:
+            raise Fault("no model is named for the server; set `model` to the name by which the server knows it")
+        base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or None
+        key = os.environ.get(settings.api_key_env) or (LOCAL_KEY if base_url else None)
         if key is None:
             raise Fault(
-                f"no key for {model}: the environment variable {api_key_env} is not set; "
+                f"no key for {settings.model}: the environment variable {settings.api_key_env} is not set; "
                 f"set it, or give the base_url of a server that needs none"
             )
-        if budget is not None and (input_price is None or output_price is None):
-            raise Fault(
-                f"budget={budget} for {model} needs input_price and output_price "
-                "(currency per million tokens); give both, or use token_budget"
-            )
-        if concurrency < 1:
-            raise Fault(f"concurrency={concurrency} sends nothing; give 1 or more")
-        self.model, self.base_url, self.concurrency = model, base_url, concurrency
-        self.retries, self.backoff, self.longest_wait = retries, backoff, longest_wait
-        self.prices = (input_price or 0.0, output_price or 0.0)
-        self.image_tokens, self.max_tokens_key = image_tokens, max_tokens_key
+        self.settings, self.model, self.base_url = settings, settings.model, base_url
         self.paid = Spent()  # by this process
-        self._interval = 60.0 / requests_per_minute if requests_per_minute else 0.0
+        self._interval = 60.0 / settings.requests_per_minute if settings.requests_per_minute else 0.0
         self._next_start = 0.0
         self._lock = threading.RLock()
-        self._file = ReplyFile(Path(cache), budget, token_budget)
-        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=timeout, max_retries=0)
+        self._file = ReplyFile(Path(cache), settings.budget, settings.token_budget)
+        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=settings.timeout, max_retries=0)
 
     # ------------------------------------------------------------------ asking
 
@@ -137,11 +150,11 @@ class Endpoint:
         name: str = "a request",
         **extra: Any,
     ) -> Reply:
-        """Ask one question and wait. Raises NoReply, BudgetReached, or Fault with the server's own sentence (4xx)."""
+        """Send one request and wait. Raises NoReply, BudgetReached, or Fault with the server's own sentence (4xx)."""
         return self.ask(Request(messages, temperature, max_tokens, sample, name, extra))
 
     def ask(self, request: Request, stop: threading.Event | None = None) -> Reply:
-        """``complete`` for a Request; a set ``stop`` ends the waiting between tries."""
+        """``complete`` for a Request; setting ``stop`` ends the wait between attempts."""
         key = self.key(request)
         if (known := self._file.get(key)) is not None:
             return known
@@ -168,23 +181,23 @@ class Endpoint:
         return reply
 
     def ask_all(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply | NoReply]]:
-        """Ask many, ``concurrency`` at once; yields (position, reply) in the order in which they come.
+        """Send many requests, ``concurrency`` at once; yields (position, reply) in the order in which replies arrive.
 
-        ``requests`` is drawn from lazily, so a generator that encodes pictures holds few in memory. A request that
-        stays without a reply is yielded as its NoReply and the others go on. A Fault (budget, a refused key, a
-        request that the server rejects) is raised after the replies in flight have been yielded.
+        ``requests`` is consumed lazily, so a generator that encodes images holds few of them in memory. A request that
+        gets no reply is yielded as its NoReply, and the others continue. A Fault (budget reached, key refused, request
+        rejected) is raised after the replies in flight have been yielded.
         """
         numbered = enumerate(requests)
         stop, failure, flying = threading.Event(), None, {}
-        pool = ThreadPoolExecutor(self.concurrency, thread_name_prefix="endpoint")
+        pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="endpoint")
         try:
             while True:
-                while failure is None and len(flying) < self.concurrency:
+                while failure is None and len(flying) < self.settings.concurrency:
                     try:
                         position, request = next(numbered)
                     except StopIteration:
                         break
-                    except Fault as error:  # a record that cannot be asked must not lose what is in flight
+                    except Fault as error:  # a request that cannot be built must not lose the replies in flight
                         failure = error
                         break
                     flying[pool.submit(self.ask, request, stop)] = position
@@ -206,15 +219,15 @@ class Endpoint:
 
     @property
     def total(self) -> Spent:
-        """What everybody who wrote to the cache has spent."""
+        """What all processes that share the cache have spent."""
         return self._file.total
 
     def known(self, request: Request) -> Reply | None:
-        """The reply that is on disk already, if there is one."""
+        """The reply that is already on disk, if there is one."""
         return self._file.get(self.key(request))
 
     def key(self, request: Request) -> str:
-        """sha256 of all that determines the reply; pictures count by their bytes, the server's address does not."""
+        """sha256 of everything that determines the reply: images by their bytes, but not the server's address."""
         whole = {
             "model": self.model,
             "messages": list(request.messages),
@@ -226,69 +239,69 @@ class Endpoint:
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def estimate(self, request: Request) -> Reply:
-        """Upper estimate of what a request takes (text empty): a token per 3 bytes, max_tokens of reply."""
-        pictures, size = 0, 0
+        """Upper bound on what a request takes, as a Reply without text: 3 bytes a token, and max_tokens of reply."""
+        images, size = 0, 0
         for message in request.messages:
             content = message["content"]
             for part in [{"text": content}] if isinstance(content, str) else content:
-                pictures += "image_url" in part
+                images += "image_url" in part
                 size += len(part.get("text", "").encode("utf-8", "replace"))
-        prompt = size // 3 + 8 * len(request.messages) + 8 + pictures * self.image_tokens
+        prompt = size // 3 + 8 * len(request.messages) + 8 + images * self.settings.image_tokens
         return Reply("", prompt, request.max_tokens, self._price(prompt, request.max_tokens), "")
 
     # ------------------------------------------------------------------ one request on the wire
 
     def _send(self, request: Request, stop: threading.Event) -> Reply:
-        # half characters (lone surrogates) cannot go over the wire
+        # lone surrogates cannot be sent as UTF-8
         sendable = json.loads(json.dumps(list(request.messages), ensure_ascii=False).encode("utf-8", "replace"))
         arguments: dict[str, Any] = {
             "model": self.model,
             "messages": sendable,
-            self.max_tokens_key: request.max_tokens,
+            self.settings.max_tokens_key: request.max_tokens,
             **request.extra,
         }
         if request.temperature is not None:
             arguments["temperature"] = request.temperature
-        for attempt in range(self.retries + 1):
+        for attempt in range(self.settings.retries + 1):
             self._pace(stop)
             asked_wait = 0.0
             try:
                 return self._read(self._client.chat.completions.create(**arguments), request)
             except openai.APIStatusError as error:
                 reason = f"status {error.status_code}: {_one_line(error.message)}"
-                hopeless = error.code == "insufficient_quota"
-                if hopeless or not (error.status_code in RETRIED or error.status_code >= 500):
+                quota_exhausted = error.code == "insufficient_quota"
+                if quota_exhausted or not (error.status_code in RETRIED or error.status_code >= 500):
                     raise Fault(
-                        f"{request.name}: {self._who()} refused it with {reason}; mend the request, "
-                        "the key or the model's name"
+                        f"{request.name}: {self._who()} refused it with {reason}; check the request, "
+                        "the key and the model's name"
                     ) from error
                 asked_wait = _retry_after(error.response.headers.get("retry-after"))
             except openai.APITimeoutError:
                 reason = f"no answer within {self._client.timeout} s"
             except openai.APIConnectionError as error:
                 reason = f"the connection failed ({_one_line(str(error.__cause__ or error))})"
-            except (openai.APIError, _Garbled, ValueError) as error:
-                reason = f"a reply that is no chat completion ({_one_line(str(error))})"
-            if attempt == self.retries or stop.is_set():
+            except (openai.APIError, _Malformed, ValueError) as error:
+                reason = f"a reply that is not a chat completion ({_one_line(str(error))})"
+            if attempt == self.settings.retries or stop.is_set():
                 break
-            pause = min(self.backoff * 2**attempt * random.uniform(0.5, 1.5), self.longest_wait)
+            pause = min(self.settings.backoff * 2**attempt * random.uniform(0.5, 1.5), self.settings.longest_wait)
             if asked_wait:
-                self._hold_off(min(asked_wait, self.longest_wait))
-            log.info("%s: %s; trying again in %.1f s", request.name, reason, max(pause, asked_wait))
+                self._hold_off(min(asked_wait, self.settings.longest_wait))
+            log.info("%s: %s; retrying in %.1f s", request.name, reason, max(pause, asked_wait))
             stop.wait(pause)
         raise NoReply(
-            f"{request.name}: {self._who()} gave no reply in {attempt + 1} tries, last {reason}; "
-            "run again to ask only what is open, or raise timeout or retries"
+            f"{request.name}: {self._who()} gave no reply in {attempt + 1} attempts (the last: {reason}); "
+            "run again to send only the unanswered requests, or raise timeout or retries"
         )
 
     def _read(self, completion: Any, request: Request) -> Reply:
         choices = completion.choices if isinstance(completion, openai.types.chat.ChatCompletion) else None
         if not choices or choices[0].message is None:
-            raise _Garbled(str(completion)[:120])
+            raise _Malformed(str(completion)[:120])
         message, usage = choices[0].message, completion.usage
         text = message.content or message.refusal or ""
         if not isinstance(text, str):
-            raise _Garbled(str(text)[:120])
+            raise _Malformed(str(text)[:120])
         guess = self.estimate(request)
         prompt = usage.prompt_tokens if usage and usage.prompt_tokens is not None else guess.prompt_tokens
         counted = usage is not None and usage.completion_tokens is not None
@@ -302,27 +315,28 @@ class Endpoint:
         stop.wait(max(0.0, start - time.monotonic()))
 
     def _hold_off(self, seconds: float) -> None:
-        """The server asked for a pause: it holds for every thread of this process."""
+        """Apply the pause that the server asked for to every thread of this process."""
         with self._lock:
             self._next_start = max(self._next_start, time.monotonic() + seconds)
 
     def _price(self, prompt: int, completion: int) -> float:
-        return (prompt * self.prices[0] + completion * self.prices[1]) / 1e6
+        settings = self.settings
+        return (prompt * (settings.input_price or 0.0) + completion * (settings.output_price or 0.0)) / 1e6
 
     def _who(self) -> str:
         return f"{self.model} at {self.base_url or 'the default server'}"
 
 
 def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, Any]:
-    """A picture as the ``image_url`` part of a message: a data URL, longest side at most ``max_side`` pixels.
+    """An image as the ``image_url`` part of a message: a data URL, its longest side at most ``max_side`` pixels.
 
-    JPEG files that fit go as they are; other files that fit go as PNG, so that nothing is lost; what must be made
-    smaller goes as JPEG. Transparent parts become white.
+    A JPEG that fits is sent unchanged, another file that fits as PNG (lossless), and a larger one is resized and sent
+    as JPEG. Transparent areas become white.
 
     Raises:
-        Fault: names the file that is absent, broken or far too large to be a photograph (Pillow's bomb limit).
+        Fault: names the file that is missing, broken or suspiciously large (Pillow's decompression bomb limit).
     """
-    name = "a picture given as bytes" if isinstance(picture, bytes) else str(picture)
+    name = "an image given as bytes" if isinstance(picture, bytes) else str(picture)
     try:
         data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
     except OSError as error:
@@ -346,18 +360,18 @@ def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, A
                 data = buffer.getvalue()
     except Image.DecompressionBombError as error:
         raise Fault(
-            f"{name}: the image is too large to open safely ({error}); make it smaller or remove its record"
+            f"{name}: the image is too large to open safely ({error}); resize it or remove its record"
         ) from error
     except (OSError, ValueError, SyntaxError) as error:
         raise Fault(
-            f"{name}: this is no image that can be read ({_one_line(str(error))}); replace it or remove its record"
+            f"{name}: this is not a readable image ({_one_line(str(error))}); replace it or remove its record"
         ) from error
     url = f"data:image/{kind.lower()};base64,{base64.b64encode(data).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 
 
 def flatten(image: Image.Image) -> Image.Image:
-    """RGB, with transparent parts on white."""
+    """Convert to RGB, with transparent areas on white."""
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
