@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 
+from povid.method.distortions.diffusion import Diffusion
 from povid.model.debug_llava import prepare
-from povid.model.policy import LoraSettings, ModelSettings, Policy, load_processor
+from povid.model.loading import LocalModel, LoraSettings
+from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
+from povid.training.module import StageSettings
 
 WORDS = (
     "A dog and cat sit on the mat near a red bus in town . Describe this image What is Is there Yes No it two "
@@ -35,7 +39,7 @@ def save_tiny_llava(folder: Path, *, seed: int = 0, width: int = 32, layers: int
     )
 
 
-def settings(folder: Path, **changes) -> ModelSettings:
+def settings(folder: Path, **changes) -> LocalModel:
     values = {
         "name": "tiny",
         "path": str(folder),
@@ -44,7 +48,7 @@ def settings(folder: Path, **changes) -> ModelSettings:
         "lora": LoraSettings(r=4, alpha=8, dropout=0.0),
         **changes,
     }
-    return ModelSettings(**values)
+    return LocalModel(**values)
 
 
 def load(
@@ -53,17 +57,11 @@ def load(
     """A policy whose adapter is not zero, so that policy and reference differ."""
     model_settings = settings(folder, **changes)
     torch.manual_seed(1)
-    policy = Policy.load(model_settings, adapted=adapted)
+    policy = model_settings.policy(adapted=adapted)
     if adapted and perturb:
         for parameter in (p for group in policy.trained_parameters() for p in group):
             parameter.data += 0.05 * torch.randn_like(parameter)
-    return policy.to(dtype), Template(
-        load_processor(model_settings),
-        style=model_settings.style,
-        system=model_settings.system,
-        pad_square=model_settings.pad_square,
-        max_length=model_settings.max_length,
-    )
+    return policy.to(dtype), model_settings.template(policy.processor)
 
 
 def picture(folder: Path, name: str, seed: int, size: tuple[int, int] = (40, 32)) -> Path:
@@ -115,3 +113,15 @@ def triples(folder: Path) -> list[Triple]:
             ),
         ),
     ]
+
+
+def noise(step: int = 500, **changes) -> Diffusion:
+    """Eq. 4 with the schedule of appendix A.1."""
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3)
+    return Diffusion(scheduler, step, **changes)
+
+
+def stage(*dispreferences: str, **changes) -> StageSettings:
+    """Two epochs in batches of two."""
+    values = {"epochs": 2, "lr": 1e-3, "projector_lr": 1e-4, "batch_size": 2, "warmup_ratio": 0.25, **changes}
+    return StageSettings(name="stage", dispreferences=list(dispreferences), **values)

@@ -146,11 +146,11 @@ def llava_onevision():
     from transformers.models.llava_onevision.image_processing_pil_llava_onevision import LlavaOnevisionImageProcessorPil
     from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
 
-    from povid.model.policy import pictures_only
+    from povid.internals import without_video
 
     tokenizer, tiles = byte_level(["<image>", "<video>"], image_token="<image>"), [[32, 32], [32, 64], [64, 64]]
     images = LlavaOnevisionImageProcessorPil(size={"height": 32, "width": 32}, image_grid_pinpoints=tiles)
-    processor = pictures_only(LlavaOnevisionProcessor)(
+    processor = without_video(LlavaOnevisionProcessor)(
         images,
         tokenizer,
         None,
@@ -183,12 +183,12 @@ def qwen2_5_vl():
     from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    from povid.model.policy import pictures_only
+    from povid.internals import without_video
 
     special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
     tokenizer = byte_level(special, image_token=special[0])
     images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096})
-    processor = pictures_only(Qwen2_5_VLProcessor)(
+    processor = without_video(Qwen2_5_VLProcessor)(
         images, tokenizer, None, chat_template=chat("<|vision_start|><|image_pad|><|vision_end|>")
     )
     vision = {
@@ -253,7 +253,7 @@ def internvl():
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.internvl.processing_internvl import InternVLProcessor
 
-    from povid.model.policy import pictures_only
+    from povid.internals import without_video
 
     named = {
         "context_image_token": "<IMG_CONTEXT>",
@@ -262,7 +262,7 @@ def internvl():
         "video_token": "<video>",
     }
     tokenizer = byte_level(list(named.values()), **named)
-    processor = pictures_only(InternVLProcessor)(
+    processor = without_video(InternVLProcessor)(
         GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}),
         tokenizer,
         None,

@@ -1,4 +1,4 @@
-"""``python -m povid.adapters``: adapters in and out; see :mod:`povid.model.adapters`."""
+"""``python -m povid.adapters``: merge and convert adapters; see :mod:`povid.model.adapters`."""
 
 import sys
 

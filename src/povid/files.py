@@ -16,11 +16,12 @@ from typing import Any
 
 
 @contextmanager
-def draft(place: Path) -> Iterator[Path]:
+def draft(place: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a path beside ``place``; a file or folder written there becomes ``place`` when the block ends.
 
     The parent folder is made. After an exception the draft is removed and ``place`` is what it was. A folder that
-    stands at ``place`` already is replaced.
+    stands at ``place`` already is replaced; with ``replace=False`` it stays and the draft is removed, so that of
+    several processes that write the same folder the first one wins.
     """
     place = Path(place)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -30,9 +31,14 @@ def draft(place: Path) -> Iterator[Path]:
         yield beside
         for file in files_in(beside):
             sync(file)
-        if place.is_dir():
+        if replace and place.is_dir():
             remove(place)
-        os.replace(beside, place)
+        try:
+            os.replace(beside, place)
+        except OSError:
+            if replace or not place.is_dir():
+                raise
+            remove(beside)
         sync(place.parent)
     except BaseException:
         remove(beside)

@@ -1,4 +1,4 @@
-"""What a run says of the machine and the packages it ran on, and the one thing it changes."""
+"""The machine that a run runs on: its packages and versions, where ``conf/`` is, and one setting of its allocator."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import platform
 import sys
 from importlib.metadata import distributions, version
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
 NAMED = (
@@ -22,6 +23,13 @@ NAMED = (
     "pillow",
     "povid",
 )
+
+
+def conf_folder() -> Path:
+    """The folder ``conf/``: that of the checkout this file belongs to, else the one installed with the package."""
+    package = Path(__file__).resolve().parent
+    checkout = package.parents[1] / "conf"
+    return checkout if (checkout / "config.yaml").is_file() else package / "conf"
 
 
 def keep_freed_memory() -> None:

@@ -21,7 +21,7 @@ def made():
     processor = build_processor(SHAPE)
     base = build_model(SHAPE, device="cpu")
     work = steps(SHAPE, processor, count=2, batch_size=2, device="cpu")
-    return adapt(twin(base), processor, SHAPE), adapt(twin(base), processor, SHAPE, lightened=False), work
+    return adapt(twin(base), processor, SHAPE), adapt(twin(base), processor, SHAPE, fused=False), work
 
 
 def test_examples_have_the_lengths_that_are_claimed(made):
@@ -67,7 +67,7 @@ def test_unequal_arms_are_not_timed(made):
 def test_checkpointing_computes_more_and_holds_less():
     shape = SHAPES["proportional"]
     processor = build_processor(shape)
-    stock = adapt(build_model(shape, device="cpu"), processor, shape, lightened=False)
+    stock = adapt(build_model(shape, device="cpu"), processor, shape, fused=False)
     (work,) = steps(shape, processor, count=1, batch_size=1, device="cpu")
     figures = [
         (

@@ -8,10 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from shared import shared
 
 from povid.benchmarks import __main__ as command
-
-GOLDEN = Path(__file__).resolve().parents[2] / "../shared/golden"
 
 
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
@@ -51,10 +50,9 @@ def test_chair_prints_a_table_and_writes_every_decision(data: Path) -> None:
 
 
 def test_pope_golden_answers(tmp_path: Path) -> None:
-    if not (GOLDEN / "pope_answers_adversarial.json").is_file():
-        pytest.skip("the shared golden results are not here")
-    case = json.loads((GOLDEN / "pope_answers_adversarial.json").read_text())
-    (tmp_path / "coco_pope_adversarial.json").write_text((GOLDEN / "coco_pope_adversarial.json").read_text())
+    case = json.loads(shared("golden/pope_answers_adversarial.json").read_text())
+    official = shared("golden/coco_pope_adversarial.json")
+    (tmp_path / official.name).write_text(official.read_text())
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in case["answers"]))
     done = run("pope", "--answers", tmp_path / "mine.jsonl", "--data", tmp_path, "--json", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr

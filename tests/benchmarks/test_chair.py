@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import shared
 
 from povid.benchmarks import chair, coco
 from povid.benchmarks.chair_words import (
@@ -19,8 +20,6 @@ from povid.benchmarks.chair_words import (
     tokens,
 )
 from povid.fault import Fault
-
-GOLDEN = Path(__file__).resolve().parents[2] / "../shared/golden"
 
 SYNONYMS = """\
 person, girl, boy, man, woman, child, baby, adult, passenger, people, rider
@@ -59,15 +58,9 @@ def synonyms(tmp_path: Path) -> dict[str, str]:
     return read_synonyms(tmp_path / "synonyms.txt")
 
 
-def golden(name: str) -> Path:
-    if not (GOLDEN / name).is_file():
-        pytest.skip(f"{name} of the shared golden results is not here")
-    return GOLDEN / name
-
-
 def test_objects_of_200_real_captions_are_the_official_ones() -> None:
-    known = read_synonyms(golden("chair_synonyms.txt"))
-    records = json.loads(golden("chair_llava_captions_200.json").read_text())
+    known = read_synonyms(shared("golden/chair_synonyms.txt"))
+    records = json.loads(shared("golden/chair_llava_captions_200.json").read_text())
     assert len(records) == 200
     for record in records:
         assert objects(record["caption"], known) == record["objects"], record["image_id"]
@@ -76,8 +69,8 @@ def test_objects_of_200_real_captions_are_the_official_ones() -> None:
 @pytest.mark.parametrize("shift", [0, 1])
 def test_both_end_to_end_results_come_out_exactly(tmp_path: Path, shift: int) -> None:
     """Each caption with its own image, then with the next one's; the official script's fractions, times 100."""
-    case = json.loads(golden("chair_end_to_end_30.json").read_text())
-    (tmp_path / "synonyms.txt").write_text(golden("chair_synonyms.txt").read_text())
+    case = json.loads(shared("golden/chair_end_to_end_30.json").read_text())
+    (tmp_path / "synonyms.txt").write_text(shared("golden/chair_synonyms.txt").read_text())
     (tmp_path / "objects.json").write_text(json.dumps(case["ground_truth"]))
     captions = case["captions"]
     rows = [

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from shared import shared
 
 from povid.benchmarks import pope
 from povid.fault import Fault
 
-GOLDEN = Path(__file__).resolve().parents[2] / "../shared/golden"
 OBJECTS = {
     "random": ["cat", "orange", "dog", "car"],
     "popular": ["cat", "person", "dog", "chair"],
@@ -50,10 +50,9 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_every_official_figure_of_the_golden_answers(tmp_path: Path) -> None:
-    if not (GOLDEN / "pope_answers_adversarial.json").is_file():
-        pytest.skip("the shared golden results are not here")
-    case = json.loads((GOLDEN / "pope_answers_adversarial.json").read_text())
-    (tmp_path / "coco_pope_adversarial.json").write_text((GOLDEN / "coco_pope_adversarial.json").read_text())
+    case = json.loads(shared("golden/pope_answers_adversarial.json").read_text())
+    official = shared("golden/coco_pope_adversarial.json")
+    (tmp_path / official.name).write_text(official.read_text())
     file = write_lines(tmp_path / "answers.jsonl", case["answers"])
     questions = pope.load(tmp_path)
     score = pope.score(questions, pope.read_answers(file, questions))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from shared import shared
 
 from povid.dispreference import cooccurrence
 from povid.dispreference.cooccurrence import hallucinate, instead, key_of, learn, read_objects
@@ -26,7 +27,6 @@ from povid.scenes.scene import BASE_PARTNER, draw_scene
 from povid.scenes.vocabulary import PARTNER
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = ROOT.parent / "shared" / "real_sample"
 
 PRESENT = {str(n): ["fork", "knife"] for n in range(1, 10)} | {"10": ["fork", "cup"], "11": ["dog", "person"]}
 
@@ -101,14 +101,14 @@ def test_objects_from_coco_and_from_a_list(tmp_path):
             read_objects(tmp_path / "c.json")
 
 
-def sample() -> list[Row]:
-    if not SAMPLE.is_dir():
-        pytest.skip("the sample of eight photographs is not beside the project")
-    return read_rows(SAMPLE / "preferences.json", SAMPLE)
+@pytest.fixture
+def sample() -> Path:
+    """Eight photographs with preferences and objects."""
+    return shared("real_sample")
 
 
-def test_on_the_real_sample_every_answer_becomes_wrong_and_nothing_true_is_injected():
-    rows, present = sample(), read_objects(SAMPLE / "objects.json")
+def test_on_the_real_sample_every_answer_becomes_wrong_and_nothing_true_is_injected(sample):
+    rows, present = read_rows(sample / "preferences.json", sample), read_objects(sample / "objects.json")
     learned = learn(present, [one.answer for one in rows])
     for seed in range(30):
         for one in rows:
@@ -118,22 +118,21 @@ def test_on_the_real_sample_every_answer_becomes_wrong_and_nothing_true_is_injec
             assert not set(found.objects) & set(present[key_of(one.image.name)]) - set(objects(one.answer))
 
 
-def test_the_command_on_the_real_sample(tmp_path):
-    sample()
+def test_the_command_on_the_real_sample(tmp_path, sample):
     command = [
         sys.executable,
         "-m",
         "povid.dispreference",
         "dispreference=cooccurrence",
-        f"images={SAMPLE}",
-        f"input={SAMPLE}/preferences.json",
-        f"objects={SAMPLE}/objects.json",
+        f"images={sample}",
+        f"input={sample}/preferences.json",
+        f"objects={sample}/objects.json",
     ]
     for name in ("a", "b"):
         ended = subprocess.run([*command, f"out={tmp_path}/{name}.json"], cwd=ROOT, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    triples = read("povid", tmp_path / "a.json", SAMPLE)
+    triples = read("povid", tmp_path / "a.json", sample)
     assert len(triples) == 8 and check(triples).sound
     assert "8 records written, 0 set aside" in ended.stdout
     page = (tmp_path / "a.json.run" / "report.html").read_text()
@@ -216,13 +215,13 @@ def test_what_cannot_be_rewritten_is_told_or_skipped(tmp_path):
         instead([stranger], 0, objects=tmp_path / "o.json", skipped=[])
 
 
-def test_a_run_sees_what_the_command_writes(tmp_path):
+def test_a_run_sees_what_the_command_writes(tmp_path, sample):
     """The same sentences, whichever door: train.py's rewriting and python -m povid.dispreference."""
-    rows, triples = sample(), read("povid", SAMPLE / "preferences.json", SAMPLE)
-    learned = learn(read_objects(SAMPLE / "objects.json"), [one.answer for one in rows])
+    rows, triples = read_rows(sample / "preferences.json", sample), read("povid", sample / "preferences.json", sample)
+    learned = learn(read_objects(sample / "objects.json"), [one.answer for one in rows])
     written, _, rejects = cooccurrence.rewrite(rows, learned, 3)
     assert not rejects and [one.dispreferred for one in written] == [
-        one.dispreferred for one in instead(triples, 3, objects=SAMPLE / "objects.json")
+        one.dispreferred for one in instead(triples, 3, objects=sample / "objects.json")
     ]
 
 

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
+from shared import shared
 
 from povid.dispreference.gates import Gates, foreign, judge
 from povid.dispreference.parse import Parsed, Unusable, parse
 from povid.dispreference.prompts import CAPTIONING, REASONING, kind_of, prompt
 from povid.dispreference.rows import Row
 
-PAPER = Path(__file__).resolve().parents[3] / "shared" / "paper" / "povid_paper.txt"
-
 
 @pytest.mark.parametrize("text", [CAPTIONING, REASONING])
 def test_the_prompts_are_table_6_word_for_word(text):
-    if not PAPER.is_file():
-        pytest.skip("the paper's text is not beside the project")
-    assert " ".join(text.split()) in " ".join(PAPER.read_text().split())
+    paper = shared("paper/povid_paper.txt").read_text()
+    assert " ".join(text.split()) in " ".join(paper.split())
 
 
 @pytest.mark.parametrize(

@@ -283,12 +283,12 @@ def damage(stage_one, stage_two, kind):
     ("kind", "said"),
     [
         ("truncated", r"pytorch_model-00001-of-00002.bin cannot be read"),
-        ("half", r"POVID_stage_one_merged lacks \d+ of the model's tensors"),
-        ("empty", r"POVID_stage_one_merged holds no weights"),
-        ("shape", r"model.norm.weight has the shape \(7,\) and the model \(32,\)"),
-        ("stranger", r"model.resampler.query has no place in the model"),
+        ("half", r"POVID_stage_one_merged: \d+ of the model's tensors are missing"),
+        ("empty", r"POVID_stage_one_merged contains no weights"),
+        ("shape", r"model.norm.weight has the shape \(7,\) and the model's tensor \(32,\)"),
+        ("stranger", r"model.resampler.query: the model has no tensor"),
         ("config", r"adapter_config.json cannot be read"),
-        ("partial", r"POVID_stage_two_LoRa lacks \d+ of the adapter's tensors"),
+        ("partial", r"POVID_stage_two_LoRa: \d+ of the adapter's tensors are missing"),
     ],
 )
 def test_damaged_checkpoints_are_refused_in_a_sentence(base, tmp_path, released, capsys, kind, said):
@@ -321,9 +321,9 @@ def test_what_is_there_is_not_written_over(base, tmp_path, capsys):
     assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path)]) == 2
     assert "exists" in capsys.readouterr().err
     assert main(["merge", str(tmp_path / "nothing"), "--out", str(tmp_path / "b")]) == 2
-    assert "nothing holds neither" in capsys.readouterr().err
+    assert "nothing contains neither" in capsys.readouterr().err
 
 
 def test_tensors_of_an_empty_folder(tmp_path):
-    with pytest.raises(Fault, match="holds no weights"):
+    with pytest.raises(Fault, match="contains no weights"):
         list(tensors(tmp_path))

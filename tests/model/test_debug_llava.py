@@ -8,26 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from shared import shared
 
 from povid.run.experiment import load_policy, load_triples, run
 from povid.run.settings import check
 from povid.training.scoring import score
 
 ROOT = Path(__file__).resolve().parents[2]
-SAMPLE = ROOT / "../shared/real_sample"
 
 
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory):
-    if not SAMPLE.exists():
-        pytest.skip(f"the real photographs are not beside the project ({SAMPLE.name})")
+    sample = shared("real_sample")
     folder = tmp_path_factory.mktemp("debug")
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         cfg = compose(
             "config",
             overrides=[
                 "data=povid_17k",
-                f"data.root={SAMPLE}",
+                f"data.root={sample}",
                 "data.file=preferences.json",
                 "data.workers=0",
                 "model=llava_debug",

@@ -1,14 +1,12 @@
-"""What povid.model.fused computes against what transformers, peft and autograd make of the same modules."""
+"""The fused modules give the numbers that transformers, peft and autograd give for the same weights."""
 
 import copy
 
-import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from povid.model.fused import _Gated, _LowRank, _Normed, _Turned, lighten
+from povid.model.fused import FUSED, fuse
 
 SIZES = {
     "vocab_size": 30,
@@ -21,57 +19,12 @@ SIZES = {
 }
 
 
-def random(*shape, seed, dtype=torch.float64):
+def random(*shape, seed, dtype=torch.float32):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype).requires_grad_()
 
 
-def test_low_rank_product_has_the_right_gradient():
-    wide, x, a, b = random(5, 6, seed=0), random(5, 4, seed=1), random(2, 4, seed=2), random(6, 2, seed=3)
-
-    def product(wide, x, a, b):
-        return _LowRank.apply(wide.clone(), x, a, b, 0.7)
-
-    torch.testing.assert_close(product(wide, x, a, b), wide + 0.7 * x @ a.T @ b.T)
-    assert torch.autograd.gradcheck(product, (wide, x, a, b))
-
-
-def test_low_rank_product_makes_its_input_again_from_gate_and_up():
-    gate, up, a, b = random(5, 4, seed=0), random(5, 4, seed=1), random(2, 4, seed=2), random(6, 2, seed=3)
-
-    def product(gate, up, a, b):
-        return _LowRank.apply(
-            torch.zeros(5, 6, dtype=gate.dtype), _Gated.apply(gate, up), a, b, 0.7, gate.detach(), up.detach()
-        )
-
-    torch.testing.assert_close(product(gate, up, a, b), 0.7 * (nn.functional.silu(gate) * up) @ a.T @ b.T)
-    assert torch.autograd.gradcheck(product, (gate, up, a, b))
-
-
-def test_rotary_embedding_has_the_right_gradient():
-    x, cos, sin = random(2, 3, 5, 8, seed=0), random(2, 1, 5, 8, seed=1).detach(), random(2, 1, 5, 8, seed=2).detach()
-    assert torch.autograd.gradcheck(lambda x: _Turned.apply(x, cos, sin), (x,))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norm_is_transformers_digit_for_digit_and_its_gradient_is_autograds(dtype):
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-    norm = LlamaRMSNorm(16).to(dtype)
-    norm.weight.data.copy_(random(16, seed=0))
-    norm.requires_grad_(False)
-    x = random(3, 7, 16, seed=1, dtype=dtype)
-    grad = random(3, 7, 16, seed=2, dtype=dtype).detach()
-    expected = norm(x)
-    ours = _Normed.apply(x, norm.weight, norm.variance_epsilon)
-    assert torch.equal(ours, expected)
-    tolerance = 1e-5 if dtype is torch.float32 else 0.03
-    torch.testing.assert_close(
-        torch.autograd.grad(ours, x, grad)[0], torch.autograd.grad(expected, x, grad)[0], rtol=tolerance, atol=tolerance
-    )
-
-
 def pair(kind, *, dropout=0.0, bias=False, dtype=torch.float32, checkpointing=False):
-    """The same network with LoRA as peft made it, and changed."""
+    """The same network with LoRA as peft made it, and fused."""
     torch.manual_seed(0)
     if kind == "llama":
         network = LlamaForCausalLM(LlamaConfig(**SIZES, attention_bias=bias, mlp_bias=bias)).to(dtype)
@@ -86,10 +39,53 @@ def pair(kind, *, dropout=0.0, bias=False, dtype=torch.float32, checkpointing=Fa
         parameter.data += 0.1 * torch.randn_like(parameter)
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
-    other = copy.deepcopy(adapted)
-    lighten(other.get_base_model())
-    assert any("forward" in vars(module) for module in other.modules())
-    return adapted.train(), other.train()
+    fused = copy.deepcopy(adapted)
+    fuse(fused.get_base_model())
+    return adapted.train(), fused.train()
+
+
+def test_modules_become_subclasses_and_keep_the_names_of_their_weights():
+    for kind in ("llama", "qwen2"):
+        stock, fused = pair(kind)
+        assert list(fused.state_dict()) == list(stock.state_dict())
+        changed = [
+            (type(one), type(two)) for one, two in zip(stock.modules(), fused.modules()) if type(one) is not type(two)
+        ]
+        assert len(set(changed)) == 4 and all(issubclass(two, one) for one, two in changed)
+
+
+def test_what_has_no_fused_subclass_stays_what_it_is():
+    from peft.tuners.lora.layer import Linear as LoraLinear
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    torch.manual_seed(0)
+    network = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
+    dora = get_peft_model(network, LoraConfig(r=2, use_dora=True, target_modules="all-linear"))
+    fuse(dora.get_base_model())
+    kinds = {type(module) for module in dora.modules()}
+    assert {LlamaMLP, LoraLinear} <= kinds and not {FUSED[LlamaMLP], FUSED[LoraLinear]} & kinds
+
+
+def test_norm_is_transformers_digit_for_digit_and_its_gradient_is_autograds():
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 0.03)):
+        stock, fused = (network.get_base_model().model.norm for network in pair("llama", dtype=dtype))
+        x = random(3, 7, SIZES["hidden_size"], seed=1, dtype=dtype)
+        grad = torch.randn(3, 7, SIZES["hidden_size"], generator=torch.Generator().manual_seed(2)).to(dtype)
+        assert type(fused) is FUSED[type(stock)] and torch.equal(fused(x), stock(x))
+        gradients = [torch.autograd.grad(norm(x), x, grad)[0] for norm in (fused, stock)]
+        torch.testing.assert_close(*gradients, rtol=tolerance, atol=tolerance)
+
+
+def test_mlp_with_lora_has_autograds_gradients_in_float64():
+    """Gate, up, their product computed again, and the low-rank products, far below the error of float32."""
+    outcomes = []
+    for network in pair("llama", bias=True, dtype=torch.float64):
+        mlp = network.double().get_base_model().model.layers[0].mlp
+        x = random(2, 5, SIZES["hidden_size"], seed=1, dtype=torch.float64)
+        weights = [x, *(p for p in mlp.parameters() if p.requires_grad)]
+        outcomes.append([mlp(x), *torch.autograd.grad(mlp(x).pow(2).sum(), weights)])
+    for stock, fused in zip(*outcomes, strict=True):
+        torch.testing.assert_close(fused, stock, rtol=1e-12, atol=1e-12)
 
 
 def outcome(network, *, embeds=None, autocast=False):
@@ -109,16 +105,16 @@ def close(one, other, rtol, atol):
         torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind, bias", [("llama", False), ("llama", True), ("qwen2", True)])
-def test_network_with_adapter_equals_peft_and_transformers(kind, bias, checkpointing):
-    stock, changed = pair(kind, bias=bias, checkpointing=checkpointing)
-    embeds = random(2, 9, SIZES["hidden_size"], seed=3, dtype=torch.float32)
-    close(outcome(changed), outcome(stock), 1e-4, 1e-6)
-    close(outcome(changed, embeds=embeds), outcome(stock, embeds=embeds), 1e-4, 1e-6)
+def test_network_with_adapter_equals_peft_and_transformers():
+    embeds = random(2, 9, SIZES["hidden_size"], seed=3)
+    for kind, bias in (("llama", False), ("llama", True), ("qwen2", True)):
+        for checkpointing in (False, True):
+            stock, changed = pair(kind, bias=bias, checkpointing=checkpointing)
+            close(outcome(changed), outcome(stock), 1e-4, 1e-6)
+            close(outcome(changed, embeds=embeds), outcome(stock, embeds=embeds), 1e-4, 1e-6)
 
 
-def test_dropout_drops_what_pefts_does():
+def test_dropout_is_pefts():
     stock, changed = pair("llama", dropout=0.3)
     close(outcome(changed), outcome(stock), 1e-4, 1e-6)
     torch.manual_seed(8)
@@ -136,7 +132,7 @@ def test_mixed_precision_gives_what_peft_gives_within_its_rounding():
         assert torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), 0) > 0.99
 
 
-def test_more_adapters_than_one_or_merged_ones_are_left_to_peft():
+def test_several_and_merged_adapters_are_left_to_peft():
     stock, changed = pair("llama")
     for network in (stock, changed):
         torch.manual_seed(3)

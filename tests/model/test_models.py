@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 import re
 import warnings
@@ -13,12 +14,15 @@ import tiny
 import tiny_models
 import torch
 from PIL import Image
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from povid.fault import Fault
+from povid.model.architectures import KNOWN, architecture_of, lora_targets
 from povid.model.generation import Answers
+from povid.model.loading import LocalModel
 from povid.model.packing import Encoded
-from povid.model.policy import ARCHITECTURES, UNKNOWN, Policy, load_model, lora_targets, whole_modules
+from povid.model.policy import Policy
 from povid.model.question import Decoding, Question
 from povid.training.datamodule import NoiseSettings, PreferenceDataset, collate
 from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
@@ -63,14 +67,17 @@ def whole(policy, images, encoded: Encoded):
     return (logits.float().log_softmax(-1).gather(-1, targets[:, None])[:, 0] * mask).sum(), logits
 
 
-@pytest.mark.parametrize("projector", [True, False], ids=["projector", "frozen projector"])
 @pytest.mark.parametrize("name", NAMES)
-def test_scores_are_those_of_the_plain_way(folders, pictures, name, projector):
-    """Packed or not, each log-probability is that of a forward of its own."""
-    policy, template = load(folders, name, train_projector=projector)
-    policy.eval()
+def test_scores_are_those_of_the_plain_way(folders, pictures, name):
+    """Packed or not, each log-probability is that of a forward pass of its own; with and without its projector."""
+    for projector in (True, False):
+        policy, template = load(folders, name, train_projector=projector)
+        check_scores(policy.eval(), template, pictures, packable=name != "qwen2_5_vl")
+
+
+def check_scores(policy, template, pictures, *, packable):
     examples, batch = batch_of(pictures, policy, template)
-    assert policy.packable == (name != "qwen2_5_vl")
+    assert policy.packable == packable
     tokens_N = torch.arange(len(batch.preferred.preferred.token_N)) % 200 + 10  # near ties of random weights flip
     fast = score(policy, batch, noise_tokens_N=tokens_N)
     with torch.no_grad():
@@ -131,7 +138,7 @@ def test_adapter_is_loaded_by_plain_peft_and_merges(folders, pictures, tmp_path,
             whole(plain, examples[1].images, examples[1].preferred)[1], expected, rtol=1e-5, atol=1e-5
         )
         merged = Policy(
-            load_model(policy.settings, [tmp_path / "adapter"]), policy.processor, policy.settings, adapted=False
+            policy.settings.load_model([tmp_path / "adapter"]), policy.processor, policy.settings, adapted=False
         )
         torch.testing.assert_close(
             whole(merged, examples[1].images, examples[1].preferred)[1], expected, rtol=1e-4, atol=1e-4
@@ -157,7 +164,7 @@ def test_earlier_adapters_are_not_rounded_away_in_bfloat16(folders, pictures, tm
     example = batch_of(pictures, policy, template, noise=False)[0][1]
 
     def queries(dtype, *earlier, merged=False):
-        model = load_model(tiny.settings(folders(name), **style, dtype=dtype), earlier, merged=merged)
+        model = tiny.settings(folders(name), **style, dtype=dtype).load_model(earlier, merged=merged)
         return model, model.get_decoder().layers[0].self_attn.q_proj
 
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(9)).bfloat16().float()
@@ -215,7 +222,7 @@ def test_a_step_in_bfloat16_is_near_float32(folders, pictures, name):
     for dtype in ("float32", "bfloat16"):
         torch.manual_seed(1)
         settings = tiny.settings(folders(name), style=STYLES.get(name, "chat"), max_length=256, dtype=dtype)
-        policy = Policy.load(settings, adapted=True)
+        policy = settings.policy(adapted=True)
         _, template = load(folders, name)
         _, batch = batch_of(pictures, policy, template)
         generator = torch.Generator().manual_seed(5)
@@ -251,43 +258,55 @@ def test_gradient_checkpointing_changes_no_number(folders, pictures, name):
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
 
 
-def test_every_architecture_of_the_table_is_tested_or_a_twin_of_one_that_is():
+def test_every_known_architecture_is_tested_or_equals_one_that_is():
     twins = {"smolvlm": "idefics3"}
-    for name, architecture in ARCHITECTURES.items():
-        assert name in NAMES or ARCHITECTURES[twins[name]] == architecture
+    for name, architecture in KNOWN.items():
+        assert name in NAMES or KNOWN[twins[name]] == architecture, name
 
 
-def test_an_architecture_that_is_not_in_the_table_is_scored_the_plain_way(folders, pictures, monkeypatch, caplog):
-    monkeypatch.setattr("povid.model.policy.ARCHITECTURES", {})
+def test_an_unknown_architecture_is_scored_the_plain_way(folders, pictures, monkeypatch, caplog):
+    monkeypatch.delitem(KNOWN, "llava_next")
     with pytest.raises(Fault, match="projector of 'llava_next' models is not known.*train_projector=false"):
         load(folders, "llava_next")
     policy, template = load(folders, "llava_next", train_projector=False)
     assert not policy.packable and caplog.text.count("cannot be packed") == 1
+    check_text_scores(policy.eval(), template, pictures)
+
+
+def test_an_architecture_can_come_from_the_settings(folders, pictures, monkeypatch):
+    """As keys or as a ``_target_``; without it the model type would be unknown."""
+    monkeypatch.delitem(KNOWN, "llava_next")
+    keys = {"projector": "multi_modal_projector", "packable": True}
+    for node in (keys, {"_target_": "povid.model.architectures.Architecture", **keys}):
+        policy, template = load(folders, "llava_next", architecture=node)
+        assert policy.packable and policy.trained_parameters()[1]
+        check_text_scores(policy.eval(), template, pictures)
+    assert policy.settings.model_dump()["architecture"].items() >= keys.items()
+
+
+def check_text_scores(policy, template, pictures):
     examples, batch = batch_of(pictures, policy, template, noise=False)
-    policy.eval()
     ours, _ = score(policy, batch)
     for i, example in enumerate(examples):
-        torch.testing.assert_close(
-            ours.text[i], whole(policy, example.images, example.dispreferred)[0], rtol=1e-5, atol=1e-4
-        )
+        expected = whole(policy, example.images, example.dispreferred)[0]
+        torch.testing.assert_close(ours.text[i], expected, rtol=1e-5, atol=1e-4)
 
 
-def test_four_bits_without_bitsandbytes_are_a_fault(folders, monkeypatch):
-    settings = tiny.settings(folders("llava"), quantize="4bit")
+def test_four_bits_need_bitsandbytes(folders, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(Fault, match="bitsandbytes, which is not installed"):
-        load_model(settings)
+        tiny.settings(folders("llava"), quantize="4bit").load_model()
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_four_bits_are_for_the_language_models_layers_alone(folders, name):
+def test_four_bits_are_for_the_language_models_layers_alone(folders):
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    model = load(folders, name, adapted=False)[0].network
-    patterns = whole_modules(ARCHITECTURES.get(model.config.model_type, UNKNOWN))
-    linear = [place for place, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    converted = [place for place in linear if should_convert_module(place, patterns)]
-    assert converted == [place for place in linear if re.fullmatch(lora_targets(model), place)] and converted
+    for name in NAMES:
+        model = load(folders, name, adapted=False)[0].network
+        patterns = architecture_of(model.config.model_type).unquantized()
+        linear = [place for place, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        converted = [place for place in linear if should_convert_module(place, patterns)]
+        assert converted and converted == [place for place in linear if re.fullmatch(lora_targets(model), place)], name
 
 
 def test_four_bits_train_and_keep_their_adapter(pictures, tmp_path):
@@ -316,7 +335,7 @@ def test_four_bits_train_and_keep_their_adapter(pictures, tmp_path):
     assert torch.equal(score(policy, batch)[1].preferred, theirs.preferred)
     policy.save_adapter(tmp_path / "adapter")
     again = Policy(
-        load_model(policy.settings, [tmp_path / "adapter"]), policy.processor, policy.settings, adapted=False
+        policy.settings.load_model([tmp_path / "adapter"]), policy.processor, policy.settings, adapted=False
     ).eval()
     with torch.no_grad():  # the adapter's product is added to the layer's in another order
         torch.testing.assert_close(score_one(again, batch), score_one(policy.eval(), batch), rtol=1e-4, atol=1e-3)
@@ -332,36 +351,57 @@ def test_models_that_need_an_image_say_so(folders):
         list(Answers(policy, template)([Question("text only", None, "What is it", {})], Decoding(4)))
 
 
-@pytest.mark.parametrize("name", ["llava_next", "llava_onevision", "qwen2_5_vl", "idefics3", "internvl"])
-def test_questions_without_an_image(folders, name):
-    policy, template = load(folders, name, adapted=False)
+def test_questions_without_an_image(folders):
     texts = ["What is it", "Is there a dog near the bus in town"]
-    expected = []
-    for text in texts:
-        inputs = policy.processor.tokenizer(
-            template.text([tiny.Turn("user", text)], image=False)[0], add_special_tokens=False, return_tensors="pt"
-        )
-        with torch.inference_mode():
-            output = policy.eval().network.generate(**inputs, do_sample=False, max_new_tokens=8)
-        expected.append(
-            policy.processor.tokenizer.decode(
-                output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True
-            ).strip()
-        )
     questions = [Question(i, None, text, {}) for i, text in enumerate(texts)]
-    answers = dict(Answers(policy, template)(questions, Decoding(8)))
-    assert [answers[0], answers[1]] == expected
+    for name in ("llava_next", "llava_onevision", "qwen2_5_vl", "idefics3", "internvl"):
+        policy, template = load(folders, name, adapted=False)
+        tokenizer, expected = policy.processor.tokenizer, []
+        for text in texts:
+            prompt = template.text([tiny.Turn("user", text)], image=False)[0]
+            inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+            with torch.inference_mode():
+                output = policy.eval().network.generate(**inputs, do_sample=False, max_new_tokens=8)
+            tokens = output[0, inputs["input_ids"].shape[1] :]
+            expected.append(tokenizer.decode(tokens, skip_special_tokens=True).strip())
+        answers = dict(Answers(policy, template)(questions, Decoding(8)))
+        assert [answers[0], answers[1]] == expected, name
 
 
 def test_a_model_that_is_not_there_is_a_fault(tmp_path):
     with pytest.raises(Fault, match="could not be loaded.*set model.path"):
-        Policy.load(tiny.settings(tmp_path / "absent"), adapted=False)
+        tiny.settings(tmp_path / "absent").policy(adapted=False)
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(Fault, match="no image and text processor for 'llama'"):
-        from povid.model.policy import load_processor
+        tiny.settings(tmp_path / "text").load_processor()
 
-        load_processor(tiny.settings(tmp_path / "text"))
+
+def test_settings_are_checked():
+    """A wrong type, a value out of bounds, an unknown key: none passes, and the dump is plain JSON."""
+    good = tiny.settings("somewhere")
+    assert json.loads(json.dumps(good.model_dump())) == good.model_dump()
+    assert LocalModel(**good.model_dump()) == good
+    for changes in (
+        {"max_length": 0},
+        {"max_length": True},
+        {"max_length": "128"},
+        {"dtype": "int8"},
+        {"style": "vicuna"},
+        {"quantize": "8bit"},
+        {"fused": 1},
+        {"lora": {"r": 0}},
+        {"lora": {"alpha": 0}},
+        {"lora": {"dropout": 1.0}},
+        {"lora": {"rank": 4}},
+        {"path": "package:scenes/absent"},
+        {"architecture": {"projectors": "x"}},
+        {"architecture": {"_target_": "povid.model.architectures.Absent"}},
+        {"train_projektor": False},
+    ):
+        with pytest.raises(ValidationError):
+            tiny.settings("somewhere", **changes)
+            pytest.fail(f"accepted {changes}")
 
 
 @pytest.mark.parametrize("kind", ["several layers", "a SigLIP tower"])
@@ -405,12 +445,7 @@ def test_a_llava_that_reads_its_tower_in_another_way(tmp_path, pictures, kind):
         )
     processor.save_pretrained(tmp_path)
     policy, template = tiny.load(tmp_path)
-    policy.eval()
-    examples, batch = batch_of(pictures, policy, template, noise=False)
-    ours, _ = score(policy, batch)
-    for i, example in enumerate(examples):
-        expected = whole(policy, example.images, example.dispreferred)[0]
-        torch.testing.assert_close(ours.text[i], expected, rtol=1e-5, atol=1e-4)
+    check_text_scores(policy.eval(), template, pictures)
 
 
 def test_a_served_model_is_evaluated_like_any_other(tmp_path):

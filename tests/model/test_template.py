@@ -1,21 +1,29 @@
-"""Conversations as tokens: LLaVA-1.5's layout token by token, with Llama's kind of tokenizer and a byte-level one."""
+"""Conversations as tokens: LLaVA-1.5's layout token by token, with a sentencepiece and a byte-level tokenizer."""
 
 from __future__ import annotations
 
+import copy
+import json
+import shutil
 from io import BytesIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import tiny_models
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
+from tokenizers import AddedToken, normalizers
+from transformers import LlamaTokenizer
 
 from povid.fault import Fault
 from povid.model.template import VICUNA_V1_SYSTEM, Template, pad_to_square
 from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Turn
 
+GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "vicuna_v1"
 SINGLE = (Turn("user", "Is there a dog"), Turn("assistant", "Yes it is"))
 MULTI = (
     Turn("user", "Is it a cat"),
@@ -39,109 +47,81 @@ def photo(tmp_path_factory):
     return tiny.picture(tmp_path_factory.mktemp("pictures"), "photo", 1, (48, 30))
 
 
-def layout(template: Template, conversation, photo, name="record"):
-    """Tokens as the tokenizer spells them; those of responses in a list of their own."""
-    (encoded,), _ = template.encode([conversation], photo, name)
-    spelt = template.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids)
-    found = []
-    for token, response in zip(spelt, encoded.response):
-        if not response:
-            found.append(token)
-        elif found and isinstance(found[-1], list):
-            found[-1].append(token)
-        else:
-            found.append([token])
-    return found
+def layout(template: Template, conversation, photo) -> str:
+    """Tokens as the tokenizer spells them, in the notation of LAYOUTS."""
+    (encoded,), _ = template.encode([conversation], photo, "record")
+    written, inside = [], False
+    for token, response in zip(
+        template.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids), encoded.response, strict=True
+    ):
+        written += ["|", token] if response != inside else [token]
+        inside = response
+    return " ".join([*written, "|"] if inside else written).replace(" ".join(["<image>"] * SEEN), "<image>*")
 
 
-IMAGE = ["<image>"] * SEEN
+# one token per word; |...| is a response; <image>* stands for all image tokens
 LAYOUTS = {
-    ("llava_vicuna", SINGLE): [
-        "<s>",
-        "▁USER",
-        ":",
-        "▁",
-        *IMAGE,
-        "<0x0A>",
-        "Is",
-        "▁there",
-        "▁a",
-        "▁dog",
-        "▁ASSISTANT",
-        ":",
-        ["▁Yes", "▁it", "▁is", "</s>"],
-    ],
-    ("llava_vicuna", MULTI): [
-        "<s>",
-        "▁USER",
-        ":",
-        "▁",
-        *IMAGE,
-        "<0x0A>",
-        "Is",
-        "▁it",
-        "▁a",
-        "▁cat",
-        "▁ASSISTANT",
-        ":",
-        ["▁A", "▁red", "▁bus", "</s>"],
-        "USER",
-        ":",
-        "▁Is",
-        "▁there",
-        "▁a",
-        "▁tree",
-        "▁ASSISTANT",
-        ":",
-        ["▁No", "</s>"],
-    ],
-    ("llava", SINGLE): [
-        "<s>",
-        "USER",
-        ":",
-        "Ġ",
-        *IMAGE,
-        "Ċ",
-        "Is",
-        "Ġthere",
-        "Ġa",
-        "Ġdog",
-        "ĠASSISTANT",
-        ":",
-        ["ĠYes", "Ġit", "Ġis", "</s>"],
-    ],
-    ("llava", MULTI): [
-        "<s>",
-        "USER",
-        ":",
-        "Ġ",
-        *IMAGE,
-        "Ċ",
-        "Is",
-        "Ġit",
-        "Ġa",
-        "Ġcat",
-        "ĠASSISTANT",
-        ":",
-        ["Ġ", "A", "Ġred", "Ġbus", "</s>"],
-        "USER",
-        ":",
-        "ĠIs",
-        "Ġthere",
-        "Ġa",
-        "Ġtree",
-        "ĠASSISTANT",
-        ":",
-        ["ĠNo", "</s>"],
-    ],
+    ("llava_vicuna", SINGLE): "<s> ▁USER : ▁ <image>* ▁ <0x0A> Is ▁there ▁a ▁dog ▁ASSISTANT : | ▁Yes ▁it ▁is </s> |",
+    ("llava_vicuna", MULTI): (
+        "<s> ▁USER : ▁ <image>* ▁ <0x0A> Is ▁it ▁a ▁cat ▁ASSISTANT : | ▁A ▁red ▁bus </s> | "
+        "USER : ▁Is ▁there ▁a ▁tree ▁ASSISTANT : | ▁No </s> |"
+    ),
+    ("llava", SINGLE): "<s> USER : Ġ <image>* Ċ Is Ġthere Ġa Ġdog ĠASSISTANT : | ĠYes Ġit Ġis </s> |",
+    ("llava", MULTI): (
+        "<s> USER : Ġ <image>* Ċ Is Ġit Ġa Ġcat ĠASSISTANT : | Ġ A Ġred Ġbus </s> | "
+        "USER : ĠIs Ġthere Ġa Ġtree ĠASSISTANT : | ĠNo </s> |"
+    ),
 }
 
 
 @pytest.mark.parametrize(
     ("name", "conversation"), LAYOUTS, ids=lambda value: value if isinstance(value, str) else f"{len(value) // 2} turns"
 )
-def test_tokens_and_labels_are_laid_out_as_written_by_hand(loaded, photo, name, conversation):
+def test_layout_worked_out_by_hand(loaded, photo, name, conversation):
+    """Llama's tokenizer was saved without its ``<s>``, which LLaVA-1.5's prompts always start with."""
     assert layout(loaded[name], conversation, photo) == LAYOUTS[name, conversation]
+
+
+def sentencepiece_tokenizer(folder: Path, kind: str):
+    """The golden tokenizer, converted with ``legacy`` false or true, or as files of transformers 4 hold it."""
+    folder.mkdir()
+    shutil.copy(GOLDEN / "tokenizer.model", folder)
+    configuration = {"tokenizer_class": "LlamaTokenizer", "legacy": kind != "legacy false"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(configuration))
+    tokenizer = LlamaTokenizer.from_pretrained(folder)
+    if kind == "normalizer":
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        tokenizer.backend_tokenizer.pre_tokenizer = None
+    tokenizer.add_bos_token = True
+    tokenizer.add_tokens([AddedToken("<image>", special=True, normalized=False)], special_tokens=True)
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", ["legacy false", "legacy true", "normalizer"])
+def test_tokens_and_labels_are_those_of_llava(loaded, photo, tmp_path, kind):
+    """Seven conversations as LLaVA's ``preprocess_v1`` tokenizes them; -200: the image, -100: not learned."""
+    processor = copy.copy(loaded["llava_vicuna"].processor)
+    processor.tokenizer = sentencepiece_tokenizer(tmp_path / "tokenizer", kind)
+    processor.image_token_id = processor.tokenizer.convert_tokens_to_ids("<image>")
+    template = Template(processor)
+    cases = json.loads((GOLDEN / "expected.json").read_text())
+    assert len(cases) == 7
+    for case in cases:
+        turns = [
+            Turn("user", turn["value"].replace("<image>", "").strip())  # as LLaVA's preprocess_multimodal does
+            if turn["from"] == "human"
+            else Turn("assistant", turn["value"])
+            for turn in case["conversation"]
+        ]
+        ((encoded,), _), at = template.encode([turns], photo, "x"), case["input_ids"].index(-200)
+        expected = [*case["input_ids"][:at], *[processor.image_token_id] * SEEN, *case["input_ids"][at + 1 :]]
+        labels = [*case["labels"][:at], *[-100] * SEEN, *case["labels"][at + 1 :]]
+        assert encoded.input_ids == expected, case["conversation"]
+        assert encoded.response == [label != -100 for label in labels], case["conversation"]
+        (prompt,), _ = template.encode([turns[:1]], photo, "x")
+        assert prompt.input_ids == expected[: encoded.response.index(True)]
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_vicuna"])
@@ -155,38 +135,24 @@ def test_a_prompt_is_the_beginning_of_its_training_sequence(loaded, photo, name)
             assert not prompt.response[-1] and whole.response[len(prompt.input_ids)]
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_vicuna"])
-def test_system_text_stands_before_the_first_turn(loaded, photo, name):
-    """Plain words, so that each is a run of its own letters; the text of vicuna_v1 itself is checked below."""
-    template = Template(loaded[name].processor, system="A chat.", max_length=200)
-    assert template.text(MULTI)[0] == (
-        "A chat. USER: <image>\nIs it a cat ASSISTANT: A red bus</s>USER: Is there a tree ASSISTANT: No</s>"
-    )
-    before, after = layout(loaded[name], SINGLE, photo), layout(template, SINGLE, photo)
-    start = 1 if name == "llava" else 2  # Llama's first word carries a blank wherever it stands
-    assert after[-len(before) + start :] == before[start:] and len(after) > len(before)
-    assert after[0] == "<s>" and after.count("<s>") == 1
-
-
-def test_system_text_of_vicuna_v1():
-    assert VICUNA_V1_SYSTEM == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-        "detailed, and polite answers to the user's questions."
+def test_system_text_precedes_the_first_turn(loaded, photo):
+    system = "A dog."
+    for name, start in (("llava", "<s> A Ġdog . Ġ USER :"), ("llava_vicuna", "<s> ▁A ▁dog . ▁USER :")):
+        template = Template(loaded[name].processor, system=system, max_length=200)
+        without, found = layout(loaded[name], MULTI, photo), layout(template, MULTI, photo)
+        assert found == start + without[without.index(" :") + 2 :], found
+    assert template.text(MULTI, image=False)[0] == (
+        "A dog. USER: Is it a cat ASSISTANT: A red bus</s>USER: Is there a tree ASSISTANT: No</s>"
     )
 
 
 def test_configured_system_text_is_that_of_vicuna_v1():
-    from pathlib import Path
-
-    from omegaconf import OmegaConf
-
+    assert VICUNA_V1_SYSTEM == (
+        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
+        "detailed, and polite answers to the user's questions."
+    )
     conf = Path(__file__).resolve().parents[2] / "conf" / "model"
     assert OmegaConf.load(conf / "llava_1_5_7b.yaml").system == VICUNA_V1_SYSTEM
-
-
-def test_a_llama_tokenizer_without_first_token_gets_it():
-    """Llama's tokenizer may be saved without its <s>; LLaVA-1.5 never saw a prompt that lacks it."""
-    assert tiny_models.llama()("Is")["input_ids"][0] != 1  # what the layouts above start from
 
 
 # --- lengths ---------------------------------------------------------------------------------------------------------
@@ -197,7 +163,7 @@ def short(template: Template, length: int) -> Template:
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_vicuna"])
-def test_responses_are_cut_and_image_tokens_never(loaded, photo, name):
+def test_responses_are_truncated_and_image_tokens_are_not(loaded, photo, name):
     template = loaded[name]
     (whole,), _ = template.encode([MULTI], photo, "x")
     first = whole.response.index(True)
@@ -208,48 +174,31 @@ def test_responses_are_cut_and_image_tokens_never(loaded, photo, name):
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_vicuna"])
-def test_prompts_that_leave_no_room_are_faults_that_name_the_record(loaded, photo, name):
+def test_prompt_that_leaves_no_room_for_a_response(loaded, photo, name):
     template = loaded[name]
     (whole,), _ = template.encode([SINGLE], photo, "x")
     first = whole.response.index(True)
     for length in (1, SEEN, first):
-        said = rf"record 'r7': its prompt alone takes {first} tokens.*max_length is {length};"
-        with pytest.raises(Fault, match=said):
+        message = rf"record 'r7': its prompt alone takes {first} tokens.*max_length is {length};"
+        with pytest.raises(Fault, match=message):
             short(template, length).encode([SINGLE], photo, "r7")
-        (prompt,), _ = short(template, length).encode([SINGLE[:1]], photo, "r7")  # a question to be answered is whole
+        (prompt,), _ = short(template, length).encode([SINGLE[:1]], photo, "r7")  # never truncated
         assert prompt.input_ids == whole.input_ids[:first]
 
 
-@pytest.mark.parametrize(
-    ("name", "style", "mark"), [("llava", "vicuna_v1", "<image>"), ("llava_vicuna", "vicuna_v1", "<image>")]
-)
-@pytest.mark.parametrize("with_image", [True, False])
-def test_the_image_marker_in_a_text_names_the_record(loaded, photo, name, style, mark, with_image):
-    conversation = (Turn("user", f"What is {mark} here"), Turn("assistant", "A dog"))
-    with pytest.raises(Fault, match=r"record 'r8': its text holds the image marker '<image>'"):
-        loaded[name].encode([conversation], photo if with_image else None, "r8")
+def test_image_marker_in_a_text(loaded, photo):
+    conversation = (Turn("user", "What is <image> here"), Turn("assistant", "A dog"))
+    for template in loaded.values():
+        for image in (photo, None):
+            with pytest.raises(Fault, match=r"record 'r8': its text holds the image marker '<image>'"):
+                template.encode([conversation], image, "r8")
 
 
-def test_texts_without_an_image(loaded):
-    template = loaded["llava_vicuna"]
-    (encoded,), images = template.encode([SINGLE], None, "x")
-    assert images == {}
-    assert template.processor.tokenizer.convert_ids_to_tokens(encoded.input_ids) == [
-        "<s>",
-        "▁USER",
-        ":",
-        "▁Is",
-        "▁there",
-        "▁a",
-        "▁dog",
-        "▁ASSISTANT",
-        ":",
-        "▁Yes",
-        "▁it",
-        "▁is",
-        "</s>",
-    ]
-    assert encoded.response == [False] * 9 + [True] * 4
+def test_conversation_without_image(loaded):
+    assert layout(loaded["llava_vicuna"], SINGLE, None) == (
+        "<s> ▁USER : ▁Is ▁there ▁a ▁dog ▁ASSISTANT : | ▁Yes ▁it ▁is </s> |"
+    )
+    assert loaded["llava_vicuna"].encode([SINGLE], None, "x")[1] == {}
 
 
 # --- other styles ----------------------------------------------------------------------------------------------------
@@ -260,8 +209,8 @@ def test_responses_in_chat_templates(tmp_path, photo, name):
     """The response with the end token that the template gives it, and nothing of the next turn."""
     template = tiny.load(tiny_models.save(name, tmp_path / name), adapted=False, style="chat", max_length=400)[1]
     (encoded,), _ = template.encode([MULTI], photo, "x")
-    spoken = [token for token, response in zip(encoded.input_ids, encoded.response) if response]
-    assert template.processor.tokenizer.decode(spoken) == "A red bus</s>No</s>"
+    response = [token for token, marked in zip(encoded.input_ids, encoded.response) if marked]
+    assert template.processor.tokenizer.decode(response) == "A red bus</s>No</s>"
     assert encoded.input_ids.count(0) == 1  # <s>, which template and tokenizer both would write
     (prompt,), _ = template.encode([MULTI[:1]], photo, "x")
     assert encoded.input_ids[: len(prompt.input_ids)] == prompt.input_ids
@@ -310,7 +259,7 @@ def test_pad_to_square_bit_by_bit(size):
 
 @pytest.mark.parametrize("size", [(48, 30), (30, 48), (64, 64)], ids=str)
 def test_what_the_model_sees_is_the_padded_picture_resized(loaded, tmp_path, size):
-    """Pad, resize to 32 by 32 (bicubic), scale to [0, 1], normalise; a crop of the centre would lose the borders."""
+    """Pad, resize to 32 by 32 (bicubic), scale to [0, 1], normalise; cropping the centre would lose the borders."""
     photo = tiny.picture(tmp_path, "photo", 3, size)
     template = Template(loaded["llava"].processor, system="", pad_square=True)
     _, images = template.encode([SINGLE], photo, "x")

@@ -16,13 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from PIL import Image
+from shared import shared
 
 from povid.fault import Fault
 from povid.preferences import formats
 from povid.preferences.formats import from_trl, read, to_trl, write_povid, write_trl
 from povid.preferences.triple import Triple, Turn
-
-SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "real_sample"
 
 
 def encoded(colour: str = "red", kind: str = "PNG") -> bytes:
@@ -96,11 +95,10 @@ def test_povid_keeps_records_of_several_turns_whole(tmp_path, images):
 
 
 def test_the_real_sample_reads_whole():
-    if not SAMPLE.is_dir():
-        pytest.skip("the sample of eight photographs is not beside the project")
-    triples = read("povid", SAMPLE / "preferences.json", SAMPLE)
+    sample = shared("real_sample")
+    triples = read("povid", sample / "preferences.json", sample)
     assert len(triples) == 8
-    assert triples[0].image == SAMPLE / "images" / "000000020556.jpg"
+    assert triples[0].image == sample / "images" / "000000020556.jpg"
     assert all("<image>" not in turn.text for triple in triples for turn in triple.preferred + triple.dispreferred)
 
 

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 from PIL import Image
+from shared import shared
 
 from povid.fault import Fault
 from povid.preferences.__main__ import main
 from povid.preferences.differences import changes, objects, overlap, segments
 from povid.preferences.show import marked, write_page
 from povid.preferences.triple import Triple, Turn
-
-SAMPLE = Path(__file__).resolve().parents[3] / "shared" / "real_sample"
 
 
 def triple(image, id="a", good="A red bus.", bad="A blue bus and a dog.") -> Triple:
@@ -118,8 +116,7 @@ def test_no_record_and_no_room(tmp_path):
 
 
 def test_the_command_on_the_real_sample(tmp_path, capsys):
-    if not SAMPLE.is_dir():
-        pytest.skip("the sample of eight photographs is not beside the project")
-    assert main(["show", str(SAMPLE / "preferences.json"), "--out", str(tmp_path / "p.html"), "--count", "2"]) == 0
+    file = shared("real_sample/preferences.json")
+    assert main(["show", str(file), "--out", str(tmp_path / "p.html"), "--count", "2"]) == 0
     page = (tmp_path / "p.html").read_text()
     assert page.count("noised, step 500") == 4 and page.count("<article>") == 2

@@ -27,7 +27,7 @@ def options() -> list[tuple[str, str]]:
         group = file.parent.relative_to(CONF).as_posix()
         if group == ".":
             assert file.stem in COMMANDS, f"conf/{file.name} is neither a command's configuration nor in a group"
-        elif group != "stages/for_model":  # composed together with its model
+        elif group != "stages/for_model" and not file.stem.startswith("_"):  # composed together with others
             found.append((group, file.stem))
     return found
 
@@ -162,7 +162,7 @@ def test_all_faults_are_told_at_once():
             "data.objects: /no.json does not exist",
         ),
         (["stages.2.epochs=0"], "epochs is 0 and max_steps -1"),
-        (["model.style=llama"], "model.style: found 'llama'; it is vicuna_v1, chat or bare"),
+        (["model.style=llama"], "model.style: found 'llama'; Input should be 'vicuna_v1', 'chat' or 'bare'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -7,7 +7,10 @@ from PIL import Image
 
 from povid.model.packing import Encoded, pack
 from povid.model.template import pad_to_square
-from povid.training.datamodule import EpochBatches, NoiseSettings, PreferenceDataModule, PreferenceDataset, collate
+from povid.training.datamodule import EpochBatches, PreferenceDataModule, PreferenceDataset, collate
+
+
+TERMS = frozenset({"preferred", "text", "noise"})
 
 
 @pytest.fixture(scope="module")
@@ -17,7 +20,7 @@ def loaded(tmp_path_factory):
 
 
 def test_a_packed_pair_as_a_reader_can_see_it():
-    """Shared 1 2 3 (3 is the first token of both responses), y_w goes on 4 9, y_l 5 6 9.
+    """Shared 1 2 3 (3 is the first token of both responses), y_w continues 4 9, y_l 5 6 9.
 
     Token 3 is predicted from column 1, 4 and 5 both from column 2; 9 of y_w from its 4 in column 3; of y_l, 6 from its
     5 in column 5 and 9 from its 6 in column 6.
@@ -66,7 +69,7 @@ def test_devices_share_the_same_global_batches():
     assert together[:2] == one[:2] and together[2] < one[2] and len(together[2]) == 2
 
 
-def test_skipping_goes_on_where_an_interrupted_epoch_stopped():
+def test_skipping_resumes_where_an_interrupted_epoch_stopped():
     whole = list(EpochBatches([1] * 10, 3, seed=2, epoch=4))
     assert list(EpochBatches([1] * 10, 3, seed=2, epoch=4, skip=2)) == whole[2:]
 
@@ -83,10 +86,10 @@ def test_like_lengths_come_together():
 
 def test_noise_does_not_depend_on_the_batch(loaded):
     (_, template), triples = loaded
-    noise = NoiseSettings()
+    noise = tiny.noise()
     dataset = PreferenceDataset(triples, template, noise, seed=7)
-    alone = collate([dataset[2, 1]], text=True, packable=True, padding_id=2)
-    batch = collate([dataset[i, 1] for i in (0, 3, 2)], text=True, packable=True, padding_id=2)
+    alone = collate([dataset[2, 1]], TERMS, packable=True, padding_id=2)
+    batch = collate([dataset[i, 1] for i in (0, 3, 2)], TERMS, packable=True, padding_id=2)
     assert torch.equal(batch.noised["pixel_values"][2], alone.noised["pixel_values"][0])
     assert not torch.equal(batch.noised["pixel_values"][2], dataset[2, 0].noised["pixel_values"][0])
 
@@ -95,14 +98,14 @@ def test_pixel_noise_is_added_before_padding(loaded):
     """The bars that padding adds stay the mean colour, which normalises to about zero."""
     (_, template), triples = loaded
     template = tiny.Template(template.processor, system="", pad_square=True, max_length=128)
-    example = PreferenceDataset(triples, template, NoiseSettings(space="pixel"), seed=0)[0, 0]
+    example = PreferenceDataset(triples, template, tiny.noise(space="pixel"), seed=0)[0, 0]
     rows = example.noised["pixel_values"][0].abs().amax(dim=(0, 2))  # pictures are 40 x 32, so the top is a bar
     assert rows[0] < 0.02 < rows[16]
 
 
 def test_cache_is_bounded_and_changes_nothing(loaded):
     (_, template), triples = loaded
-    plain, cached = (PreferenceDataset(triples, template, NoiseSettings(), 0, cache_mb=mb) for mb in (0, 1))
+    plain, cached = (PreferenceDataset(triples, template, tiny.noise(), 0, cache_mb=mb) for mb in (0, 1))
     cached.cache_bytes = 30_000  # room for two pictures of 12,288 bytes
     for record in (0, 1, 2, 3, 2, 3):
         assert torch.equal(plain[record, 0].noised["pixel_values"], cached[record, 0].noised["pixel_values"])
@@ -114,7 +117,14 @@ def test_workers_give_the_same_batches(loaded):
     (_, template), triples = loaded
     loaders = [
         PreferenceDataModule(
-            triples, template, noise=NoiseSettings(), text=True, packable=True, batch_size=2, seed=3, workers=workers
+            triples,
+            template,
+            terms=TERMS,
+            distortion=tiny.noise(),
+            packable=True,
+            batch_size=2,
+            seed=3,
+            workers=workers,
         ).train_dataloader()
         for workers in (0, 2)
     ]

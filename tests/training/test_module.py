@@ -8,10 +8,14 @@ import tiny
 import torch
 from lightning.pytorch.loggers import CSVLogger
 
-from povid.training.datamodule import NoiseSettings, PreferenceDataModule
-from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
+from povid.method.objectives.dpo import DPO
+from povid.method.objectives.povid import POVID
+from povid.method.objectives.preferred_only import PreferredOnly
+from povid.method.objectives.released import Released
+from povid.training.datamodule import PreferenceDataModule
+from povid.training.module import POVIDModule
 
-STAGE = StageSettings("image", ("text", "noise"), epochs=2, lr=1e-3, projector_lr=1e-4, batch_size=2, warmup_ratio=0.25)
+STAGE = tiny.stage("text", "noise")
 
 
 @pytest.fixture(scope="module")
@@ -20,16 +24,17 @@ def folder(tmp_path_factory):
 
 
 def fit(
-    folder, out, *, terms=frozenset({"text", "noise"}), objective="paper", stage=STAGE, precision="32-true", **model
+    folder, out, objective=POVID(), *, terms=frozenset({"text", "noise"}), stage=STAGE, precision="32-true", **model
 ):
     L.seed_everything(0, verbose=False)
     policy, template = tiny.load(folder, perturb=False, **model)
-    module = POVIDModule(policy, ObjectiveSettings(objective), stage, terms)
+    scored = objective.terms(terms)
+    module = POVIDModule(policy, objective, stage, scored)
     data = PreferenceDataModule(
         tiny.triples(folder),
         template,
-        noise=NoiseSettings() if "noise" in terms else None,
-        text="text" in terms,
+        terms=scored,
+        distortion=tiny.noise(),
         packable=True,
         batch_size=stage.batch_size,
         seed=0,
@@ -52,11 +57,20 @@ def fit(
     return module, [dict(zip(header.split(","), line.split(","))) for line in lines]
 
 
-@pytest.mark.parametrize("terms", [{"text"}, {"noise"}, {"text", "noise"}], ids=lambda terms: "+".join(sorted(terms)))
-@pytest.mark.parametrize("objective", ["paper", "released"])
+@pytest.mark.parametrize(
+    ("objective", "terms"),
+    [
+        (DPO(), {"text"}),
+        (POVID(), {"noise"}),
+        (POVID(), {"text", "noise"}),
+        (Released(), {"noise"}),
+        (Released(), {"text", "noise"}),
+    ],
+    ids=lambda value: "+".join(sorted(value)) if isinstance(value, set) else type(value).__name__,
+)
 def test_training_starts_at_log_2_and_moves_what_it_should(folder, tmp_path, terms, objective):
     before, _ = tiny.load(folder, perturb=False)
-    module, steps = fit(folder, tmp_path, terms=frozenset(terms), objective=objective)
+    module, steps = fit(folder, tmp_path, objective, terms=frozenset(terms))
     assert float(steps[0]["train/loss"]) == pytest.approx(math.log(2), abs=1e-5)
     assert len(steps) == 4 and float(steps[-1]["train/loss"]) != float(steps[0]["train/loss"])
     for kind in ("text", "noise"):
@@ -78,8 +92,8 @@ def test_only_loras_dropout_is_active(folder, tmp_path):
 
 def test_accumulation_equals_the_larger_batch(folder, tmp_path):
     """Four records as two steps of two, or as one of four: the same gradient, hence the same adapter."""
-    two = fit(folder, tmp_path / "two", stage=StageSettings("s", ("text",), 3, 1e-3, 1e-4, 2, accumulate=2))[0]
-    four = fit(folder, tmp_path / "four", stage=StageSettings("s", ("text",), 3, 1e-3, 1e-4, 4))[0]
+    two = fit(folder, tmp_path / "two", stage=tiny.stage(epochs=3, accumulate=2))[0]
+    four = fit(folder, tmp_path / "four", stage=tiny.stage(epochs=3, batch_size=4))[0]
     for one, other in zip(two.policy.trained_parameters()[0], four.policy.trained_parameters()[0]):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -102,8 +116,7 @@ def test_rates_are_those_of_the_stage(folder, tmp_path):
 
 
 def test_the_control_needs_no_dispreference(folder, tmp_path):
-    _, steps = fit(
-        folder, tmp_path, terms=frozenset(), objective="preferred_only", stage=StageSettings("s", (), 4, 1e-2, 1e-4, 4)
-    )
+    stage = tiny.stage(epochs=4, lr=1e-2, batch_size=4, warmup_ratio=0.03)
+    _, steps = fit(folder, tmp_path, PreferredOnly(), terms=frozenset(), stage=stage)
     losses = [float(step["train/loss"]) for step in steps]
     assert losses[-1] < losses[0] and "train/reward_text" not in steps[0]

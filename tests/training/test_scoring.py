@@ -11,14 +11,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from povid.method.objective import LogProbs
-from povid.model.fused import predicting_rows
+from povid.method.objectives import ON_DISTORTED, Objective, Outcome, Terms
+from povid.method.objectives.dpo import DPO
+from povid.method.objectives.povid import POVID
+from povid.method.objectives.released import Released
+from povid.model.fused import FUSED, predicting_rows
 from povid.model.packing import Encoded
-from povid.training.datamodule import Example, NoiseSettings, PreferenceDataset, collate
-from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
+from povid.training.datamodule import Example, PreferenceDataset, collate
 from povid.training.scoring import score
-
-NOISE = NoiseSettings()
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +29,13 @@ def folder(tmp_path_factory):
 @contextmanager
 def stock(network):
     """The modules as transformers and peft wrote them, without what povid.model.fused changes."""
-    changed = [(module, module.__dict__.pop("forward")) for module in network.modules() if "forward" in vars(module)]
+    changed = [(module, type(module)) for module in network.modules() if type(module) in FUSED.values()]
+    assert changed
+    for module, kind in changed:
+        module.__class__ = next(original for original, fused in FUSED.items() if fused is kind)
     yield
-    for module, forward in changed:
-        module.forward = forward
+    for module, kind in changed:
+        module.__class__ = kind
 
 
 def plain_logits(network, encoded, pixels):
@@ -48,21 +51,26 @@ def plain_logp(logits, encoded, tokens=None):
     return (logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0] * mask).sum()
 
 
-def plain_score(policy, examples, *, text, noise, released):
-    """Per example and model: dict of log-probabilities; every sequence goes through the model by itself."""
+def plain_score(policy, examples, terms):
+    """Per model the log-probabilities of the terms, [B]; every sequence goes through the model by itself."""
     network = policy.network
 
     def one_model(example, chosen=None):
         pixels = example.images["pixel_values"].to(next(policy.parameters()).dtype)
         clean = plain_logits(network, example.preferred, pixels)
         result = {"preferred": plain_logp(clean, example.preferred)}
-        if text:
+        if "text" in terms:
             result["text"] = plain_logp(plain_logits(network, example.dispreferred, pixels), example.dispreferred)
-        if noise:
-            noised = plain_logits(network, example.preferred, example.noised["pixel_values"].to(pixels.dtype))
-            own = noised.argmax(-1)
-            chosen = own if chosen is None or released else chosen
-            result["noise"] = plain_logp(clean if released else noised, example.preferred, chosen)
+        if terms & ON_DISTORTED:
+            distorted = plain_logits(network, example.preferred, example.noised["pixel_values"].to(pixels.dtype))
+            own = distorted.argmax(-1)
+            chosen = own if chosen is None else chosen
+            if "noise" in terms:
+                result["noise"] = plain_logp(distorted, example.preferred, chosen)
+            if "noise_on_clean" in terms:
+                result["noise_on_clean"] = plain_logp(clean, example.preferred, own)
+            if "preferred_on_distorted" in terms:
+                result["preferred_on_distorted"] = plain_logp(distorted, example.preferred)
         return result, chosen
 
     ours, theirs = [], []
@@ -72,7 +80,10 @@ def plain_score(policy, examples, *, text, noise, released):
             ours.append(result)
             with policy.reference():
                 theirs.append(one_model(example, chosen)[0])
-    return ours, theirs
+    return tuple(
+        Terms(**{term: torch.stack([result[term] for result in results]) for term in terms})
+        for results in (ours, theirs)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -81,83 +92,127 @@ def loaded(folder):
     return functools.cache(lambda dtype, projector: tiny.load(folder, dtype=dtype, train_projector=projector))
 
 
-def batch_of(folder, tmp_path, template, which, *, text, noise, packable=True):
-    dataset = PreferenceDataset([tiny.triples(tmp_path)[i] for i in which], template, NOISE if noise else None, seed=3)
+def batch_of(folder, tmp_path, template, which, terms, *, packable=True):
+    dataset = PreferenceDataset(
+        [tiny.triples(tmp_path)[i] for i in which], template, tiny.noise() if terms & ON_DISTORTED else None, seed=3
+    )
     examples = [dataset[i, 0] for i in range(len(which))]
-    return examples, collate(examples, text=text, packable=packable, padding_id=2)
+    return examples, collate(examples, terms, packable=packable, padding_id=2)
 
 
-CASES = [(True, False, False), (True, True, False), (True, True, True), (False, True, False), (False, True, True)]
+class EveryTerm(Objective):
+    """Reads all there is to be scored."""
+
+    needs = frozenset(Terms._fields)
+
+    def __call__(self, policy, reference, tokens):
+        loss_B = sum((i + 1) * (p - 0.5 * r) / n for i, (p, r, n) in enumerate(zip(policy, reference, tokens)))
+        return Outcome(loss_B, {})
 
 
-@pytest.mark.parametrize("which", [(0,), (2,), (1, 3), (3, 0, 2), (0, 1, 2, 3)], ids=str)
-@pytest.mark.parametrize("projector", [True, False], ids=["projector", "frozen projector"])
-@pytest.mark.parametrize(("text", "noise", "released"), CASES)
+ALL = frozenset({"preferred", "text", "noise"})
+OBJECTIVES = {
+    "Eq. 3": (DPO(), {"preferred", "text"}),
+    "Eq. 5": (POVID(), ALL),
+    "Eq. 5, noise alone": (POVID(), {"preferred", "noise"}),
+    "released": (Released(), {"preferred", "text", "noise_on_clean"}),
+    "released, noise alone": (Released(), {"preferred", "noise_on_clean"}),
+    "every term": (EveryTerm(), EveryTerm.needs),
+}
+
+
+def assert_terms_close(found, expected, **tolerance):
+    for term, values in zip(Terms._fields, expected):
+        assert (values is None) == (getattr(found, term) is None)
+        if values is not None:
+            torch.testing.assert_close(getattr(found, term), values, **tolerance)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
-def test_score_and_gradients_equal_the_plain_way(
-    loaded, folder, tmp_path, which, projector, text, noise, released, dtype
-):
-    policy, template = loaded(dtype, projector)
-    examples, batch = batch_of(folder, tmp_path, template, which, text=text, noise=noise)
+def test_scores_and_gradients_equal_the_plain_way(loaded, folder, tmp_path, name, dtype):
+    objective, terms = OBJECTIVES[name]
     # RMSNorm and the rotary embedding work in float32 whatever the dtype, so float64 gains two digits, not nine.
     tolerance = {"rtol": 1e-5, "atol": 2e-5} if dtype == torch.float32 else {"rtol": 1e-7, "atol": 1e-6}
-    terms = frozenset(t for t, used in (("text", text), ("noise", noise)) if used)
-    stage = StageSettings("stage", tuple(terms), 1, 1e-4, 1e-4, 1)
-    module = POVIDModule(policy, ObjectiveSettings("released" if released else "paper"), stage, terms)
-    parameters = [p for group in policy.trained_parameters() for p in group]
+    for projector in (True, False):
+        policy, template = loaded(dtype, projector)
+        parameters = [p for group in policy.trained_parameters() for p in group]
+        for which in ((0,), (2,), (1, 3), (3, 0, 2), (0, 1, 2, 3)):
+            examples, batch = batch_of(folder, tmp_path, template, which, terms)
+            batch = batch._replace(
+                images={k: v.to(dtype) for k, v in batch.images.items()},
+                noised=batch.noised and {k: v.to(dtype) for k, v in batch.noised.items()},
+            )
+            fast = score(policy, batch, terms)
+            fast_loss = objective(*fast, batch.tokens).loss_B
+            fast_gradients = torch.autograd.grad(fast_loss.mean(), parameters)
 
-    batch = batch._replace(
-        images={k: v.to(dtype) for k, v in batch.images.items()},
-        noised=batch.noised and {k: v.to(dtype) for k, v in batch.noised.items()},
-    )
-    fast = score(policy, batch, noise_on_clean_image=released)
-    fast_loss = module.loss(*fast, batch).loss_B
-    fast_gradients = torch.autograd.grad(fast_loss.mean(), parameters)
+            plain = plain_score(policy, examples, terms)
+            for ours, theirs in zip(fast, plain):
+                assert_terms_close(ours, theirs, **tolerance)
+            plain_loss = objective(*plain, batch.tokens).loss_B
+            torch.testing.assert_close(fast_loss, plain_loss, **tolerance)
+            for ours, theirs in zip(fast_gradients, torch.autograd.grad(plain_loss.mean(), parameters)):
+                assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 1e-6) * (theirs.norm() + 1e-2)
 
-    plain = plain_score(policy, examples, text=text, noise=noise, released=released)
-    for ours, theirs in zip(fast, plain):
-        for term in theirs[0]:
-            torch.testing.assert_close(getattr(ours, term), torch.stack([entry[term] for entry in theirs]), **tolerance)
-    as_logps = [
-        type(fast[0])(
-            *(torch.stack([e[t] for e in side]) if t in side[0] else None for t in ("preferred", "text", "noise"))
-        )
-        for side in plain
-    ]
-    plain_loss = module.loss(*as_logps, batch).loss_B
-    torch.testing.assert_close(fast_loss, plain_loss, **tolerance)
-    for ours, theirs in zip(fast_gradients, torch.autograd.grad(plain_loss.mean(), parameters)):
-        assert (ours - theirs).norm() <= (1e-5 if dtype == torch.float32 else 1e-6) * (theirs.norm() + 1e-2)
+
+def test_an_objective_without_reference_runs_none(loaded, folder, tmp_path, monkeypatch):
+    policy, template = loaded(torch.float32, True)
+    _, batch = batch_of(folder, tmp_path, template, (0, 1), ALL)
+    monkeypatch.setattr(type(policy), "reference", lambda self: pytest.fail("the reference was scored"))
+    ours, reference = score(policy, batch, ALL, with_reference=False)
+    assert reference is None
+    assert ours.noise is not None
+
+
+def test_weighted_tokens_are_weighted_sums(loaded, folder, tmp_path):
+    """Each token's log-probability times its weight; the token counts are the sums of the weights."""
+    policy, template = loaded(torch.float32, True)
+    examples, batch = batch_of(folder, tmp_path, template, (1, 2), ALL)
+
+    def weigh(preferred, dispreferred):
+        return [1.0 + i for i in range(len(preferred))], [0.5] * len(dispreferred)
+
+    weighted = collate(examples, ALL, packable=True, padding_id=2, weigh=weigh)
+    plain, _ = score(policy, batch, ALL)
+    found, _ = score(policy, weighted, ALL)
+    torch.testing.assert_close(found.text, 0.5 * plain.text)
+    lengths = batch.tokens.preferred
+    assert weighted.tokens.preferred.tolist() == [n * (n + 1) / 2 for n in lengths.tolist()]
+    with stock(policy.network):
+        for i, example in enumerate(examples):
+            logits = plain_logits(policy.network, example.preferred, example.images["pixel_values"])
+            targets, marks = torch.tensor(example.preferred.input_ids[1:]), torch.tensor(example.preferred.response[1:])
+            logps = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0][marks]
+            torch.testing.assert_close(found.preferred[i], (logps * torch.arange(1, len(logps) + 1)).sum())
 
 
 def test_policy_without_training_is_its_reference(folder, tmp_path):
     policy, template = tiny.load(folder, perturb=False)
-    _, batch = batch_of(folder, tmp_path, template, (0, 1), text=True, noise=True)
-    ours, theirs = score(policy, batch)
-    for term in ("preferred", "text", "noise"):
-        torch.testing.assert_close(getattr(ours, term), getattr(theirs, term))
+    _, batch = batch_of(folder, tmp_path, template, (0, 1), ALL)
+    assert_terms_close(*score(policy, batch, ALL))
 
 
 def test_reference_keeps_the_original_projector(folder, tmp_path):
     policy, template = tiny.load(folder, perturb=False)
-    _, batch = batch_of(folder, tmp_path, template, (1,), text=True, noise=False)
-    before = score(policy, batch)[1]
+    _, batch = batch_of(folder, tmp_path, template, (1,), DPO.needs)
+    before = score(policy, batch, DPO.needs)[1]
     for parameter in policy.trained_parameters()[1]:
         parameter.data += 0.5
-    ours, theirs = score(policy, batch)
+    ours, theirs = score(policy, batch, DPO.needs)
     assert torch.equal(before.preferred, theirs.preferred)
     assert not torch.allclose(ours.preferred, theirs.preferred)
 
 
 def test_models_that_cannot_be_packed_are_scored_the_plain_way(folder, tmp_path):
     policy, template = tiny.load(folder)
-    _examples, batch = batch_of(folder, tmp_path, template, (0, 1, 2), text=True, noise=True)
-    fast = score(policy, batch)
+    _, batch = batch_of(folder, tmp_path, template, (0, 1, 2), ALL)
+    fast = score(policy, batch, ALL)
     policy.packable = False
-    _, apart = batch_of(folder, tmp_path, template, (0, 1, 2), text=True, noise=True, packable=False)
-    slow = score(policy, apart)
-    for one, other in zip((*fast[0], *fast[1]), (*slow[0], *slow[1])):
-        torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5)
+    _, apart = batch_of(folder, tmp_path, template, (0, 1, 2), ALL, packable=False)
+    slow = score(policy, apart, ALL)
+    for one, other in zip(fast, slow):
+        assert_terms_close(one, other, rtol=1e-5, atol=2e-5)
 
 
 def sequences(draw, prefix):
@@ -189,21 +244,17 @@ def batches(draw):
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(examples=batches(), released=st.booleans(), projector=st.booleans())
-def test_random_shapes_equal_the_plain_way(loaded, examples, released, projector):
+@given(examples=batches(), projector=st.booleans())
+def test_random_shapes_equal_the_plain_way(loaded, examples, projector):
     policy, _ = loaded(torch.float32, projector)
-    batch = collate(examples, text=True, packable=True, padding_id=2)
-    plain = plain_score(policy, examples, text=True, noise=True, released=released)
-    fast = score(policy, batch, noise_on_clean_image=released)
-    for ours, theirs in zip(fast, plain):
-        for term in ("preferred", "text", "noise"):
-            torch.testing.assert_close(
-                getattr(ours, term), torch.stack([entry[term] for entry in theirs]), rtol=1e-5, atol=5e-5
-            )
-    if not released:
-        cached = score(policy, batch, known_reference=LogProbs(fast[1].preferred, fast[1].text))
-        for one, other in zip((*fast[0], *fast[1]), (*cached[0], *cached[1])):
-            assert torch.equal(one, other)
+    terms = EveryTerm.needs
+    batch = collate(examples, terms, packable=True, padding_id=2)
+    for ours, theirs in zip(score(policy, batch, terms), plain_score(policy, examples, terms)):
+        assert_terms_close(ours, theirs, rtol=1e-5, atol=5e-5)
+    fast = score(policy, batch, ALL)
+    known = Terms(fast[1].preferred, fast[1].text)
+    for one, other in zip(fast, score(policy, batch, ALL, known_reference=known)):
+        assert_terms_close(one, other, rtol=0, atol=0)
 
 
 def test_gradient_checkpointing_changes_nothing(folder, tmp_path):
@@ -211,11 +262,11 @@ def test_gradient_checkpointing_changes_nothing(folder, tmp_path):
     for checkpointing in (False, True):
         policy, template = tiny.load(folder, gradient_checkpointing=checkpointing)
         policy.train()
-        _, batch = batch_of(folder, tmp_path, template, (3, 0, 2), text=True, noise=True)
+        _, batch = batch_of(folder, tmp_path, template, (3, 0, 2), ALL)
         calls = []
         policy.network.get_decoder().layers[0].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        ours, theirs = score(policy, batch)
-        loss = sum((a - b).sum() for a, b in zip(ours, theirs))
+        ours, theirs = score(policy, batch, ALL)
+        loss = sum((a - b).sum() for a, b in zip(ours[:3], theirs[:3]))
         gradients.append(torch.autograd.grad(loss, [p for group in policy.trained_parameters() for p in group]))
         assert len(calls) == (6 if checkpointing else 4)  # policy and reference, clean and noised; two come again
     for one, other in zip(*gradients):
@@ -224,7 +275,7 @@ def test_gradient_checkpointing_changes_nothing(folder, tmp_path):
 
 def test_last_layer_is_computed_where_tokens_are_predicted(loaded, folder, tmp_path):
     policy, template = loaded(torch.float32, True)
-    _, batch = batch_of(folder, tmp_path, template, (0, 3), text=True, noise=False)
+    _, batch = batch_of(folder, tmp_path, template, (0, 3), DPO.needs)
     seen = []
     layers = policy.network.get_decoder().layers
     hooks = [layer.mlp.register_forward_hook(lambda m, i, output: seen.append(output.shape[1])) for layer in layers]
@@ -235,4 +286,4 @@ def test_last_layer_is_computed_where_tokens_are_predicted(loaded, folder, tmp_p
     assert seen == [length, predicting] and predicting < length
     with predicting_rows(policy.network.get_decoder(), batch.pairs) as place_U:
         assert torch.equal(place_U, batch.pairs.slot_U)
-    assert layers[-1].rows is None
+    assert layers[-1].rows_BU is None

@@ -72,7 +72,7 @@ def build_arms(
     policy: Policy, made: list[Step], options: argparse.Namespace, base: Any, processor: Any, folder: Path
 ) -> list[tuple[Arm, list[torch.nn.Parameter]]]:
     """Every arm with the parameters that it trains."""
-    stock = adapt(twin(base), processor, SHAPES[options.model], lightened=False)
+    stock = adapt(twin(base), processor, SHAPES[options.model], fused=False)
     mine, theirs = ([p for group in each.trained_parameters() for p in group] for each in (policy, stock))
     cache = filled_cache(policy, made, folder)
     built = [

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from povid.model.policy import LoraSettings, ModelSettings, Policy
+from povid.model.loading import LocalModel, LoraSettings
+from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
 from povid.training.datamodule import Example, NoiseSettings, PreferenceBatch, PreferenceDataset, collate
@@ -122,24 +123,21 @@ def build_processor(shape: Shape) -> Any:
     )
 
 
-def adapt(model: nn.Module, processor: Any, shape: Shape, *, lightened: bool = True, seed: int = 1) -> Policy:
+def adapt(model: nn.Module, processor: Any, shape: Shape, *, fused: bool = True, seed: int = 1) -> Policy:
     """A policy on the model whose adapter is not zero, so that policy and reference differ. Dropout is off.
 
-    ``lightened=False`` leaves the modules as transformers and peft made them (see ``povid.model.fused``).
+    ``fused=False`` leaves the modules as transformers and peft made them (see ``povid.model.fused``).
     """
-    settings = ModelSettings(
-        shape.name,
-        "",
+    settings = LocalModel(
+        name=shape.name,
+        path=shape.name,
         dtype=shape.dtype,
-        system="",
         max_length=4096,
-        lora=LoraSettings(shape.lora, 2 * shape.lora, 0.0),
+        fused=fused,
+        lora=LoraSettings(r=shape.lora, alpha=2 * shape.lora, dropout=0.0),
     )
     torch.manual_seed(seed)
     policy = Policy(model, processor, settings, adapted=True)
-    if not lightened:
-        for module in policy.network.get_decoder().modules():
-            module.__dict__.pop("forward", None)
     generator = torch.Generator().manual_seed(seed)
     for parameter in (p for group in policy.trained_parameters() for p in group):
         parameter.data += 0.01 * torch.randn(parameter.shape, generator=generator).to(parameter)

@@ -25,10 +25,11 @@ from povid.dispreference.generate import (
 from povid.dispreference.report import figures, summary, write_report
 from povid.dispreference.rows import Row, read_rows
 from povid.fault import Fault, validated
+from povid.machine import conf_folder
 from povid.preferences.formats import write_povid
 from povid.server.endpoint import Endpoint, EndpointSettings
 
-CONF = Path(__file__).resolve().parents[3] / "conf"
+CONF = conf_folder()
 
 
 def run(config: DictConfig) -> None:

@@ -1,1 +1,1 @@
-"""Who learns and who answers: loading, policy, template, generation, adapters."""
+"""The models that learn and answer: loading, policy, template, generation, adapters."""

@@ -1,24 +1,22 @@
-"""Adapters in and out.
+"""Merge adapters into full checkpoints, and convert the original LLaVA's checkpoints.
 
     python -m povid.adapters merge outputs/runs/RUN --out FOLDER       a full checkpoint, for transformers, vLLM, llava
     python -m povid.adapters convert STAGE_ONE --lora STAGE_TWO --base llava-hf/llava-1.5-7b-hf --out FOLDER
 
-``merge`` writes model and processor. What training at a rate of 1e-7 adds is small beside the weights: rounded to
-float16 (the default) the sum keeps it but for some per cent, to bfloat16 it loses a good part, and float32 keeps all.
-The policy itself never merges in fewer than 32 bits.
+``merge`` writes model and processor. Training at a rate of 1e-7 adds little to the weights: float32 keeps all of it,
+float16 (the default) all but a few per cent, and bfloat16 rounds a good part of it away. The policy itself merges in
+float32 only.
 
-``convert`` reads checkpoints in the original LLaVA's naming, such as those that the paper's authors released:
-FOLDER/model is a full checkpoint in llava-hf's format and FOLDER/adapter, where a LoRA is given, an adapter in peft's
-format to be used with ``adapters=[FOLDER/adapter] model.path=FOLDER/model``.
+``convert`` reads checkpoints that use the original LLaVA's names, such as those that the paper's authors released. It
+writes FOLDER/model, a full checkpoint in llava-hf's format, and with ``--lora`` FOLDER/adapter in peft's format. Use
+them with ``model.path=FOLDER/model adapters=[FOLDER/adapter]``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,10 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
-from povid.model.policy import DTYPES, ModelSettings, load_model, load_processor, lora_targets
+from povid.files import draft
+from povid.model.loading import DTYPES, LocalModel, LoraSettings
+from povid.model.policy import add_lora
 
-# Original LLaVA's names to those of transformers (convert_llava_weights_to_hf.py, and llava/model/builder.py for the
-# prefixes of adapters). LoRA applied twice leaves its prefix twice.
+# From the original LLaVA's names to transformers' (convert_llava_weights_to_hf.py, and llava/model/builder.py for the
+# prefixes of adapters). Applying LoRA twice leaves its prefix twice.
 RENAMED = (
     (r"^(base_model\.model\.)+", ""),
     (r"^model\.model\.", "model."),
@@ -43,7 +43,11 @@ RENAMED = (
 
 
 def adapter_chain(place: Path) -> list[Path]:
-    """All adapters that make up the policy in a run folder, a stage folder or an adapter folder."""
+    """All adapters, in order, that make up the policy in a run folder, a stage folder or an adapter folder.
+
+    Raises:
+        Fault: the folder is none of these.
+    """
     if place.name == "adapter" and (place.parent / "stage.json").exists():
         place = place.parent
     stages = sorted(place.glob("stage_*/stage.json")) or [place / "stage.json"]
@@ -53,30 +57,30 @@ def adapter_chain(place: Path) -> list[Path]:
     if (place / "adapter_config.json").exists():
         return [place]
     raise Fault(
-        f"init_from: {place} holds neither stage_*/stage.json nor adapter_config.json; name a run folder of a "
-        "finished stage or an adapter folder"
+        f"init_from: {place} contains neither stage_*/stage.json nor adapter_config.json; name an adapter folder or a "
+        "run folder with a finished stage"
     )
 
 
 def transformers_name(key: str) -> str:
-    """A tensor's name in original LLaVA's checkpoints as transformers calls it, adapter prefixes taken off."""
+    """transformers' name for a tensor of the original LLaVA's checkpoints, without adapter prefixes."""
     for pattern, replacement in RENAMED:
         key = re.sub(pattern, replacement, key)
     return key
 
 
 def tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of every tensor in a checkpoint folder, one file in memory at a time.
+    """(name, tensor) of every tensor in a checkpoint folder, with one file in memory at a time.
 
     Raises:
-        Fault: there is neither safetensors nor pytorch_model*.bin nor adapter_model.bin.
+        Fault: there is no weights file, or one cannot be read.
     """
     files = sorted(folder.glob("*.safetensors"))
     files = files or sorted([*folder.glob("pytorch_model*.bin"), *folder.glob("adapter_model.bin")])
     if not files:
         raise Fault(
-            f"{folder} holds no weights (*.safetensors, pytorch_model*.bin or adapter_model.bin); name the "
-            "folder that was downloaded"
+            f"{folder} contains no weights (*.safetensors, pytorch_model*.bin or adapter_model.bin); name the folder "
+            "that was downloaded"
         )
     for file in files:
         yield from _read(file).items()
@@ -95,42 +99,43 @@ def _read(file: Path) -> Mapping[str, Tensor]:
 def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype: str = "float16") -> None:
     """Write a full checkpoint (model and processor) of a base model with adapters merged into it, in their order.
 
-    ``base`` None takes the model that the first adapter was trained on, by the name in its adapter_config.json.
+    Args:
+        base: folder or hub id; None for the model that the first adapter's adapter_config.json names.
+        dtype: of the weights that are written.
 
     Raises:
-        Fault: an adapter, the base model or their weights are not there, or ``out`` exists.
+        Fault: an adapter or the base model cannot be found, or ``out`` exists or cannot be written.
     """
     config = adapters[0] / "adapter_config.json"
     if base is None:
         if not config.exists():
-            raise Fault(f"{adapters[0]} holds no adapter_config.json; name an adapter folder or a finished run")
+            raise Fault(f"{adapters[0]} contains no adapter_config.json; name an adapter folder or a finished run")
         base = json.loads(config.read_text(encoding="utf-8")).get("base_model_name_or_path")
     if not base:
         raise Fault(f"{config} does not say which model it was trained on; name it with --base")
-    settings = ModelSettings(base, base, dtype=dtype)
-    with _saved(out) as draft:
-        model, processor = load_model(settings, adapters, merged=True), load_processor(settings)
-        model.save_pretrained(draft)
-        processor.save_pretrained(draft)
+    settings = LocalModel(name=base, path=base, dtype=dtype)
+    with _new_folder(out) as folder:
+        settings.load_model(adapters, merged=True).save_pretrained(folder)
+        settings.load_processor().save_pretrained(folder)
 
 
 def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: str = "float16") -> None:
-    """Write a checkpoint in original LLaVA's naming as ``out/model`` and its LoRA, if there is one, as ``out/adapter``.
+    """Convert the original LLaVA's checkpoint to ``out/model`` and, if given, its LoRA to ``out/adapter``.
 
     Args:
-        checkpoint: folder of full weights (``LlavaLlamaForCausalLM``). Its vision tower, where it holds one, is used.
-        base: llava-hf's model of the same size: configuration, processor, vision tower and the embeddings of the
-            tokens that original LLaVA lacks come from it.
-        lora: folder with adapter_config.json, adapter_model and, where the projector was trained,
+        checkpoint: folder of full weights (``LlavaLlamaForCausalLM``), with or without the vision tower.
+        base: llava-hf's model of the same size. It provides configuration, processor, the embeddings of tokens that
+            the original LLaVA does not have, and the vision tower if the checkpoint has none.
+        lora: folder with adapter_config.json, adapter_model and, if the projector was trained,
             non_lora_trainables.bin.
+        dtype: of the weights that are written.
 
     Raises:
-        Fault: a tensor has no place in the model or another shape, one that the model needs is missing, or ``out``
-            exists.
+        Fault: a tensor is unknown, missing or of another shape, or ``out`` exists or cannot be written.
     """
-    settings = ModelSettings(base, base, dtype=dtype)
-    with _saved(out) as draft:
-        model, processor = load_model(settings), load_processor(settings)
+    settings = LocalModel(name=base, path=base, dtype=dtype)
+    with _new_folder(out) as folder:
+        model, processor = settings.load_model(), settings.load_processor()
         filled = set()
         for key, tensor in tensors(checkpoint):
             if not key.endswith(("rotary_emb.inv_freq", "position_ids")):
@@ -138,37 +143,25 @@ def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None,
         needed = {name for name in model.state_dict() if "vision_tower" not in name}
         if needed - filled:
             raise Fault(
-                f"{checkpoint} lacks {len(needed - filled)} of the model's tensors, the first is "
+                f"{checkpoint}: {len(needed - filled)} of the model's tensors are missing, the first is "
                 f"{min(needed - filled)}; name a folder of full weights and give a LoRA with --lora"
             )
-        model.save_pretrained(draft / "model")
-        processor.save_pretrained(draft / "model")
+        model.save_pretrained(folder / "model")
+        processor.save_pretrained(folder / "model")
         if lora is not None:
-            _convert_lora(model, lora, str(out / "model")).save_pretrained(draft / "adapter")
+            _convert_lora(model, lora, str(out / "model")).save_pretrained(folder / "adapter")
 
 
 def _convert_lora(model: nn.Module, lora: Path, base: str) -> nn.Module:
-    from peft import LoraConfig, get_peft_model
-
+    """``model``, known as ``base``, with the LoRA of a folder on it, in peft's format."""
     file, projector = lora / "adapter_config.json", lora / "non_lora_trainables.bin"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-        r, alpha, dropout = config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0)
+        settings = LoraSettings(r=config["r"], alpha=config["lora_alpha"], dropout=config.get("lora_dropout", 0.0))
     except (OSError, ValueError, KeyError) as error:
-        raise Fault(f"{file} cannot be read ({error!r}); --lora wants the folder of an adapter") from error
+        raise Fault(f"{file} cannot be read ({error!r}); name the folder of an adapter with --lora") from error
     model.name_or_path = base
-    adapted = get_peft_model(
-        model,
-        LoraConfig(
-            r=r,
-            lora_alpha=alpha,
-            lora_dropout=dropout,
-            bias="none",
-            target_modules=lora_targets(model),
-            modules_to_save=["multi_modal_projector"] if projector.exists() else None,
-            task_type="CAUSAL_LM",
-        ),
-    )
+    adapted = add_lora(model, settings, "multi_modal_projector" if projector.exists() else None)
     filled = set()
     for key, tensor in tensors(lora):
         name = re.sub(r"\.(lora_[AB])\.(default\.)?weight$", r".\1.default.weight", transformers_name(key))
@@ -179,22 +172,25 @@ def _convert_lora(model: nn.Module, lora: Path, base: str) -> nn.Module:
     missing = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} - filled
     if missing:
         raise Fault(
-            f"{lora} lacks {len(missing)} of the adapter's tensors, the first is {min(missing)}; it must "
-            "cover every linear layer of the language model"
+            f"{lora}: {len(missing)} of the adapter's tensors are missing, the first is {min(missing)}; the adapter "
+            "must cover every linear layer of the language model"
         )
     return adapted
 
 
 def _fill(model: nn.Module, name: str, tensor: Tensor, source: str) -> str:
-    """Copy a tensor into the model's of that name; embeddings may have fewer rows, the model's further ones stay."""
+    """Copy a tensor into the model's tensor of that name, and return the name.
+
+    Embeddings may have fewer rows than the model's, whose other rows stay.
+    """
     state = model.state_dict(keep_vars=True)
     if name not in state:
-        raise Fault(f"{source} has no place in the model (as {name}); is --base a LLaVA-1.5 of llava-hf?")
+        raise Fault(f"{source}: the model has no tensor {name}; choose a LLaVA-1.5 of llava-hf as --base")
     target = state[name].data
     rows = len(tensor) if name.endswith(("embed_tokens.weight", "lm_head.weight")) else len(target)
     if tensor.shape != target[:rows].shape:
         raise Fault(
-            f"{source} has the shape {tuple(tensor.shape)} and the model {tuple(target.shape)}; choose the "
+            f"{source} has the shape {tuple(tensor.shape)} and the model's tensor {tuple(target.shape)}; choose a "
             "--base of the same size"
         )
     target[:rows] = tensor
@@ -202,33 +198,29 @@ def _fill(model: nn.Module, name: str, tensor: Tensor, source: str) -> str:
 
 
 @contextmanager
-def _saved(out: Path) -> Iterator[Path]:
-    """A folder that is there whole or not at all."""
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` when the block ends without an exception."""
     if out.exists():
         raise Fault(f"{out} exists; name a new folder with --out")
-    draft = out.with_name(f".{out.name}.part")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
     try:
-        yield draft
-        os.replace(draft, out)
+        with draft(out) as folder:
+            folder.mkdir()
+            yield folder
     except OSError as error:
         raise Fault(
             f"{out} cannot be written ({error.strerror or error}); free space or choose another --out"
         ) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m povid.adapters", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     merging = commands.add_parser("merge", help="a full checkpoint from adapters")
-    merging.add_argument("adapters", type=Path, nargs="+", help="a run folder, or adapter folders in their order")
-    merging.add_argument("--base", help="the model underneath; without it the one that the first adapter names")
-    converting = commands.add_parser("convert", help="read a checkpoint in original LLaVA's naming")
+    merging.add_argument("adapters", type=Path, nargs="+", help="a run folder, or adapter folders in order")
+    merging.add_argument("--base", help="the base model; default: the one that the first adapter names")
+    converting = commands.add_parser("convert", help="a checkpoint with the original LLaVA's names")
     converting.add_argument("checkpoint", type=Path)
-    converting.add_argument("--lora", type=Path, help="a LoRA on that checkpoint, in original LLaVA's naming")
+    converting.add_argument("--lora", type=Path, help="a LoRA on that checkpoint, with the original LLaVA's names")
     converting.add_argument("--base", default="llava-hf/llava-1.5-7b-hf", help="llava-hf's model of the same size")
     for command in (merging, converting):
         command.add_argument("--out", type=Path, required=True)

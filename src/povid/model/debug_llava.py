@@ -1,15 +1,16 @@
-"""LLaVA-1.5's architecture in small, with random weights: to try data, disks and clusters without a download.
+"""A small LLaVA-1.5 with random weights, to try data, disks and clusters without a download.
 
-It has everything that LLaVA-1.5-7B has (CLIP tower read at its second-last layer, two-layer projector, Llama with a
-head of its own, image token, processor), and knows nothing: what it says is noise.
+It has every part of LLaVA-1.5-7B (a CLIP tower whose second-last layer is read, a two-layer projector, a Llama with
+untied embeddings, image token, processor). Its answers are noise.
 """
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+from povid.files import draft
 
 SPECIAL = {"<s>": 0, "</s>": 1, "<pad>": 2, "<image>": 3}
 WORDS = (
@@ -37,10 +38,13 @@ def prepare(
     """Write model and processor to ``folder`` unless they are there, and return ``folder``.
 
     Args:
-        seed: of the weights. image, patch: sides of the picture and of a patch, pixels; (image / patch)^2 image tokens.
-        width, layers: of the language model; vision_width, vision_layers: of the vision tower; positions: longest
-            sequence in tokens. words: texts that the byte-level BPE of 512 tokens learns from.
-        spread: standard deviation of the weights; None for transformers' own initialisation.
+        seed: of the weights.
+        image, patch: sides of the picture and of a patch in pixels; they make (image / patch)^2 image tokens.
+        width, layers: of the language model.
+        vision_width, vision_layers: of the vision tower.
+        positions: longest sequence in tokens.
+        words: texts from which the byte-level BPE of 512 tokens is learnt.
+        spread: standard deviation of the weights (1 for embeddings); None for transformers' own initialisation.
     """
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
@@ -81,19 +85,14 @@ def prepare(
             for name, parameter in model.named_parameters():
                 if parameter.ndim > 1:
                     torch.nn.init.normal_(parameter, std=spread if "embed" not in name else 1.0)
-    draft = folder.with_name(f".{folder.name}-{os.getpid()}")
-    model.save_pretrained(draft)
-    processor.save_pretrained(draft)
-    try:
-        os.replace(draft, folder)
-    except OSError:  # another process was faster, with the same weights
-        shutil.rmtree(draft)
-        if not (folder / "config.json").exists():
-            raise
+    with draft(folder, replace=False) as place:  # another process may write the same weights
+        model.save_pretrained(place)
+        processor.save_pretrained(place)
     return folder
 
 
-def _processor(words: Iterable[str], image: int, patch: int):
+def _processor(words: Iterable[str], image: int, patch: int) -> Any:
+    """A LLaVA processor with a byte-level BPE tokenizer learnt from ``words``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
     from tokenizers.trainers import BpeTrainer

@@ -1,13 +1,15 @@
-"""The same numbers for less: what a language model with LoRA computes or keeps although nothing reads it.
+"""The same numbers for less: a language model with LoRA that computes and keeps only what is read.
 
-``lighten`` changes these things in a network's modules, where they are of the kinds known here:
-1. A LoRA layer adds its low-rank product to the frozen layer's result within one matrix product, and its backward pass
-   is written so that the rank is never the inner loop of a product.
-2. A gated MLP keeps gate and up for the backward pass and computes their product anew (element by element) when it is
-   needed, instead of keeping four tensors of the inner width.
-3. RMSNorm and the rotary embedding have backward passes of their own; their forward passes are transformers', digit for
-   digit.
-4. The last layer computes queries, output and MLP only where a response token is predicted (``predicting_rows``).
+:func:`fuse` turns modules that transformers and peft made into subclasses of their own classes, in place; weights and
+their names stay. ``model.fused=false`` leaves the modules alone. What changes:
+
+1. A LoRA layer adds its low-rank product to the frozen layer's output within one matrix product, and in its backward
+   pass the rank is never the inner loop of a product.
+2. A gated MLP keeps gate and up for the backward pass and computes their product again when it is needed, instead of
+   keeping four tensors of the inner width.
+3. RMSNorm and the rotary embedding have backward passes of their own. Their forward passes are transformers', digit
+   for digit.
+4. The last layer computes queries, output and MLP only where a response token is predicted (:func:`predicting_rows`).
 
 Shape suffixes: B = examples, T = positions, U = predicting positions, H = heads, D = width, N = rows of a product,
 R = LoRA's rank.
@@ -17,48 +19,46 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import MethodType
 from typing import Any
 
 import torch
+from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import silu
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
+from povid.internals import attention_function, is_watched
 from povid.model.packing import Packed
 
 
-def lighten(network: nn.Module) -> None:
-    """Change the modules of a network, adapter layers inside it, in place. Weights and their names stay."""
-    from peft.tuners.lora.layer import Linear as LoraLinear
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
+def fuse(network: nn.Module) -> None:
+    """Turn the modules of a network's language model, adapter layers included, into their fused subclasses.
 
-    decoder = network.get_decoder()
-    for module in decoder.modules():
-        kind = type(module)
-        if kind is LoraLinear and type(module.get_base_layer()) is nn.Linear and not module.lora_variant:
-            module.forward = MethodType(_lora_linear, module)
-        elif kind in (LlamaMLP, Qwen2MLP) and module.config.hidden_act == "silu":
-            module.forward = MethodType(_gated_mlp, module)
-        elif kind in (LlamaRMSNorm, Qwen2RMSNorm):
-            module.forward = MethodType(_rms_norm, module)
-        elif kind in (LlamaDecoderLayer, Qwen2DecoderLayer):
-            module.rows = None
-            module.forward = MethodType(_layer, module)
+    Modules of a kind that has no fused subclass, such as LoRA on a four-bit layer, stay what they are.
+    """
+    for module in network.get_decoder().modules():
+        fused = FUSED.get(type(module))
+        if fused is not None and fused.fits(module):
+            vars(module).pop("forward", None)  # accelerate wraps it for four-bit models, to move inputs between devices
+            module.__class__ = fused
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------------
 
 
 class _LowRank(torch.autograd.Function):
-    """wide + s x A' B', added in place. ``sources``: gate and up where x is silu(gate) * up, to make it again."""
+    """wide + s x A' B', added to ``wide`` in place.
+
+    ``sources``: gate and up where x is silu(gate) * up; they are kept instead of x, which is computed again.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, wide_ND: Tensor, x_ND: Tensor, a_RD: Tensor, b_DR: Tensor, scaling: float, *sources: Tensor
     ) -> Tensor:
         narrow_RN = a_RD @ x_ND.T
-        ctx.scaling, ctx.remade = scaling, bool(sources)
+        ctx.scaling, ctx.recomputed = scaling, bool(sources)
         ctx.save_for_backward(narrow_RN, a_RD, b_DR, *(sources or (x_ND,)))
         ctx.mark_dirty(wide_ND)
         return wide_ND.addmm_(narrow_RN.T, b_DR.T, alpha=scaling)
@@ -66,42 +66,52 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_ND: Tensor) -> tuple[Tensor | None, ...]:
         narrow_RN, a_RD, b_DR, *sources = ctx.saved_tensors
-        x_ND = silu(sources[0]).mul_(sources[1]) if ctx.remade else sources[0]
+        x_ND = silu(sources[0]).mul_(sources[1]) if ctx.recomputed else sources[0]
         narrow_grad_RN = (b_DR.T @ grad_ND.T).mul_(ctx.scaling)
         grad_x = narrow_grad_RN.T @ a_RD if ctx.needs_input_grad[1] else None
         grad_b = (narrow_RN @ grad_ND).T.mul(ctx.scaling)
         return grad_ND, grad_x, narrow_grad_RN @ x_ND, grad_b, None, *(None for _ in ctx.needs_input_grad[5:])
 
 
-def _lora_linear(self: Any, x: Tensor, *args: Any, sources: tuple[Tensor, ...] = (), **kwargs: Any) -> Tensor:
-    """peft's LoRA layer: x W' + s (x A') B'."""
-    if self.disable_adapters and not self.merged:
-        return self.base_layer(x)
-    name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
-    mixed = torch.is_autocast_enabled(x.device.type)
-    if args or kwargs or self.merged or name is None or (self.lora_A[name].weight.dtype != x.dtype and not mixed):
-        return type(self).forward(self, x, *args, **kwargs)
-    flat_ND = x.reshape(-1, x.shape[-1])
-    wide_ND, dropped_ND = self.base_layer(flat_ND), self.lora_dropout[name](flat_ND)
-    if dropped_ND is not flat_ND:
-        sources = ()
-    dtype = wide_ND.dtype
-    wide_ND = _LowRank.apply(
-        wide_ND,
-        dropped_ND.to(dtype),
-        self.lora_A[name].weight.to(dtype),
-        self.lora_B[name].weight.to(dtype),
-        self.scaling[name],
-        *(source.reshape(flat_ND.shape) for source in sources),
-    )
-    return wide_ND.view(*x.shape[:-1], wide_ND.shape[-1])
+class FusedLoraLinear(LoraLinear):
+    """peft's LoRA layer on a linear layer: x W' + s (x A') B'.
+
+    Merged or several adapters, and adapters in another dtype than x outside of autocast, are left to peft.
+    """
+
+    @staticmethod
+    def fits(module: LoraLinear) -> bool:
+        return type(module.get_base_layer()) is nn.Linear and not module.lora_variant
+
+    def forward(self, x: Tensor, *args: Any, sources: tuple[Tensor, ...] = (), **kwargs: Any) -> Tensor:
+        """[..., in] to [..., out]. ``sources``: see ``_LowRank``."""
+        if self.disable_adapters and not self.merged:
+            return self.base_layer(x)
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else None
+        mixed = torch.is_autocast_enabled(x.device.type)
+        if args or kwargs or self.merged or name is None or (self.lora_A[name].weight.dtype != x.dtype and not mixed):
+            return super().forward(x, *args, **kwargs)
+        flat_ND = x.reshape(-1, x.shape[-1])
+        wide_ND, dropped_ND = self.base_layer(flat_ND), self.lora_dropout[name](flat_ND)
+        if dropped_ND is not flat_ND:
+            sources = ()
+        dtype = wide_ND.dtype
+        wide_ND = _LowRank.apply(
+            wide_ND,
+            dropped_ND.to(dtype),
+            self.lora_A[name].weight.to(dtype),
+            self.lora_B[name].weight.to(dtype),
+            self.scaling[name],
+            *(source.reshape(flat_ND.shape) for source in sources),
+        )
+        return wide_ND.view(*x.shape[:-1], wide_ND.shape[-1])
 
 
 # --- element by element ----------------------------------------------------------------------------------------------
 
 
 class _Gated(torch.autograd.Function):
-    """silu(gate) * up, keeping the two and nothing else."""
+    """silu(gate) * up, for which only gate and up are kept."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
@@ -114,19 +124,34 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
 
 
-def _gated_mlp(self: Any, x: Tensor) -> Tensor:
-    gate, up = self.gate_proj(x), self.up_proj(x)
-    if not torch.is_grad_enabled():
-        return self.down_proj(silu(gate, inplace=True).mul_(up))
-    product = _Gated.apply(gate, up)
-    # LoRA's gradient needs the product, which costs little to make again and a third of the MLP's memory to keep.
-    if getattr(self.down_proj.forward, "__func__", None) is _lora_linear:
-        return self.down_proj(product, sources=(gate.detach(), up.detach()))
-    return self.down_proj(product)
+class GatedMLP:
+    """down(silu(gate(x)) * up(x)): what is fused of LlamaMLP and Qwen2MLP."""
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return module.config.hidden_act == "silu"
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if not torch.is_grad_enabled():
+            return self.down_proj(silu(gate, inplace=True).mul_(up))
+        product = _Gated.apply(gate, up)
+        # LoRA's gradient needs the product, which costs little to compute again and a third of the memory to keep.
+        if isinstance(self.down_proj, FusedLoraLinear):
+            return self.down_proj(product, sources=(gate.detach(), up.detach()))
+        return self.down_proj(product)
+
+
+class FusedLlamaMLP(GatedMLP, LlamaMLP):
+    pass
+
+
+class FusedQwen2MLP(GatedMLP, Qwen2MLP):
+    pass
 
 
 class _Normed(torch.autograd.Function):
-    """weight * x / sqrt(mean(x^2) + eps) as transformers computes it, keeping x and one number a row."""
+    """weight * x / sqrt(mean(x^2) + eps) as transformers computes it; x and one number per row are kept."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -143,14 +168,29 @@ class _Normed(torch.autograd.Function):
         return (grad - normed.mul_(along)).mul_(inverse).to(x.dtype), None, None
 
 
-def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    if self.weight.requires_grad:
-        return type(self).forward(self, hidden_states)
-    return _Normed.apply(hidden_states, self.weight, self.variance_epsilon)
+class RMSNorm:
+    """What is fused of LlamaRMSNorm and Qwen2RMSNorm; a weight that is trained is left to transformers."""
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return True
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if self.weight.requires_grad:
+            return super().forward(hidden_states)
+        return _Normed.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class FusedLlamaRMSNorm(RMSNorm, LlamaRMSNorm):
+    pass
+
+
+class FusedQwen2RMSNorm(RMSNorm, Qwen2RMSNorm):
+    pass
 
 
 class _Turned(torch.autograd.Function):
-    """Rotary embedding of x [B, H, T, D]: x cos + (x's halves exchanged) sin, sin negative in the first half."""
+    """Rotary embedding of x [B, H, T, D]: x cos + (x with its halves swapped) sin, sin negated in the first half."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
@@ -166,72 +206,100 @@ class _Turned(torch.autograd.Function):
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
+class DecoderLayer:
+    """What is fused of LlamaDecoderLayer and Qwen2DecoderLayer.
+
+    ``rows_BU``: the only columns of its output that are wanted, set by :func:`predicting_rows`; None for all. A layer
+    with a key-value cache, under gradient checkpointing, or whose attention weights somebody records, is left to
+    transformers.
+    """
+
+    rows_BU: Tensor | None = None
+
+    @staticmethod
+    def fits(module: nn.Module) -> bool:
+        return True
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, T, D] to [B, T, D], or to [B, U, D] with ``rows_BU``."""
+        attention, rows_BU = self.self_attn, self.rows_BU
+        cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))  # its name changed in 5.24
+        if rows_BU is None and (
+            cached or is_watched(attention) or (self.gradient_checkpointing and torch.is_grad_enabled())
+        ):
+            return super().forward(
+                hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
+            )
+
+        def pick(values_BTX: Tensor) -> Tensor:
+            if rows_BU is None:
+                return values_BTX
+            values_BTX = values_BTX.expand(rows_BU.shape[0], -1, -1)
+            return values_BTX.gather(1, rows_BU[..., None].expand(-1, -1, values_BTX.shape[-1]))
+
+        def heads(projected: Tensor) -> Tensor:
+            return projected.view(*projected.shape[:-1], -1, attention.head_dim).transpose(1, 2)
+
+        normed_BTD = self.input_layernorm(hidden_states)
+        cos, sin = position_embeddings
+        half = sin.shape[-1] // 2
+        signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        query = _Turned.apply(heads(attention.q_proj(pick(normed_BTD))), pick(cos)[:, None], pick(signed_sin)[:, None])
+        key = _Turned.apply(heads(attention.k_proj(normed_BTD)), cos[:, None], signed_sin[:, None])
+        value = heads(attention.v_proj(normed_BTD))
+        mask = attention_mask
+        if rows_BU is not None and mask is None:  # causal
+            places = torch.arange(normed_BTD.shape[1], device=rows_BU.device)
+            mask = torch.zeros((), dtype=query.dtype, device=rows_BU.device).masked_fill(
+                places > rows_BU[..., None], torch.finfo(query.dtype).min
+            )[:, None]
+        elif rows_BU is not None:
+            mask = mask[:, 0].gather(1, rows_BU[..., None].expand(-1, -1, mask.shape[-1]))[:, None]
+        attend = attention_function(attention.config)
+        attended, _ = attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)
+        residual = pick(hidden_states)
+        residual = residual + attention.o_proj(attended.reshape(*residual.shape[:-1], -1))
+        return residual + self.mlp(self.post_attention_layernorm(residual))
+
+
+class FusedLlamaDecoderLayer(DecoderLayer, LlamaDecoderLayer):
+    pass
+
+
+class FusedQwen2DecoderLayer(DecoderLayer, Qwen2DecoderLayer):
+    pass
+
+
+FUSED = {
+    LoraLinear: FusedLoraLinear,
+    LlamaMLP: FusedLlamaMLP,
+    Qwen2MLP: FusedQwen2MLP,
+    LlamaRMSNorm: FusedLlamaRMSNorm,
+    Qwen2RMSNorm: FusedQwen2RMSNorm,
+    LlamaDecoderLayer: FusedLlamaDecoderLayer,
+    Qwen2DecoderLayer: FusedQwen2DecoderLayer,
+}
+
+
 @contextmanager
 def predicting_rows(decoder: nn.Module, packed: Packed) -> Iterator[Tensor]:
-    """Inside, the decoder's last hidden states are those of the predicting positions alone, where that is possible.
+    """Inside, the decoder's last layer computes the predicting positions alone, where that is possible.
 
-    Yields the index [U] at which each predicting position then stands in its example. Under gradient checkpointing a
-    layer is computed again later, when these rows are no longer known, so nothing is left out.
+    Yields the index [U] at which each predicting position then stands in its example. With gradient checkpointing all
+    positions are computed, since a layer runs again in the backward pass, when the rows are no longer known.
     """
     last = decoder.layers[-1] if hasattr(decoder, "layers") else None
-    if not hasattr(last, "rows") or (last.gradient_checkpointing and torch.is_grad_enabled()):
+    if not isinstance(last, DecoderLayer) or (last.gradient_checkpointing and torch.is_grad_enabled()):
         yield packed.column_U
         return
-    last.rows = packed.columns_BU
+    last.rows_BU = packed.columns_BU
     try:
         yield packed.slot_U
     finally:
-        last.rows = None
-
-
-def _layer(
-    self: Any,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **kwargs: Any,
-) -> Tensor:
-    """A decoder layer; with ``self.rows`` [B, U] its output at these columns alone.
-
-    Caches, checkpointing, and attention that somebody wants to see are left to transformers.
-    """
-    attention, rows_BU = self.self_attn, self.rows
-    cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))  # its name changed in 5.24
-    if rows_BU is None and (
-        cached or attention._forward_hooks or (self.gradient_checkpointing and torch.is_grad_enabled())
-    ):
-        return type(self).forward(
-            self, hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
-        )
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-    from transformers.models.llama.modeling_llama import eager_attention_forward
-
-    def pick(values_BTX: Tensor) -> Tensor:
-        if rows_BU is None:
-            return values_BTX
-        values_BTX = values_BTX.expand(rows_BU.shape[0], -1, -1)
-        return values_BTX.gather(1, rows_BU[..., None].expand(-1, -1, values_BTX.shape[-1]))
-
-    def heads(projected: Tensor) -> Tensor:
-        return projected.view(*projected.shape[:-1], -1, attention.head_dim).transpose(1, 2)
-
-    normed_BTD = self.input_layernorm(hidden_states)
-    cos, sin = position_embeddings
-    half = sin.shape[-1] // 2
-    signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-    query = _Turned.apply(heads(attention.q_proj(pick(normed_BTD))), pick(cos)[:, None], pick(signed_sin)[:, None])
-    key = _Turned.apply(heads(attention.k_proj(normed_BTD)), cos[:, None], signed_sin[:, None])
-    value = heads(attention.v_proj(normed_BTD))
-    mask = attention_mask
-    if rows_BU is not None and mask is None:  # causal
-        places = torch.arange(normed_BTD.shape[1], device=rows_BU.device)
-        mask = torch.zeros((), dtype=query.dtype, device=rows_BU.device).masked_fill(
-            places > rows_BU[..., None], torch.finfo(query.dtype).min
-        )[:, None]
-    elif rows_BU is not None:
-        mask = mask[:, 0].gather(1, rows_BU[..., None].expand(-1, -1, mask.shape[-1]))[:, None]
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
-    attended, _ = attend(attention, query, key, value, mask, dropout=0.0, scaling=attention.scaling)
-    residual = pick(hidden_states)
-    residual = residual + attention.o_proj(attended.reshape(*residual.shape[:-1], -1))
-    return residual + self.mlp(self.post_attention_layernorm(residual))
+        last.rows_BU = None

@@ -28,12 +28,13 @@ class Side(NamedTuple):
     """The response tokens of one side of the pairs.
 
     ``example_N`` names the example in the batch, ``position_N`` the place among the U predicting positions and
-    ``token_N`` the token that is predicted there.
+    ``token_N`` the token that is predicted there. ``weight_N``: the weights of an objective that weights tokens.
     """
 
     example_N: Tensor
     position_N: Tensor
     token_N: Tensor
+    weight_N: Tensor | None = None
 
 
 class Packed(NamedTuple):

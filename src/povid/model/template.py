@@ -1,13 +1,14 @@
-"""From a conversation and its image to tokens, response marks and the tensors that the vision tower reads."""
+"""Turn a conversation and its image into token ids, response marks and the tensors that the vision tower reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from tokenizers.pre_tokenizers import Metaspace
 
 from povid.fault import Fault
 from povid.model.packing import Encoded
@@ -30,17 +31,39 @@ def pad_to_square(picture: Image.Image, mean: Sequence[float]) -> Image.Image:
     return square
 
 
+def limit_dummy_prefix(tokenizer: Any) -> bool:
+    """Make a sentencepiece tokenizer add its dummy prefix (``▁``) at the start of a text and nowhere else.
+
+    LLaVA-1.5 was trained with Vicuna's tokenizer, whose ``legacy`` flag is false. With ``legacy`` true, transformers
+    also adds the prefix after every special token, for example to the ``USER`` that follows ``</s>``. Converted
+    checkpoints carry either value, so the tokenizer is changed in place.
+
+    Returns:
+        Whether the tokenizer has a dummy prefix; one that has none (byte-level BPE) is left as it is.
+    """
+    backend = tokenizer.backend_tokenizer
+    metaspace = backend.pre_tokenizer
+    # in files written by transformers 4, a normalizer adds the prefix and turns spaces into ▁
+    if metaspace is None and backend.normalizer is not None and backend.normalizer.normalize_str("a b") == "▁a▁b":
+        backend.normalizer, metaspace = None, Metaspace(split=False)
+    if not isinstance(metaspace, Metaspace) or metaspace.prepend_scheme == "never":
+        return False
+    backend.pre_tokenizer = Metaspace(metaspace.replacement, prepend_scheme="first", split=metaspace.split)
+    return True
+
+
 @dataclass(slots=True)
 class Template:
-    """How one model is spoken to.
+    """The format in which one model reads conversations.
 
     Args:
-        processor: the model's processor (tokenizer and image processor).
+        processor: the model's processor (tokenizer and image processor). With ``vicuna_v1``, a
+            sentencepiece tokenizer is changed in place to give LLaVA-1.5's tokens (:func:`limit_dummy_prefix`).
         style: ``vicuna_v1`` (LLaVA-1.5: ``SYSTEM USER: <image>\\nQ ASSISTANT: A</s>``), ``chat`` (the model's own
             chat template) or ``bare`` (InstructBLIP: question and answer, the image's tokens before both).
         system: system text of vicuna_v1; "" leaves it out.
         pad_square: pad pictures to a square of the mean colour before the processor sees them, as LLaVA-1.5 does.
-        max_length: longest sequence in tokens, image tokens included; a response that goes beyond is cut.
+        max_length: longest sequence in tokens, image tokens included; longer responses are truncated.
     """
 
     processor: Any
@@ -48,16 +71,24 @@ class Template:
     system: str = VICUNA_V1_SYSTEM
     pad_square: bool = False
     max_length: int = 1024
+    image_text: str = field(init=False, default="")  # what stands for the image in the first question
+
+    def __post_init__(self) -> None:
+        if self.style == "vicuna_v1":
+            # LLaVA tokenizes what precedes and what follows the image as two texts (llava/mm_utils.py,
+            # tokenizer_image_token), so the second one starts with a dummy prefix too: a space, written out here.
+            prefix = " " if limit_dummy_prefix(self.processor.tokenizer) else ""
+            self.image_text = f"{self.processor.image_token}{prefix}\n"
 
     def text(self, turns: Sequence[Turn], *, image: bool = True) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as one string and the span of each response (end-of-turn token included) in it.
 
-        A conversation that ends with the user gets the model's generation prompt at its end. ``image`` says whether
-        the conversation is about an image, whose marker then stands in the first question.
+        A conversation that ends with the user is followed by the model's generation prompt. With ``image``, the first
+        question holds the image's marker.
         """
         if self.style == "chat":
             return self._chat(turns, image)
-        mark = f"{self.processor.image_token}\n" if image and self.style == "vicuna_v1" else ""
+        image_text = self.image_text if image else ""
         text, spans = (self.system + " " if self.system else ""), []
         for number, turn in enumerate(turns):
             if turn.role == "assistant":
@@ -65,7 +96,7 @@ class Template:
                 text += f" {turn.text}{self.processor.tokenizer.eos_token}"
                 spans.append((start, len(text)))
             elif self.style == "vicuna_v1":
-                text += f"USER: {mark if number == 0 else ''}{turn.text} ASSISTANT:"
+                text += f"USER: {image_text if number == 0 else ''}{turn.text} ASSISTANT:"
             else:
                 text += turn.text
         return text, spans
@@ -86,17 +117,17 @@ class Template:
                 if not (text.startswith(before) and text.startswith(after)):
                     raise Fault(
                         "the model's chat template changes earlier turns when later ones are added, so its "
-                        "responses cannot be told apart; set model.style=vicuna_v1 or use another template"
+                        "responses cannot be located; set model.style=vicuna_v1 or use another template"
                     )
                 spans.append((len(before), len(after.rstrip())))
         return text, spans
 
     def picture(self, picture: Image.Image) -> Image.Image:
-        """The picture as the processor gets it: padded to a square if the model wants that."""
+        """The picture as the processor receives it: padded to a square if ``pad_square`` is set."""
         return pad_to_square(picture, self.processor.image_processor.image_mean) if self.pad_square else picture
 
     def see(self, prompt: str, picture: Image.Image) -> tuple[list[int], dict[str, Any]]:
-        """The processor's token ids of a prompt, image tokens expanded, and its image tensors ([1, ...] each)."""
+        """The processor's token ids of a prompt, with image tokens expanded, and the image tensors, [1, ...] each."""
         inputs = self.processor(text=[prompt], images=[picture], return_tensors="pt", **self._special(prompt))
         ids = inputs.pop("input_ids")[0].tolist()
         text_only = ("attention_mask", "token_type_ids", "mm_token_type_ids")
@@ -111,11 +142,11 @@ class Template:
     ) -> tuple[list[Encoded], dict[str, Any]]:
         """Tokens of conversations about one image (or about none), and the image's tensors.
 
-        The image is read and processed once. Responses that go beyond ``max_length`` are cut; conversations that end
-        with a question are prompts to be answered and keep their whole length.
+        The image is read and processed once. Sequences are truncated to ``max_length``, except those that end with a
+        question: they are prompts to be answered.
 
         Raises:
-            Fault: naming the record: its prompt alone is too long for a response, or its text holds the image marker.
+            Fault: the record's prompt alone fills ``max_length``, or its text holds the image marker.
         """
         head, images = self._head(conversations[0][0], image, name) if image is not None else ([], {})
         encoded = []
@@ -148,7 +179,7 @@ class Template:
     def _after_image(
         self, text: str, spans: list[tuple[int, int]], image: bool, name: str | int
     ) -> tuple[list[int], list[bool]]:
-        """Token ids of what follows the image (of all without one), and which of them lie in a response."""
+        """Token ids after the image (all of them without an image), and whether each belongs to a response."""
         output = self.processor.tokenizer(text, return_offsets_mapping=True, **self._special(text))
         ids, mark = output["input_ids"], str(self.processor.image_token)
         found, wanted = text.count(mark), int(image and self.style != "bare")
@@ -162,6 +193,6 @@ class Template:
         return ids[first:], marks[first:]
 
     def _special(self, text: str) -> dict[str, bool]:
-        """Chat templates write the first special token themselves; it must not come twice."""
+        """Do not add the beginning-of-sequence token again after a chat template that writes it itself."""
         bos = self.processor.tokenizer.bos_token
         return {"add_special_tokens": not (bos and text.startswith(bos))}

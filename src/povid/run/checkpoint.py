@@ -1,8 +1,8 @@
-"""Checkpoints from which a stage goes on with the very losses that it would have had without the interruption.
+"""Checkpoints from which a stage resumes with exactly the losses that it would have had without the interruption.
 
 What the trainer saves (trained weights, optimiser, schedule, position in the epoch) is joined by the states of all
 random generators of all processes. A checkpoint is written beside its place, forced to disk and renamed; its name ends
-with a checksum, so that a torn or spoilt file is known for what it is and the one before it is taken.
+with a checksum, so that a torn or damaged file is recognised and the one before it is used.
 """
 
 from __future__ import annotations
@@ -11,40 +11,41 @@ import logging
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
 import torch
 from lightning.pytorch.plugins.environments import SLURMEnvironment
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+from pydantic import BaseModel, ConfigDict, Field
 
 from povid.fault import Fault
+from povid.files import files_in, remove, sync
+from povid.internals import cluster_environment, correct_logged_step, script_launcher
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"step_(\d{8})\.([0-9a-f]{8})\.ckpt")
 
 
-@dataclass(frozen=True, slots=True)
-class CheckpointSettings:
+class CheckpointSettings(BaseModel):
     """How often a stage is saved: every so many optimiser steps, every so many minutes, or both; null for neither.
 
     ``keep``: how many checkpoints stay on disk while a stage trains; none stays when it is finished.
     """
 
-    every_steps: int | None = None
-    every_minutes: float | None = 1.0
-    keep: int = 2
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    every_steps: Annotated[int, Field(ge=1)] | None = None
+    every_minutes: Annotated[float, Field(ge=0)] | None = 1.0
+    keep: Annotated[int, Field(ge=1)] = 2
 
 
 class Stopped(BaseException):
@@ -80,8 +81,7 @@ class Checkpoints(L.Callback):
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # dropout differs between devices
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        # Lightning's own count, under which loggers file a step, lags by one after some resumptions.
-        trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+        correct_logged_step(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
@@ -135,16 +135,16 @@ class Checkpoints(L.Callback):
         draft = self.folder / ".draft.part"
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(draft) if draft.is_dir() else draft.unlink(missing_ok=True)
+            remove(draft)
         trainer.save_checkpoint(draft)
         if trainer.is_global_zero:
-            for file in _files(draft):
+            for file in files_in(draft):
                 sync(file)
             place = self.folder / f"step_{trainer.global_step:08d}.{checksum(draft):08x}.ckpt"
             os.replace(draft, place)
             sync(self.folder)
             for old in checkpoints(self.folder)[self.settings.keep :]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink()
+                remove(old)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
 
     def _due(self, trainer: L.Trainer) -> bool:
@@ -158,11 +158,11 @@ class Checkpoints(L.Callback):
 
     def _listen(self, trainer: L.Trainer) -> None:
         """Take SIGTERM and the requeue signal over from Lightning, whose handlers save in the middle of a step."""
-        environment = trainer._accelerator_connector.cluster_environment
-        launcher = trainer.strategy.launcher
+        environment = cluster_environment(trainer)
+        launcher = script_launcher(trainer)
 
         def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is None and isinstance(launcher, _SubprocessScriptLauncher):
+            if self.signal is None and launcher is not None:
                 launcher.kill(number)  # the processes that this one started hear of it too
             self.signal = number
 
@@ -180,7 +180,7 @@ class Checkpoints(L.Callback):
             job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
             subprocess.run(["scontrol", "requeue", job], check=True)
             raise Stopped(f"{name}: saved after step {trainer.global_step} and requeued as job {job}")
-        raise Stopped(f"{name}: saved after step {trainer.global_step} in {self.folder}; go on with resume=latest")
+        raise Stopped(f"{name}: saved after step {trainer.global_step} in {self.folder}; resume with resume=latest")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -209,31 +209,18 @@ def newest(folder: Path) -> Path | None:
         found = checksum(file)
         if found == int(NAME.fullmatch(file.name)[2], 16):
             return file
-        log.warning("%s is damaged (checksum %08x); going back to the checkpoint before it", file, found)
+        log.warning("%s is damaged (checksum %08x); falling back to the checkpoint before it", file, found)
     return None
 
 
 def checksum(place: Path) -> int:
     """CRC-32 of a file, or of all files of a folder (what DeepSpeed writes)."""
     value = 0
-    for file in _files(place):
+    for file in files_in(place):
         with file.open("rb") as source:
             while block := source.read(2**22):
                 value = zlib.crc32(block, value)
     return value
-
-
-def _files(place: Path) -> list[Path]:
-    return sorted(file for file in place.rglob("*") if file.is_file()) if place.is_dir() else [place]
-
-
-def sync(place: Path) -> None:
-    """Force a file, or the names in a folder, to disk."""
-    handle = os.open(place, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 # --- random generators -----------------------------------------------------------------------------------------------

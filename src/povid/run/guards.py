@@ -28,7 +28,7 @@ LISTED = 20  # faulty records that a message names
 class FiniteLoss(L.Callback):
     """Stops a stage at a loss that is NaN or infinite, naming the step, its records and the last good checkpoint.
 
-    On a GPU a step's loss is looked at when the next step has ended, so that nobody waits for the device; before a
+    On a GPU a step's loss is looked at when the next step has ended, so that nothing waits for the device; before a
     checkpoint is written the newest loss is looked at too.
     """
 
@@ -131,8 +131,8 @@ def refuse(report: Report, source: str) -> None:
 
 
 @contextmanager
-def full_disk_told(folder: Path) -> Iterator[None]:
-    """Turn what libraries make of a full disk into one sentence."""
+def explain_full_disk(folder: Path) -> Iterator[None]:
+    """Turn the errors that libraries raise on a full disk into one sentence."""
     try:
         yield
     except Fault:
@@ -141,7 +141,7 @@ def full_disk_told(folder: Path) -> Iterator[None]:
         if not _disk_full(error):
             raise
         raise Fault(
-            f"there is no space left to write in {folder}; free some and go on with resume=latest: finished "
+            f"there is no space left to write in {folder}; free some and resume with resume=latest: finished "
             "stages, checkpoints and answers are kept"
         ) from error
 

@@ -1,17 +1,25 @@
-"""Where numbers go while a stage trains: metrics.csv always, W&B where it is wanted; both go on where they stopped."""
+"""Where numbers go while a stage trains: metrics.csv always, and whatever loggers are configured."""
 
 from __future__ import annotations
 
 import csv
 import os
+import pkgutil
 import secrets
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+
+from povid import files
+from povid.fault import Fault
+from povid.report import dashboards
+from povid.run.build import accepted, make
+from povid.run.settings import Settings
 
 
 class MetricsFile(L.Callback):
@@ -43,8 +51,7 @@ class MetricsFile(L.Callback):
     def force(self) -> None:
         """Force what is written to disk."""
         if self.file.exists():
-            with self.file.open("rb") as written:
-                os.fsync(written.fileno())
+            files.sync(self.file)
 
     def _begin(self) -> None:
         """The head, and the rows of an earlier attempt that still hold."""
@@ -52,48 +59,74 @@ class MetricsFile(L.Callback):
         if self.start and self.file.exists():
             with self.file.open(newline="", encoding="utf-8") as source:
                 rows = [row for row in csv.DictReader(source) if row["step"] and int(row["step"]) < self.start]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self.file.with_name(f".{self.file.name}.part")
-        with draft.open("w", newline="", encoding="utf-8") as sink:
+        with files.draft(self.file) as draft, draft.open("w", newline="", encoding="utf-8") as sink:
             writer = csv.DictWriter(sink, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-        os.replace(draft, self.file)
 
 
-def wandb_logger(
-    folder: Path,
-    job: str,
-    *,
-    project: str,
-    entity: str | None,
-    mode: str,
-    tags: Sequence[str],
-    config: Mapping[str, Any],
-) -> WandbLogger:
-    """The W&B run of one job (``stage_1``, ``stage_2``, ``evaluate``) of a run folder, in the group of its sweep.
+@dataclass(frozen=True)
+class RunContext:
+    """What a logger may want to know of the run: ``job`` is stage_1, stage_2 or evaluate; ``group`` the sweep's name."""
 
-    Its id lies in ``folder/wandb_ids/JOB``, so that a resumed job goes on in the same W&B run, offline too.
+    folder: Path
+    job: str
+    group: str
+    tags: tuple[str, ...]
+    config: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, settings: Settings, folder: Path, job: str) -> RunContext:
+        sweep = folder.parent.name if (folder.parent / "multirun.yaml").exists() else folder.name
+        tags = (settings.plain.row, settings.objective, settings.model.name, settings.data.name)
+        return cls(folder, job, sweep, tags, settings.tree)
+
+
+def make_loggers(nodes: Mapping[str, Mapping[str, Any]], run: RunContext) -> list[Logger]:
+    """The configured loggers for one job of a run.
+
+    A logger that takes ``run`` is given the context; one that takes ``save_dir`` writes below the job's folder unless
+    its configuration names another.
+
+    Raises:
+        Fault: a package that a logger needs is not installed.
     """
-    place = folder / "wandb_ids" / job
+    loggers = []
+    for name, node in nodes.items():
+        offered = {"run": run, "save_dir": str(run.folder / run.job)}
+        taken = accepted(pkgutil.resolve_name(node["_target_"]), offered)
+        try:
+            loggers.append(make(node, **{key: value for key, value in taken.items() if key not in node}))
+        except ImportError as error:
+            raise Fault(f"logger.{name}: {error}; install what it needs or choose another logger") from None
+    return loggers
+
+
+def wandb_logger(run: RunContext, project: str = "povid", entity: str | None = None, mode: str = "auto") -> WandbLogger:
+    """The W&B run of one job of a run folder, in the group of its sweep.
+
+    Its id lies in ``folder/wandb_ids/JOB``, so that a resumed job continues the same W&B run, offline too.
+
+    Args:
+        run: whose job it is.
+        project, entity: where it is filed.
+        mode: online, offline, disabled, or auto: online if logged in, else offline.
+    """
+    place = run.folder / "wandb_ids" / run.job
     if not place.exists():
-        place.parent.mkdir(parents=True, exist_ok=True)
-        draft = place.with_name(f".{job}.part")
-        draft.write_text(secrets.token_hex(4), encoding="utf-8")
-        os.replace(draft, place)
-    sweep = folder.parent.name if (folder.parent / "multirun.yaml").exists() else folder.name
+        files.write_text(place, secrets.token_hex(4))
     return WandbLogger(
         project=project,
         entity=entity,
-        name=f"{folder.name}-{job}",
+        name=f"{run.folder.name}-{run.job}",
         id=place.read_text(encoding="utf-8"),
         resume="allow",
-        group=sweep,
-        job_type=job,
-        save_dir=str(folder),
+        group=run.group,
+        job_type=run.job,
+        save_dir=str(run.folder),
         mode=wandb_mode(mode),
-        tags=list(tags),
-        config=dict(config),
+        tags=list(run.tags),
+        config=dict(run.config),
     )
 
 
@@ -108,11 +141,29 @@ def wandb_mode(mode: str) -> str:
     return "online" if wandb.api.api_key else "offline"
 
 
-def close(loggers: Sequence[WandbLogger], status: str = "success") -> None:
-    """End W&B runs here: under a sweep the next job would otherwise go on in the same one."""
+def show_evaluation(loggers: Sequence[Logger], benchmarks: Mapping[str, Mapping[str, Any]], table: Any) -> None:
+    """Benchmark figures in every logger, and the table of captions where a logger can show pictures (W&B)."""
+    figures = {
+        f"{name}/{key}": value
+        for name, scores in benchmarks.items()
+        for key, value in scores.items()
+        if isinstance(value, (int, float))
+    }
+    for logger in loggers:
+        if isinstance(logger, WandbLogger):
+            logger.experiment.summary.update(figures)
+            if table is not None:
+                dashboards.log_table(logger.experiment, table)
+        else:
+            logger.log_metrics(figures)
+
+
+def close(loggers: Sequence[Logger], status: str = "success") -> None:
+    """End the loggers' runs here: under a sweep the next job would otherwise continue the same W&B run."""
     for logger in loggers:
         if rank_zero_only.rank == 0:
-            import wandb
-
             logger.finalize(status)
-            wandb.finish(exit_code=0 if status == "success" else 1)
+            if isinstance(logger, WandbLogger):
+                import wandb
+
+                wandb.finish(exit_code=0 if status == "success" else 1)

@@ -6,7 +6,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,11 @@ from pathlib import Path
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import open_dict, read_write
 
 from povid.fault import Fault
+from povid.internals import script_launcher, stop_watching_children
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +86,10 @@ def leave_group() -> None:
 
 def end_children(trainer: L.Trainer) -> None:
     """End the processes that a trainer started, after a fault here: they would wait for this one for ever."""
-    launcher = trainer.strategy.launcher
-    if not isinstance(launcher, _SubprocessScriptLauncher):
+    launcher = script_launcher(trainer)
+    if launcher is None:
         return
-    for thread in threading.enumerate():
-        if thread.name == "child-process-observer":
-            thread._child_processes = []  # or it would end this process too, and with it the rest of a sweep
+    stop_watching_children()  # or Lightning would end this process too, and with it the rest of a sweep
     for child in launcher.procs:
         if child.poll() is None:
             child.send_signal(signal.SIGKILL)

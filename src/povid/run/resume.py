@@ -1,4 +1,4 @@
-"""Which run ``resume=latest`` means, and whether a run folder may be gone on with under a configuration."""
+"""Which run ``resume=latest`` means, and whether a run folder may be resumed under a configuration."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     are refused later if they would change a number). ``-m`` looks for sweeps alone.
 
     Raises:
-        Fault: nothing below ``outputs`` waits to be gone on with.
+        Fault: nothing below ``outputs`` waits to be resumed.
     """
     if "resume=latest" not in arguments:
         return list(arguments)
@@ -46,7 +46,7 @@ def expand(arguments: Sequence[str]) -> list[str]:
     waiting = sorted(unfinished(outputs, sweeps_only=sweeps_only))
     if not waiting:
         raise Fault(
-            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that has begun and not ended; leave out "
+            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started and not finished; leave out "
             "resume=latest to start one"
         )
     _, folder = waiting[-1]
@@ -76,16 +76,18 @@ def _overrides(folder: Path) -> Iterator[str]:
 
 
 def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[float, Path]]:
-    """(when last started, folder) of the sweeps and runs that have begun and not ended.
+    """(when last started, folder) of the sweeps and runs that were started and not finished.
 
-    A run has begun when its config.yaml is written and ended with its results.json; a sweep has ended when all its
+    A run is started when its config.yaml is written and finished with its results.json; a sweep is finished when all its
     jobs have and its table is there.
     """
     for note in outputs.rglob("multirun.yaml"):
         jobs = [child for child in note.parent.iterdir() if (child / ".hydra").is_dir()]
-        begun = any((job / "config.yaml").exists() for job in jobs)
-        ended = all((job / "results.json").exists() for job in jobs) and (note.parent / "tables" / "table3.md").exists()
-        if begun and not ended:
+        started = any((job / "config.yaml").exists() for job in jobs)
+        finished = (
+            all((job / "results.json").exists() for job in jobs) and (note.parent / "tables" / "table3.md").exists()
+        )
+        if started and not finished:
             yield note.stat().st_mtime, note.parent
     for note in () if sweeps_only else outputs.rglob(".hydra/hydra.yaml"):
         run = note.parent.parent
@@ -95,7 +97,7 @@ def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[fl
 
 
 def compare(file: Path, wanted: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run whose configuration, in ``file``, would give other numbers than ``wanted``.
+    """Refuse to resume a run whose configuration, in ``file``, would give other numbers than ``wanted``.
 
     Raises:
         Fault: the file is not YAML, or the settings that differ, each with both values.
@@ -103,14 +105,14 @@ def compare(file: Path, wanted: Mapping[str, Any]) -> None:
     try:
         there = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        raise Fault(f"{file} cannot be read, so nobody knows what that run was; start in another folder") from None
+        raise Fault(f"{file} cannot be read, so what was run is unknown; start in another folder") from None
     now = dict(_flat(wanted))
     differing = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and not _is_free(key)]
     if differing:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is now {now.get(key)!r}" for key in differing[:8])
         raise Fault(
-            f"{file.parent} was begun with other settings ({listed}): leave them as they were to go on with "
-            "it, or start in another folder"
+            f"{file.parent} was started with other settings ({listed}): restore "
+            "them to resume it, or start in another folder"
         )
 
 

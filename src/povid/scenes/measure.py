@@ -7,8 +7,7 @@ from pathlib import Path
 
 from povid.benchmarks import chair, pope
 from povid.model.generation import Answers
-from povid.model.policy import ModelSettings, Policy
-from povid.model.template import Template
+from povid.model.loading import LocalModel
 from povid.scenes.architecture import FOLDER
 
 LONGEST = 64  # tokens of a caption; the base needs about 45
@@ -16,8 +15,7 @@ LONGEST = 64  # tokens of a caption; the base needs about 45
 
 def answers_of(folder: Path = FOLDER) -> Answers:
     """The saved model as an Answerer, in float32 and without adapter."""
-    policy = Policy.load(ModelSettings("scenes_tiny", str(folder), dtype="float32"), adapted=False)
-    return Answers(policy, Template(policy.processor, system=""), batch_size=60)
+    return LocalModel(name="scenes_tiny", path=str(folder), dtype="float32").answerer(batch_size=60)
 
 
 def measure(answers: Answers, split: Path) -> dict[str, float]:

@@ -1,20 +1,19 @@
-"""PreferenceDataModule: batches of <image, preferred, dispreferred>, noised images made ahead of the step."""
+"""PreferenceDataModule: batches of <image, preferred, dispreferred>, distorted images made ahead of the step."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import NamedTuple
 
 import lightning as L
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from povid.fault import Fault
-from povid.method import noise
+from povid.method.distortions import Distortion, distort_picture, generator
+from povid.method.objectives import ON_DISTORTED, Terms
 from povid.model.packing import Encoded, Packed, pack, stack
 from povid.model.template import Template
 from povid.preferences.pictures import open_picture
@@ -22,38 +21,8 @@ from povid.preferences.triple import Triple
 from povid.training.digest import record_digest
 
 
-@dataclass(frozen=True, slots=True)
-class NoiseSettings:
-    """Eq. 4: ``schedule`` sigmoid, linear or cosine; ``step`` k in 0..999; ``space`` where the noise is added.
-
-    ``normalized``: the tensor that the model sees. ``pixel``: the picture in [0, 1], before padding and resizing, then
-    back to 8 bits: clamped, or (``wrap_around``) with the released code's wrap-around of values outside [0, 1].
-    """
-
-    schedule: str = "sigmoid"
-    step: int = 500
-    space: str = "normalized"
-    beta_start: float = 1e-5
-    beta_end: float = 5e-3
-    wrap_around: bool = False
-
-    def distort(self, x: Tensor, eps: Tensor) -> Tensor:
-        return noise.distort(
-            x, eps, step=self.step, schedule=self.schedule, beta_start=self.beta_start, beta_end=self.beta_end
-        )
-
-    def distort_picture(self, picture: Image.Image, *, seed: int, epoch: int, record: int) -> Image.Image:
-        """A noised 8-bit picture of the same size (space ``pixel``)."""
-        import numpy as np
-
-        x = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
-        noised = self.distort(x, noise.draw(tuple(x.shape), seed=seed, epoch=epoch, record=record))
-        values = noise.to_bytes(noised, wrap_around=self.wrap_around).permute(1, 2, 0)
-        return Image.fromarray(values.numpy())
-
-
 class Example(NamedTuple):
-    """One record, ready to be packed. ``noised`` is None where the stage adds none; ``digest`` names the content."""
+    """One record, ready to be packed. ``noised``: x^n, None where the stage has none; ``digest`` names the content."""
 
     record: int
     name: str
@@ -67,10 +36,11 @@ class Example(NamedTuple):
 class PreferenceBatch(NamedTuple):
     """What one step reads.
 
-    ``pairs`` packs preferred and dispreferred together, or the preferred side alone where the stage has no text
-    dispreference; ``preferred`` packs the preferred side alone for the noised image (None without noise). For models
-    whose sequences cannot be packed ``pairs`` is the preferred side and ``dispreferred`` the other.
-    ``images`` and ``noised`` hold the processor's tensors, one row (or more) per example.
+    ``pairs`` packs preferred and dispreferred together, or the preferred side alone where no term needs the other;
+    ``preferred`` packs the preferred side alone for the distorted image (None without one). For models whose sequences
+    cannot be packed ``pairs`` is the preferred side and ``dispreferred`` the other. ``images`` and ``noised`` hold the
+    processor's tensors of x and x^n, one row (or more) per example. ``tokens``: the number of tokens of each response
+    [B], or the sum of their weights.
     """
 
     names: list[str]
@@ -81,20 +51,25 @@ class PreferenceBatch(NamedTuple):
     images: dict[str, Tensor]
     noised: dict[str, Tensor] | None
     digests: Sequence[str] = ()
+    tokens: Terms = Terms()
+
+
+Weigh = Callable[[Sequence[int], Sequence[int]], tuple[Sequence[float], Sequence[float]]]
+"""Takes the token ids of a preferred and a dispreferred response and returns a weight for each token of both."""
 
 
 class PreferenceDataset(Dataset):
-    """Triples as examples; an item is asked for as (record number, epoch), since each epoch draws new noise."""
+    """Triples as examples; an item is asked for as (record number, epoch), since each epoch distorts anew."""
 
     def __init__(
         self,
         triples: Sequence[Triple],
         template: Template,
-        noise_settings: NoiseSettings | None,
+        distortion: Distortion | None,
         seed: int,
         cache_mb: int = 0,
     ) -> None:
-        self.triples, self.template, self.noise, self.seed = triples, template, noise_settings, seed
+        self.triples, self.template, self.distortion, self.seed = triples, template, distortion, seed
         self.cache_bytes, self.cached_bytes = cache_mb * 2**20, 0
         self.cache: OrderedDict[int, tuple] = OrderedDict()
 
@@ -105,7 +80,7 @@ class PreferenceDataset(Dataset):
         record, epoch = key
         triple = self.triples[record]
         (preferred, dispreferred), images, digest = self._encoded(record)
-        noised = self._noised(triple, images, record, epoch)
+        noised = self._distorted(triple, images, record, epoch)
         return Example(record, triple.id, preferred, dispreferred, images, noised, digest)
 
     def _encoded(self, record: int) -> tuple[list[Encoded], dict[str, Tensor], str]:
@@ -123,34 +98,60 @@ class PreferenceDataset(Dataset):
                 self.cached_bytes -= sum(tensor.nbytes for tensor in old.values())
         return entry
 
-    def _noised(self, triple: Triple, images: dict[str, Tensor], record: int, epoch: int) -> dict[str, Tensor] | None:
-        if self.noise is None:
+    def _distorted(
+        self, triple: Triple, images: dict[str, Tensor], record: int, epoch: int
+    ) -> dict[str, Tensor] | None:
+        if self.distortion is None:
             return None
-        if self.noise.space == "pixel":
-            noised = self.noise.distort_picture(open_picture(triple.image), seed=self.seed, epoch=epoch, record=record)
-            return self.template.see(self.template.prompt(triple.question), self.template.picture(noised))[1]
-        pixels = images["pixel_values"]
-        eps = noise.draw(tuple(pixels.shape), seed=self.seed, epoch=epoch, record=record)
-        return {**images, "pixel_values": self.noise.distort(pixels, eps)}
+        source = generator(seed=self.seed, epoch=epoch, record=record)
+        if self.distortion.space == "pixel":
+            picture = distort_picture(self.distortion, open_picture(triple.image), source)
+            return self.template.see(self.template.prompt(triple.question), self.template.picture(picture))[1]
+        return {**images, "pixel_values": self.distortion(images["pixel_values"], source)}
 
 
-def collate(examples: Sequence[Example], *, text: bool, packable: bool, padding_id: int) -> PreferenceBatch:
-    """Pack a list of examples; ``text`` says whether the stage scores the text-dispreferred responses."""
+def collate(
+    examples: Sequence[Example], terms: Set[str], *, packable: bool, padding_id: int, weigh: Weigh | None = None
+) -> PreferenceBatch:
+    """Pack a list of examples for an objective that reads ``terms`` and may ``weigh`` tokens."""
     preferred = [example.preferred for example in examples]
-    dispreferred = [example.dispreferred for example in examples] if text else None
-    noised = examples[0].noised is not None
+    dispreferred = [example.dispreferred for example in examples] if "text" in terms else None
+    noised = bool(ON_DISTORTED & terms)
     pairs = pack(preferred, dispreferred if packable else None, padding_id=padding_id)
-    together = pairs.dispreferred is not None
+    alone = (
+        (pack(preferred, None, padding_id=padding_id) if pairs.dispreferred is not None else pairs) if noised else None
+    )
+    apart = pack(dispreferred, None, padding_id=padding_id) if dispreferred is not None and not packable else None
+    counts = [sum(example.preferred.response[1:]) for example in examples]
+    text_counts = [sum(example.dispreferred.response[1:]) for example in examples]
+    if weigh is not None:
+        weights = [weigh(response_tokens(e.preferred), response_tokens(e.dispreferred)) for e in examples]
+        w_N, l_N = (torch.tensor([weight for pair in weights for weight in pair[side]]) for side in (0, 1))
+        counts, text_counts = ([float(sum(pair[side])) for pair in weights] for side in (0, 1))
+        pairs = pairs._replace(preferred=pairs.preferred._replace(weight_N=w_N))
+        if pairs.dispreferred is not None:
+            pairs = pairs._replace(dispreferred=pairs.dispreferred._replace(weight_N=l_N))
+        if alone is not None:
+            alone = alone._replace(preferred=alone.preferred._replace(weight_N=w_N))
+        if apart is not None:
+            apart = apart._replace(preferred=apart.preferred._replace(weight_N=l_N))
+    counted = {term: torch.tensor(text_counts if term == "text" else counts) for term in terms}
     return PreferenceBatch(
         [example.name for example in examples],
         [example.record for example in examples],
         pairs,
-        (pack(preferred, None, padding_id=padding_id) if together else pairs) if noised else None,
-        pack(dispreferred, None, padding_id=padding_id) if text and not packable else None,
+        alone,
+        apart,
         stack([example.images for example in examples]),
         stack([example.noised for example in examples]) if noised else None,
         [example.digest for example in examples],
+        Terms(**counted),
     )
+
+
+def response_tokens(encoded: Encoded) -> list[int]:
+    """The token ids of a conversation's responses, in their order."""
+    return [token for token, marked in zip(encoded.input_ids[1:], encoded.response[1:]) if marked]
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
@@ -212,8 +213,9 @@ class PreferenceDataModule(L.LightningDataModule):
     Args:
         triples: the records.
         template: turns a record into tokens and image tensors.
-        noise: distortion of the image; None in a stage without noise.
-        text: whether the stage scores text-dispreferred responses.
+        terms: what the stage's objective reads (:class:`povid.method.objectives.Terms`).
+        distortion: makes x^n; used where a term needs it.
+        weigh: the objective's token weights, None where all tokens count alike.
         packable: whether the model takes packed sequences (``Policy.packable``).
         batch_size: records per device and step; seed: order and noise; workers: loader processes;
         cache_mb: bound of the memory in which each loader process keeps processed images.
@@ -224,11 +226,12 @@ class PreferenceDataModule(L.LightningDataModule):
         triples: Sequence[Triple],
         template: Template,
         *,
-        noise: NoiseSettings | None,
-        text: bool,
+        terms: Set[str],
         packable: bool,
         batch_size: int,
         seed: int,
+        distortion: Distortion | None = None,
+        weigh: Weigh | None = None,
         workers: int = 0,
         cache_mb: int = 0,
         group_by_length: bool = True,
@@ -236,10 +239,13 @@ class PreferenceDataModule(L.LightningDataModule):
         super().__init__()
         if not triples:
             raise Fault("the preference data holds no record; check data.preferences")
-        self.dataset = PreferenceDataset(triples, template, noise, seed, cache_mb)
+        needs_distortion = bool(ON_DISTORTED & terms)
+        if needs_distortion and distortion is None:
+            raise ValueError(f"the terms {', '.join(sorted(ON_DISTORTED & terms))} need a distortion")
+        self.dataset = PreferenceDataset(triples, template, distortion if needs_distortion else None, seed, cache_mb)
         self.lengths = [sum(len(turn.text) for turn in (*t.preferred, *t.dispreferred)) for t in triples]
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
-        self.text, self.packable, self.group_by_length = text, packable, group_by_length
+        self.terms, self.weigh, self.packable, self.group_by_length = frozenset(terms), weigh, packable, group_by_length
         self.padding_id = template.processor.tokenizer.pad_token_id or 0
         self.seen = (0, 0)  # epoch and batches of it that an interrupted run had trained on
 
@@ -271,8 +277,8 @@ class PreferenceDataModule(L.LightningDataModule):
         return {"epoch": self.trainer.current_epoch, "batches": self.trainer.fit_loop.batch_idx + 1}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Go on behind that position (Lightning's hook)."""
+        """Continue after that position (Lightning's hook)."""
         self.seen = (state["epoch"], state["batches"])
 
     def collate(self, examples: Sequence[Example]) -> PreferenceBatch:
-        return collate(examples, text=self.text, packable=self.packable, padding_id=self.padding_id)
+        return collate(examples, self.terms, packable=self.packable, padding_id=self.padding_id, weigh=self.weigh)

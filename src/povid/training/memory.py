@@ -14,7 +14,6 @@ from torch import Tensor
 from povid.fault import Fault
 from povid.training.datamodule import PreferenceBatch, PreferenceDataModule
 from povid.training.module import POVIDModule
-from povid.training.scoring import score
 
 log = logging.getLogger(__name__)
 
@@ -148,8 +147,7 @@ def kept_bytes(module: POVIDModule, batch: PreferenceBatch) -> int:
 
 
 def _loss(module: POVIDModule, batch: PreferenceBatch) -> Tensor:
-    logps = score(module.policy, batch, noise_on_clean_image=module.objective.name == "released")
-    return module.loss(*logps, batch).loss_B.mean()
+    return module.outcome(batch)[0].loss_B.mean()
 
 
 def _peak_on_cuda(module: POVIDModule, batch: PreferenceBatch) -> int:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Set
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from povid.method import objective as objectives
-from povid.method.objective import LogProbs, Objective
+from povid.method.objectives import Objective, Outcome, Terms
 from povid.model.policy import Policy
 from povid.training.datamodule import PreferenceBatch
 from povid.training.reference_cache import ReferenceCache, folder_key
@@ -20,64 +21,73 @@ from povid.training.scoring import score
 from povid.training.sharding import FSDP2, shard
 
 
-@dataclass(frozen=True, slots=True)
-class ObjectiveSettings:
-    """Which objective, and its coefficients.
-
-    ``paper``: Eq. 3 in stage 1, Eq. 5 in stage 2 (alpha, beta_text = beta_1, beta_noise = beta_2). ``released``: DPO in
-    stage 1, the mean of two DPO losses in stage 2 (beta, weights). ``preferred_only``: the control that is fine-tuned
-    on the preferred responses alone.
-    """
-
-    name: str = "paper"
-    alpha: float = 0.1
-    beta_text: float = 0.05
-    beta_noise: float = 0.05
-    beta: float = 0.1
-    weight_text: float = 0.5
-    weight_noise: float = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class StageSettings:
+class StageSettings(BaseModel):
     """How a stage trains (Table 5 and section 4.1).
 
-    ``dispreferences``: what the stage can use, of ``text`` and ``noise``; the ablation says which of them it does use.
-    ``batch_size`` counts records per device and step (``auto``: the most that fit), ``accumulate`` steps per optimiser
-    step; ``max_steps`` -1 leaves the length to ``epochs``.
+    ``dispreferences``: what the stage can use; the ablation decides which of them it does use. ``batch_size`` counts
+    records per device and step (``auto``: the most that fit), ``accumulate`` steps per optimiser step; ``max_steps`` -1
+    leaves the length to ``epochs``. ``warmup_ratio`` is the share of all steps, ``max_grad_norm`` 0 clips nothing.
     """
 
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
     name: str
-    dispreferences: tuple[str, ...]
-    epochs: int
-    lr: float
-    projector_lr: float
-    batch_size: int | str
-    accumulate: int = 1
-    max_steps: int = -1
-    warmup_ratio: float = 0.03
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
+    dispreferences: list[Literal["text", "noise"]]
+    epochs: Annotated[int, Field(ge=0)]
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    projector_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
+    accumulate: Annotated[int, Field(ge=1)] = 1
+    max_steps: Annotated[int, Field(ge=-1)] = -1
+    warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.03
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    max_grad_norm: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+
+    @model_validator(mode="after")
+    def _has_a_length(self) -> StageSettings:
+        if self.epochs < 1 and self.max_steps < 1:
+            raise ValueError(f"epochs is {self.epochs} and max_steps {self.max_steps}; one must be at least 1")
+        return self
+
+
+def adamw(parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """conf/optimizer/adamw.yaml in Python."""
+    return torch.optim.AdamW(parameters, foreach=True)
+
+
+def cosine(optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int) -> Any:
+    """conf/schedule/cosine.yaml in Python."""
+    from transformers import get_scheduler
+
+    return get_scheduler("cosine", optimizer, num_warmup_steps, num_training_steps)
 
 
 class POVIDModule(L.LightningModule):
     """A LoRA policy, its frozen reference (the same network without adapter) and the objective of one stage.
 
     Args:
-        policy: with a fresh adapter. objective, stage: settings. terms: the dispreferences in use, of "text", "noise".
-        reference_cache: folder in which the reference's log-probabilities of the pairs are kept; None keeps none.
+        policy: with a fresh adapter.
+        objective: gives the loss; stage: settings.
+        terms: what the objective reads in this stage (:meth:`povid.method.objectives.Objective.terms`).
+        optimizer: takes parameter groups with their ``lr`` and ``weight_decay``.
+        schedule: takes the optimiser, ``num_warmup_steps`` and ``num_training_steps``; stepped once an optimiser step.
+        reference_cache: folder in which the reference log-probabilities of the pairs are kept; None keeps none.
     """
 
     def __init__(
         self,
         policy: Policy,
-        objective: ObjectiveSettings,
+        objective: Objective,
         stage: StageSettings,
-        terms: frozenset[str],
+        terms: Set[str],
+        *,
+        optimizer: Callable[..., torch.optim.Optimizer] | partial = adamw,
+        schedule: Callable[..., Any] | partial = cosine,
         reference_cache: Path | None = None,
     ) -> None:
         super().__init__()
-        self.policy, self.objective, self.stage, self.terms = policy, objective, stage, terms
+        self.policy, self.objective, self.stage, self.terms = policy, objective, stage, frozenset(terms)
+        self.make_optimizer, self.make_schedule = optimizer, schedule
         self.reference_cache, self._cache = reference_cache, None
         self.strict_loading = False  # a checkpoint holds what trains and nothing else
 
@@ -90,21 +100,24 @@ class POVIDModule(L.LightningModule):
         self._cache = self._open_cache()
 
     def _open_cache(self) -> ReferenceCache | None:
-        """Where it can help: the released noise term reads the reference's logits, and with sharded weights devices
-        that have a batch's values and devices that lack them would wait for each other."""
-        reads_logits = self.objective.name == "released" and "noise" in self.terms
+        """The cache, where it can help.
+
+        A term scored on the reference's own clean logits needs that forward anyway, and with sharded weights devices
+        that know a batch's values would wait for devices that do not.
+        """
         sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
-        if self.reference_cache is None or reads_logits or sharded:
+        useless = not self.objective.reference or "noise_on_clean" in self.terms
+        if self.reference_cache is None or useless or sharded:
             return None
         data = self.trainer.datamodule
         key = folder_key(
             self.policy,
             precision=str(self.trainer.precision),
             terms=sorted(self.terms),
+            weights=repr(self.objective) if self.objective.token_weights else None,
             seed=data.seed,
             records=len(data.dataset),
             grouped=data.group_by_length,
-            text=data.text,
             batch_size=data.batch_size,
             devices=self.trainer.world_size,
         )
@@ -122,55 +135,45 @@ class POVIDModule(L.LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         known = self._cache.find(batch) if self._cache is not None else None
-        policy, reference = score(
-            self.policy, batch, noise_on_clean_image=self.objective.name == "released", known_reference=known
-        )
+        outcome, reference = self.outcome(batch, known)
         if self._cache is not None and known is None:
             self._cache.keep(batch, reference)
-        outcome = self.loss(policy, reference, batch)
         self._log(outcome, batch.pairs.examples)
         return outcome.loss_B.mean()
 
-    def loss(self, policy: LogProbs, reference: LogProbs, batch: PreferenceBatch) -> Objective:
-        """The objective of this stage: [B] losses and rewards."""
-        o = self.objective
-        if o.name == "preferred_only":
-            tokens_B = torch.bincount(batch.pairs.preferred.example_N, minlength=batch.pairs.examples)
-            return objectives.preferred_only(policy, reference, tokens_B=tokens_B)
-        if "noise" not in self.terms:
-            return objectives.text_dispreference(policy, reference, alpha=o.alpha if o.name == "paper" else o.beta)
-        if o.name == "paper":
-            return objectives.povid(policy, reference, alpha=o.alpha, beta_text=o.beta_text, beta_noise=o.beta_noise)
-        return objectives.released(
-            policy, reference, beta=o.beta, weight_text=o.weight_text, weight_noise=o.weight_noise
+    def outcome(self, batch: PreferenceBatch, known_reference: Terms | None = None) -> tuple[Outcome, Terms | None]:
+        """Loss and rewards of a batch, and the reference log-probabilities."""
+        policy, reference = score(
+            self.policy,
+            batch,
+            self.terms,
+            with_reference=self.objective.reference,
+            known_reference=known_reference,
         )
+        return self.objective(policy, reference, batch.tokens), reference
 
-    def _log(self, outcome: Objective, examples: int) -> None:
-        values: dict[str, Tensor] = {"loss": outcome.loss_B, "reward_preferred": outcome.reward_preferred_B}
-        for kind, reward_B in (("text", outcome.reward_text_B), ("noise", outcome.reward_noise_B)):
-            if reward_B is not None:
-                margin_B = outcome.reward_preferred_B - reward_B
-                values |= {
-                    f"reward_{kind}": reward_B,
-                    f"margin_{kind}": margin_B,
-                    f"accuracy_{kind}": (margin_B > 0).float(),
-                }
+    def _log(self, outcome: Outcome, examples: int) -> None:
+        values: dict[str, Tensor] = {"loss": outcome.loss_B}
+        values |= {f"reward_{name}": reward_B for name, reward_B in outcome.rewards.items()}
+        preferred_B = outcome.rewards.get("preferred")
+        for name, reward_B in outcome.rewards.items():
+            if name != "preferred" and preferred_B is not None:
+                margin_B = preferred_B - reward_B
+                values |= {f"margin_{name}": margin_B, f"accuracy_{name}": (margin_B > 0).float()}
         means = {f"train/{name}": value_B.detach().float().mean() for name, value_B in values.items()}
         self.log_dict(means, batch_size=examples, on_step=True, on_epoch=False, sync_dist=True)
         self.log("loss", means["train/loss"], prog_bar=True, logger=False, batch_size=examples)
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """AdamW with the projector's own learning rate, and a cosine with warm-up over the stage's steps."""
-        from transformers import get_cosine_schedule_with_warmup
-
+        """The configured optimiser, with the projector's own learning rate, and schedule, over the stage's steps."""
         lora, projector = self.policy.trained_parameters()
-        groups = [{"params": lora, "lr": self.stage.lr}]
+        groups = [{"params": lora, "lr": self.stage.lr, "weight_decay": self.stage.weight_decay}]
         if projector:
-            groups.append({"params": projector, "lr": self.stage.projector_lr})
-        optimizer = torch.optim.AdamW(groups, weight_decay=self.stage.weight_decay, foreach=True)
+            groups.append({**groups[0], "params": projector, "lr": self.stage.projector_lr})
+        optimizer = self.make_optimizer(groups)
         steps = int(self.trainer.estimated_stepping_batches)
         warmup = round(self.stage.warmup_ratio * steps)
-        schedule = get_cosine_schedule_with_warmup(optimizer, warmup, steps)
+        schedule = self.make_schedule(optimizer=optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

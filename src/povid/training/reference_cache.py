@@ -23,14 +23,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from povid.method.objective import LogProbs
+from povid.internals import attention_name
+from povid.method.objectives import Terms
 from povid.model.policy import Policy
 from povid.training.datamodule import PreferenceBatch
 from povid.training.digest import tensor_digest
 
 log = logging.getLogger(__name__)
 
-SCORING_CODE = ("model/fused.py", "method/objective.py", "model/packing.py", "model/policy.py", "training/scoring.py")
+SCORING_CODE = (
+    "method/noise_dispreferred.py",
+    "model/fused.py",
+    "model/loading.py",
+    "model/packing.py",
+    "model/policy.py",
+    "training/scoring.py",
+)
 STEPS_KEPT_BACK = 64  # values stay on the device this long, since fetching one makes the host wait for it
 
 
@@ -58,7 +66,8 @@ def folder_key(policy: Policy, **run: Any) -> str:
         "config": config,
         "code": code.hexdigest(),
         "packable": policy.packable,
-        "attention": policy.network.config.get_text_config()._attn_implementation,
+        "fused": policy.settings.fused,
+        "attention": attention_name(policy.network.config.get_text_config()),
         "dtype": str(parameter.dtype),
         "device": parameter.device.type,
         "versions": [torch.__version__, transformers.__version__],
@@ -90,16 +99,16 @@ class ReferenceCache:
                     continue
                 self.known.setdefault(digest, values)
 
-    def find(self, batch: PreferenceBatch) -> LogProbs | None:
+    def find(self, batch: PreferenceBatch) -> Terms | None:
         """The reference's log-probabilities [B] of a batch's pairs, or None unless all of its records are known."""
         values = [self.known.get(digest) for digest in batch.digests]
         if not values or None in values:
             return None
         device = batch.pairs.input_ids_BT.device
         rows = torch.tensor(values, dtype=self.dtype).T.contiguous().to(device, non_blocking=True)
-        return LogProbs(*rows)
+        return Terms(*rows)
 
-    def keep(self, batch: PreferenceBatch, reference: LogProbs) -> None:
+    def keep(self, batch: PreferenceBatch, reference: Terms) -> None:
         """Note a batch's values; they are fetched from the device and written some steps later."""
         sides = [side for side in (reference.preferred, reference.text) if side is not None]
         self._pending.append((batch.digests, torch.stack(sides).detach()))

@@ -1,88 +1,114 @@
-"""Log-probabilities of a batch's responses under policy and reference.
+"""Log-probabilities of a batch's responses under policy and reference, with the fewest passes.
 
-The exact algorithm: vision once for both models, preferred and text-dispreferred packed behind their shared prefix,
-logits only where a response token is predicted, and one forward of the noised image for choosing and scoring y_l^n.
-Shape suffixes: B = examples, U = predicting positions, N = response tokens of a side, V = vocabulary.
+Vision once for both models, preferred and text-dispreferred packed behind their shared prefix, logits only where a
+response token is predicted, and one forward of the distorted image for all that is read there. Shape suffixes:
+B = examples, U = predicting positions, N = response tokens of a side, V = vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from povid.method.objective import LogProbs, most_likely, token_logps
+from povid.method.noise_dispreferred import most_likely
+from povid.method.objectives import ON_DISTORTED, Terms
 from povid.model.packing import Side
 from povid.model.policy import Policy
 from povid.training.datamodule import PreferenceBatch
 
-
-def sum_logps(logits_UV: Tensor, side: Side, examples: int) -> Tensor:
-    """log pi(y|x): sum over the response's tokens, [B]."""
-    return _sum(token_logps(logits_UV[side.position_N], side.token_N), side, examples)
+GRADIENT_ON_DISTORTED = frozenset({"noise", "preferred_on_distorted"})
 
 
-def _sum(logps_N: Tensor, side: Side, examples: int) -> Tensor:
+def token_logps(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
+    """log-softmax in float32 (float64 stays) of logits [N, V], read at tokens [N] -> [N]."""
+    logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
+    picked_N = logits_NV.gather(-1, tokens_N[:, None])[:, 0]
+    return picked_N - logits_NV.logsumexp(-1)
+
+
+def sum_logps(logits_UV: Tensor, side: Side, examples: int, tokens_N: Tensor | None = None) -> Tensor:
+    """log pi(y|x) [B]: the (weighted) sum over a side's response tokens, or over other tokens in their places."""
+    logps_N = token_logps(logits_UV[side.position_N], side.token_N if tokens_N is None else tokens_N)
+    if side.weight_N is not None:
+        logps_N = logps_N * side.weight_N
     return logps_N.new_zeros(examples).index_add(0, side.example_N, logps_N)
 
 
 def score(
     policy: Policy,
     batch: PreferenceBatch,
+    terms: Set[str],
     *,
-    noise_on_clean_image: bool = False,
+    with_reference: bool = True,
     noise_tokens_N: Tensor | None = None,
-    known_reference: LogProbs | None = None,
-) -> tuple[LogProbs, LogProbs]:
-    """Log-probabilities [B] under the policy (with gradient) and the reference (without).
+    known_reference: Terms | None = None,
+) -> tuple[Terms, Terms | None]:
+    """Score ``terms`` under the policy (with gradient) and the reference (without).
 
-    The batch decides which terms there are. The noise term is, by default, the paper's (Eq. 5): the policy's own most
-    likely tokens y_l^n given x^n and the preferred prefix, scored on x^n by both. With ``noise_on_clean_image`` it is
-    the released code's: policy and reference each take their own most likely tokens under x^n and score them on the
-    clean image. ``noise_tokens_N`` pins y_l^n (for comparisons, since near ties flip). ``known_reference`` holds the
-    reference's log-probabilities of the pairs and saves its forward; the released noise term reads its logits and
-    cannot do without.
+    Args:
+        batch: made for these terms (:func:`povid.training.datamodule.collate`).
+        terms: names of :class:`povid.method.objectives.Terms`.
+        with_reference: whether the reference is scored; otherwise None stands in its place and none of it runs.
+        noise_tokens_N: pins y_l^n, for comparisons, since near ties flip.
+        known_reference: the reference log-probabilities of the clean image's responses, which save that forward.
+
+    Raises:
+        ValueError: ``known_reference`` with ``noise_on_clean``, which reads the reference's logits.
     """
-    if known_reference is not None and noise_on_clean_image and batch.noised is not None:
-        raise ValueError("the released noise term needs the reference's logits on the clean image")
+    if known_reference is not None and "noise_on_clean" in terms:
+        raise ValueError("noise_on_clean needs the reference's logits on the clean image")
+    distorted, gradient = bool(ON_DISTORTED & terms), bool(GRADIENT_ON_DISTORTED & terms)
     seen = policy.look(batch.images)
-    noised = None if batch.noised is None else policy.look(batch.noised)
-    with policy.reference():  # before the policy, whose activations would be in memory meanwhile
-        theirs, reference_UV = (known_reference, None) if known_reference else _pairs(policy, batch, seen)
-        reference_noised_UV = None if noised is None else policy.predict(batch.preferred, noised)
-    if noise_on_clean_image and noised is not None:
+    seen_distorted = policy.look(batch.noised) if distorted else None
+    reference, reference_UV, reference_distorted_UV = known_reference, None, None
+    if with_reference:
+        with policy.reference():  # before the policy, whose activations would be in memory meanwhile
+            if reference is None:
+                reference, reference_UV = _clean(policy, batch, seen)
+            if distorted:
+                reference_distorted_UV = policy.predict(batch.preferred, seen_distorted)
+    if distorted and not gradient:
         with torch.no_grad():
-            noised_UV = policy.predict(batch.preferred, noised)
-    ours, logits_UV = _pairs(policy, batch, seen)
-    if noised is None:
-        return ours, theirs
-    if not noise_on_clean_image:
-        noised_UV = policy.predict(batch.preferred, noised)
+            distorted_UV = policy.predict(batch.preferred, seen_distorted)
+    ours, clean_UV = _clean(policy, batch, seen)
+    if not distorted:
+        return ours, reference
+    if gradient:
+        distorted_UV = policy.predict(batch.preferred, seen_distorted)
 
     side, clean, examples = batch.preferred.preferred, batch.pairs.preferred, batch.pairs.examples
-    tokens_N = most_likely(noised_UV)[side.position_N] if noise_tokens_N is None else noise_tokens_N
-    if noise_on_clean_image:
-        own = noise_tokens_N is None
-        reference_tokens_N = most_likely(reference_noised_UV)[side.position_N] if own else noise_tokens_N
-        side, noised_UV, reference_noised_UV = clean, logits_UV, reference_UV
-    else:
-        reference_tokens_N = tokens_N
-    return (
-        ours._replace(noise=_sum(token_logps(noised_UV[side.position_N], tokens_N), side, examples)),
-        theirs._replace(
-            noise=_sum(token_logps(reference_noised_UV[side.position_N], reference_tokens_N), side, examples)
-        ),
-    )
+    found, found_reference = {}, {}
+    chosen_N = most_likely(distorted_UV)[side.position_N] if noise_tokens_N is None else noise_tokens_N
+    if "noise" in terms:
+        found["noise"] = sum_logps(distorted_UV, side, examples, chosen_N)
+        if with_reference:  # the policy's tokens
+            found_reference["noise"] = sum_logps(reference_distorted_UV, side, examples, chosen_N)
+    if "noise_on_clean" in terms:
+        found["noise_on_clean"] = sum_logps(clean_UV, clean, examples, chosen_N)
+        if with_reference:  # its own tokens
+            own_N = noise_tokens_N
+            if own_N is None:
+                own_N = most_likely(reference_distorted_UV)[side.position_N]
+            found_reference["noise_on_clean"] = sum_logps(reference_UV, clean, examples, own_N)
+    if "preferred_on_distorted" in terms:
+        found["preferred_on_distorted"] = sum_logps(distorted_UV, side, examples)
+        if with_reference:
+            found_reference["preferred_on_distorted"] = sum_logps(reference_distorted_UV, side, examples)
+    return ours._replace(**found), reference._replace(**found_reference) if with_reference else None
 
 
-def _pairs(policy: Policy, batch: PreferenceBatch, seen: Any) -> tuple[LogProbs, Tensor]:
-    """Log-probabilities of y_w and y_l^t, and the logits [U, V] from which y_w was read."""
+def _clean(policy: Policy, batch: PreferenceBatch, seen: Any) -> tuple[Terms, Tensor]:
+    """Log-probabilities of y_w and y_l^t on x, and the logits [U, V] from which y_w was read."""
     logits_UV = policy.predict(batch.pairs, seen)
-    preferred = sum_logps(logits_UV, batch.pairs.preferred, batch.pairs.examples)
+    scored = Terms(sum_logps(logits_UV, batch.pairs.preferred, batch.pairs.examples))
     if batch.pairs.dispreferred is not None:
-        return LogProbs(preferred, sum_logps(logits_UV, batch.pairs.dispreferred, batch.pairs.examples)), logits_UV
+        text = sum_logps(logits_UV, batch.pairs.dispreferred, batch.pairs.examples)
+        return scored._replace(text=text), logits_UV
     if batch.dispreferred is not None:  # a model whose sequences cannot be packed
         apart_UV = policy.predict(batch.dispreferred, seen)
-        return LogProbs(preferred, sum_logps(apart_UV, batch.dispreferred.preferred, batch.pairs.examples)), logits_UV
-    return LogProbs(preferred), logits_UV
+        text = sum_logps(apart_UV, batch.dispreferred.preferred, batch.pairs.examples)
+        return scored._replace(text=text), logits_UV
+    return scored, logits_UV

@@ -1,11 +1,11 @@
-"""FSDP2: each device keeps a share of the language model's weights, its adapter's and the trained projector's.
+"""FSDP2: each device keeps a share of the weights of the language model, its adapter and the trained projector.
 
-With ``offload`` that share, its gradients and its optimiser stay in the machine's memory, and each layer's weights are
-on the device while they are used and no longer: for a card that is smaller than the model, be it the only one.
+With ``offload`` that share, its gradients and its optimizer state stay in the machine's memory, and a layer's weights
+are on the device only while they are used. A model can then be larger than the device's memory, even on a single one.
 
-What is split is always called as a module, since it is the call that gathers its weights from all devices: the decoder
-with each of its layers, and the projector's trained copy. Vision tower, embeddings, head and the reference's projector
-are called in parts or from outside, and stay whole on every device.
+FSDP2 gathers a module's weights from all devices when the module is called. So it splits the modules that are always
+called as a whole: the decoder, each of its layers, and the projector's trained copy. Vision tower, embeddings, head
+and the reference's projector are used in parts or from outside, and stay whole on every device.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from povid.fault import Fault
+from povid.internals import replicate_over, trained_copies
 from povid.model.policy import Policy
 
 
 class FSDP2(ModelParallelStrategy):
-    """Lightning's strategy over all devices, however many; a checkpoint is one file of what trains.
+    """Lightning's strategy over all devices, however many; a checkpoint is one file of the trained weights.
 
     Args:
-        offload: keep what is split in the machine's memory.
+        offload: keep the split weights in the machine's memory.
     """
 
     def __init__(self, offload: bool = False) -> None:
@@ -35,41 +36,40 @@ class FSDP2(ModelParallelStrategy):
         self.offload = offload
 
     def _get_process_group_backend(self) -> str:
-        """Gradients in the machine's memory have a norm that is summed there."""
+        """Add gloo for offloaded gradients, whose norm is summed in the machine's memory (lightning >=2.6,<2.7)."""
         backend = super()._get_process_group_backend()
         return "cpu:gloo,cuda:nccl" if self.offload and backend == "nccl" else backend
 
     def setup_environment(self) -> None:
-        self._data_parallel_size, self._tensor_parallel_size = self.num_nodes * self.num_processes, 1
+        replicate_over(self, self.num_nodes * self.num_processes)
         super().setup_environment()
 
     def model_to_device(self) -> None:
-        """What is not split goes to the device; what is split is where ``shard`` has put it."""
+        """Move what is not split to the device; what is split is where ``shard`` has put it."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(self.root_device)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Trained weights, whole, on the first process: the frozen ones would be gathered only to be left out."""
+        """The trained weights, gathered on the first process; frozen ones do not belong in a checkpoint."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         return get_model_state_dict(self.model, options=options)
 
 
 def shard(policy: Policy, mesh: DeviceMesh, *, offload: bool = False) -> None:
-    """Split a policy over the devices of a mesh, in place; before its optimiser is made.
+    """Split a policy over the devices of a mesh, in place, before its optimizer is made.
 
-    A policy in the machine's memory goes to the device one layer at a time, so that it never has to fit there whole.
+    A policy in the machine's memory moves to the device one layer at a time, so that it never has to fit there whole.
 
     Raises:
-        Fault: its weights are in four bits.
+        Fault: the policy's weights are in four bits.
     """
-    from peft.utils.other import ModulesToSaveWrapper
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     if policy.settings.quantize:
         raise Fault(
-            f"model.quantize={policy.settings.quantize}: such weights cannot be split over devices; use "
-            "trainer=ddp, or leave model.quantize at null"
+            f"model.quantize={policy.settings.quantize}: quantized weights cannot be split over devices; use "
+            "trainer=ddp or model.quantize=null"
         )
     options: dict[str, Any] = {"mesh": mesh}
     if offload:
@@ -78,12 +78,12 @@ def shard(policy: Policy, mesh: DeviceMesh, *, offload: bool = False) -> None:
     for layer in [part for part in decoder.modules() if isinstance(part, GradientCheckpointingLayer)]:
         fully_shard(layer, **options)
     fully_shard(decoder, **options, ignored_params=set(policy.network.get_input_embeddings().parameters()))
-    for projector in [part for part in policy.network.modules() if isinstance(part, ModulesToSaveWrapper)]:
-        fully_shard(projector.modules_to_save["default"], **options)
+    for projector in trained_copies(policy.network):
+        fully_shard(projector, **options)
 
 
 def whole_adapter(policy: Policy) -> dict[str, Tensor] | None:
-    """A split policy's trained weights, gathered, by peft's names; None if nothing is split. All devices must ask."""
+    """A split policy's trained weights by peft's names, gathered; None if it is not split. All devices must call it."""
     weights = {
         name: weight
         for name, weight in policy.model.state_dict().items()

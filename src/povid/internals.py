@@ -1,0 +1,128 @@
+"""Every touch of a private or undocumented part of Lightning, peft, bitsandbytes, transformers and torch.
+
+Each function names the versions that it was checked for, which are those that pyproject.toml allows;
+tests/test_internals.py fails when one of these parts moves or a bound changes. The libraries are imported inside the
+functions, so that importing this module costs nothing.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from typing import Any
+
+# --- peft ------------------------------------------------------------------------------------------------------------
+
+
+def adapter_switches(model: Any) -> list[Any]:
+    """The modules of a model that can ignore its adapter: LoRA layers and trained copies (peft >=0.21,<0.22)."""
+    return [module for module in model.modules() if hasattr(module, "_disable_adapters")]
+
+
+def ignore_adapter(switches: Iterable[Any], ignore: bool) -> None:
+    """Switch an adapter off or on, and nothing else (peft >=0.21,<0.22).
+
+    peft's own ``disable_adapter`` also sets ``requires_grad`` of every weight, which takes longer than a small model's
+    forward pass. ``switches`` come from :func:`adapter_switches`.
+    """
+    for module in switches:
+        module._disable_adapters = ignore
+
+
+def trained_copies(model: Any) -> list[Any]:
+    """The copies that are trained of the modules in LoraConfig's ``modules_to_save`` (peft >=0.21,<0.22)."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    return [module.modules_to_save["default"] for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+
+# --- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+def keep_input_gradients(model: Any) -> None:
+    """Make four-bit layers on a CPU use products that have a gradient of their input (bitsandbytes >=0.46)."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+# --- transformers ----------------------------------------------------------------------------------------------------
+
+
+def attention_name(config: Any) -> str:
+    """The attention that a model uses, such as ``sdpa`` or ``eager`` (transformers >=5.20,<6)."""
+    return config._attn_implementation
+
+
+def attention_function(config: Any) -> Any:
+    """The function behind :func:`attention_name` (transformers >=5.20,<6).
+
+    It is called with module, query, key, value, mask, ``dropout=`` and ``scaling=`` and returns (output, weights).
+    """
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
+
+
+def processor_class(config: Any) -> type | None:
+    """The processor for a model's configuration; None for a model without one (transformers >=5.20,<6)."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    return PROCESSOR_MAPPING.get(type(config), None)
+
+
+def without_video(processor: type) -> type:
+    """A processor class without its video part, which would need torchvision (transformers >=5.20,<6)."""
+    names = [name for name in processor.get_attributes() if name != "video_processor"]
+    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda cls: names)})
+
+
+# --- torch -----------------------------------------------------------------------------------------------------------
+
+
+def is_watched(module: Any) -> bool:
+    """Whether somebody has registered a forward hook on a module (torch >=2.9,<2.14)."""
+    return bool(module._forward_hooks)
+
+
+# --- Lightning -------------------------------------------------------------------------------------------------------
+
+
+def correct_logged_step(trainer: Any) -> None:
+    """Make loggers file a step under its own number (lightning >=2.6,<2.7).
+
+    Lightning keeps a second count for them, which is one too low after some resumptions.
+    """
+    trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def cluster_environment(trainer: Any) -> Any:
+    """The cluster environment that a trainer has detected or been given, or None (lightning >=2.6,<2.7)."""
+    return trainer._accelerator_connector.cluster_environment
+
+
+def script_launcher(trainer: Any) -> Any:
+    """The launcher, if it starts this run's other processes by their command line; else None (lightning >=2.6,<2.7).
+
+    It has ``procs``, the processes, and ``kill(signal)``, which sends them a signal.
+    """
+    from lightning.pytorch.strategies.launchers import _SubprocessScriptLauncher
+
+    launcher = trainer.strategy.launcher
+    return launcher if isinstance(launcher, _SubprocessScriptLauncher) else None
+
+
+def stop_watching_children() -> None:
+    """Keep Lightning from ending this process when one that it started ends (lightning >=2.6,<2.7)."""
+    for thread in threading.enumerate():
+        if thread.name == "child-process-observer":
+            thread._child_processes = []
+
+
+def replicate_over(strategy: Any, devices: int) -> None:
+    """Let a ModelParallelStrategy split data over all of these devices, single layers over none.
+
+    Its own "auto" means one data-parallel group per node (lightning >=2.6,<2.7).
+    """
+    strategy._data_parallel_size, strategy._tensor_parallel_size = devices, 1

@@ -1,0 +1,125 @@
+"""``train.py`` and ``povid train``: Hydra composes a configuration, :mod:`povid.run.experiment` runs it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from povid.fault import Fault
+from povid.machine import conf_folder
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
+os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+
+TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
+jobs_started = 0  # before the first, an error of Hydra's is about the command line
+
+# Spellings of earlier versions, and what stands in their place.
+MOVED = {
+    "objective.alpha": "objective.1.alpha= (Eq. 3) and objective.2.alpha= (Eq. 5)",
+    "objective.beta_text": "objective.2.beta_text=",
+    "objective.beta_noise": "objective.2.beta_noise=",
+    "objective.beta": "objective=released objective.1.alpha= objective.2.beta=",
+    "objective.weight_text": "objective=released objective.2.weight_text=",
+    "objective.weight_noise": "objective=released objective.2.weight_noise=",
+    "noise.schedule": "noise=sigmoid, noise=linear or noise=cosine",
+    "noise.beta_start": "noise.scheduler.beta_start=",
+    "noise.beta_end": "noise.scheduler.beta_end=",
+    "logger.wandb": "logger=wandb or logger=none",
+    "logger.project": "logger.wandb.project=",
+    "logger.entity": "logger.wandb.entity=",
+    "logger.mode": "logger.wandb.mode=",
+    "data.format": "data.format._target_=povid.preferences.formats.NAME.read",
+}
+
+
+@hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
+def _job(cfg: DictConfig) -> None:
+    from povid.run.checkpoint import Stopped
+    from povid.run.experiment import run
+    from povid.run.processes import first
+
+    global jobs_started
+    jobs_started += 1
+    job = HydraConfig.get()
+    folder = Path(job.runtime.output_dir)
+    try:
+        run(cfg, folder)
+    except Stopped as stopped:  # a whole sweep stops with its job
+        if first():
+            print(f"stopped: {stopped}", file=sys.stderr)
+        sys.exit(TERMINATED if first() else 0)
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        if job.mode != RunMode.MULTIRUN:
+            print(f"error: {sentence}", file=sys.stderr)
+            sys.exit(2)
+        print(
+            f"error in job {job.job.num} ({job.job.override_dirname}): {sentence}\nThe other jobs continue; for the "
+            f"tables of those that finish: python -m povid.report {folder.parent}",
+            file=sys.stderr,
+        )
+        raise
+
+
+def _sentence(error: BaseException | None) -> str | None:
+    """The sentence of the Fault behind an error, if there is one."""
+    while error is not None:
+        if isinstance(error, Fault):
+            return str(error)
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _moved(arguments: list[str]) -> str | None:
+    """The sentence for a spelling of an earlier version, if the command line has one."""
+    for argument in arguments:
+        key, _, value = argument.lstrip("+~").partition("=")
+        # A whole value for what is a group now is spelled like the group's choice and is Hydra's to answer.
+        if key in MOVED and not (key == "data.format" and value.startswith("{")):
+            return f"{argument}: {key} has moved; use {MOVED[key]}"
+    return None
+
+
+def main() -> int:
+    """Run ``sys.argv``. Returns the exit status: 0, 2 for what the user can mend, 143 for a run that was told to stop."""
+    from povid.run.resume import expand
+
+    try:
+        if moved := _moved(sys.argv[1:]):
+            raise Fault(moved)
+        if "resume=latest" in sys.argv:
+            sys.argv[1:] = expand(sys.argv[1:])
+            print("resume=latest:", *sys.argv[1:])
+    except Fault as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+    try:
+        _job()
+    except (HydraException, OmegaConfBaseException) as error:
+        if jobs_started:
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        print("error:", *lines, file=sys.stderr)
+        return 2
+    except OSError as error:
+        if jobs_started:
+            raise
+        print(
+            f"error: {error.filename}: {error.strerror}; choose another folder with outputs= or hydra.run.dir=",
+            file=sys.stderr,
+        )
+        return 2
+    except Fault:  # of a job, whose sentence has been printed
+        return 2
+    return 0

@@ -1,0 +1,156 @@
+"""What follows the stages: benchmarks, captions before and after, results.json."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from povid import files
+from povid.benchmarks import suite
+from povid.benchmarks.chair_words import objects, read_synonyms
+from povid.machine import versions
+from povid.method.distortions import distort_picture, generator
+from povid.model.question import Answerer, Decoding, Question
+from povid.preferences.pictures import open_picture
+from povid.preferences.triple import Triple
+from povid.report import dashboards
+from povid.run.build import make
+from povid.run.loggers import RunContext, close, make_loggers, show_evaluation
+from povid.run.processes import device
+from povid.run.settings import Settings
+from povid.run.stage import digest
+
+log = logging.getLogger(__name__)
+
+CAPTION = Decoding(max_new_tokens=96)
+
+
+def judge(settings: Settings) -> Any:
+    """The configured judge, or None."""
+    return make(settings.judge) if settings.judge else None
+
+
+def warn_of_missing(settings: Settings) -> None:
+    """Log what the benchmarks will be missing, before anything is trained."""
+    for name, lack in suite.check(settings.benchmarks, judge(settings)).items():
+        log.warning("%s will not be scored: %s (%s)", name, lack["missing"], lack["cure"])
+
+
+def evaluate(
+    settings: Settings,
+    run: Path,
+    triples: Sequence[Triple],
+    adapters: Sequence[Path],
+    stages: Mapping[str, Any],
+    started: str,
+) -> dict[str, Any]:
+    """Answer the benchmarks with the adapted model and return what results.json holds (timings excepted)."""
+    model = digest({"model": settings.tree["model"], "adapters": [_weights_digest(a) for a in adapters]})
+    answers = settings.model.answerer(
+        adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed, device=device()
+    )
+    scores = suite.run(settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{model}")
+    samples = sample_questions(triples, settings.plain.samples)
+    after = caption(answers, samples)
+    results = {
+        "row": settings.plain.row,
+        "ablation": settings.ablation.name,
+        "stage": settings.plain.stage,
+        "seed": settings.plain.seed,
+        "objective": settings.objective,
+        "noise": settings.tree["noise"],
+        "model": settings.model.name,
+        "data": settings.data.name,
+        "dispreference": settings.dispreference_name,
+        "experiment": settings.experiment,
+        "settings": {
+            "objective": {str(n): settings.objective_node(n) for n in settings.run_stages},
+            "noise": settings.tree["noise"],
+            "stages": {str(n): settings.stages[n].model_dump() for n in settings.run_stages},
+        },
+        "benchmarks": scores,
+        "columns": suite.columns(settings.benchmarks),
+        "decoding": {name: score["decoding"] for name, score in scores.items() if "decoding" in score},
+        "stages": dict(stages),
+        "adapters": [str(adapter) for adapter in adapters],
+        "versions": versions(),
+        "started": started,
+    }
+    _show(settings, run, results, triples, samples, captions_before(run) or after, after)
+    return results
+
+
+def _weights_digest(adapter: Path) -> str:
+    weights = hashlib.sha256()
+    for file in sorted(adapter.glob("*.safetensors")):
+        weights.update(file.read_bytes())
+    return weights.hexdigest()
+
+
+# --- captions --------------------------------------------------------------------------------------------------------
+
+
+def sample_questions(triples: Sequence[Triple], count: int) -> list[Question]:
+    """The first records with long answers, to be captioned before and after training."""
+    order = sorted(range(len(triples)), key=lambda i: (len(triples[i].preferred[1].text) < 40, i))[:count]
+    return [Question(triples[i].id, triples[i].image, triples[i].question, {"record": i}) for i in order]
+
+
+def caption(answers: Answerer, samples: Sequence[Question]) -> list[str]:
+    texts = dict(answers(samples, CAPTION)) if samples else {}
+    return [texts[i] for i in range(len(samples))]
+
+
+def write_captions_before(run: Path, answers: Answerer, samples: Sequence[Question]) -> None:
+    """Caption the samples before the first stage; on disk, since a resumed run has no such policy any more."""
+    file = run / "captions_before.json"
+    if samples and not file.exists():
+        files.write_json(file, caption(answers, samples))
+
+
+def captions_before(run: Path) -> list[str]:
+    file = run / "captions_before.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+
+
+def _show(
+    settings: Settings,
+    run: Path,
+    results: Mapping[str, Any],
+    triples: Sequence[Triple],
+    samples: Sequence[Question],
+    before: Sequence[str],
+    after: Sequence[str],
+) -> None:
+    """The page of captions, and the evaluation in every logger."""
+    records = []
+    for sample, was, now in zip(samples, before, after):
+        number = sample.meta["record"]
+        triple = triples[number]
+        picture = open_picture(triple.image)
+        source = generator(seed=settings.plain.seed, epoch=0, record=number)
+        records.append(
+            {
+                "id": triple.id,
+                "image": picture,
+                "question": triple.question,
+                "before": was,
+                "after": now,
+                "noised": distort_picture(settings.distortion, picture, source),
+                "preferred": triple.preferred[-1].text,
+                "dispreferred": triple.dispreferred[-1].text,
+                "objects": triple.meta.get("objects"),
+            }
+        )
+    synonyms = Path(settings.data.benchmarks or "") / "synonyms.txt"
+    known = read_synonyms(synonyms) if synonyms.is_file() else None
+    table = dashboards.table_rows(records, (lambda text: objects(text, known)) if known else None)
+    if records:
+        dashboards.write_page(table, run / "captions.html")
+    loggers = make_loggers(settings.loggers, RunContext.of(settings, run, "evaluate"))
+    show_evaluation(loggers, results["benchmarks"], table if records else None)
+    close(loggers)

@@ -1,0 +1,176 @@
+"""The private parts of other libraries that povid.internals uses are where it expects them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import signal
+import sys
+import threading
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, LlamaConfig, LlavaConfig, LlavaProcessor
+
+from povid import internals
+
+PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+
+
+def test_every_function_names_the_versions_that_the_project_allows():
+    project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
+    entries = [*project["dependencies"], *(e for group in project["optional-dependencies"].values() for e in group)]
+    allowed = dict(re.match(r"([\w-]+)(.*)", entry).groups() for entry in entries)
+    functions = [f for _, f in inspect.getmembers(internals, inspect.isfunction) if f.__module__ == internals.__name__]
+    assert functions
+    for function in functions:
+        (found,) = re.findall(r"\((\w+) (>=[\d.]+(?:,<[\d.]+)?)\)", function.__doc__)
+        assert allowed[found[0]] == found[1], function.__name__
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """A linear layer with LoRA and a trained copy of another, neither of them zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    base = nn.Sequential()
+    base.add_module("inner", nn.Linear(4, 4))
+    base.add_module("projector", nn.Linear(4, 4))
+    model = get_peft_model(base, LoraConfig(target_modules=["inner"], modules_to_save=["projector"], r=2))
+    for parameter in model.parameters():
+        parameter.data += 0.1
+    return model
+
+
+def test_an_adapter_is_ignored_and_used_again(adapted):
+    x = torch.ones(1, 4)
+    switches = internals.adapter_switches(adapted)
+    used = adapted(x)
+    with adapted.disable_adapter():
+        expected = adapted(x)
+    assert len(switches) == 2 and not torch.equal(used, expected)
+    internals.ignore_adapter(switches, True)
+    assert torch.equal(adapted(x), expected)
+    internals.ignore_adapter(switches, False)
+    assert torch.equal(adapted(x), used)
+
+
+def test_trained_copies_are_the_modules_that_learn(adapted):
+    (copy,) = internals.trained_copies(adapted)
+    trained = {id(p) for name, p in adapted.named_parameters() if p.requires_grad and "lora" not in name}
+    assert trained == {id(p) for p in copy.parameters()}
+
+
+def test_four_bit_layers_have_the_switch_of_their_cpu_products():
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (extra: quantize)")
+    layer = bitsandbytes.nn.Linear4bit(64, 64)
+    layer.support_avx512bf16_for_cpu = True
+    internals.keep_input_gradients(nn.Sequential(layer))
+    assert layer.support_avx512bf16_for_cpu is False
+    assert "support_avx512bf16_for_cpu" in inspect.getsource(bitsandbytes.nn.Linear4bit)
+
+
+def test_attention_is_known_by_name_and_called_as_expected():
+    config = LlamaConfig(attn_implementation="sdpa")
+    assert internals.attention_name(config) == "sdpa"
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 5, 4)
+    mask = torch.zeros(1, 1, 5, 5)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=0.3).transpose(1, 2)
+    module = SimpleNamespace(num_key_value_groups=1, training=False, is_causal=True, config=config)
+    for name in ("sdpa", "eager"):
+        attend = internals.attention_function(LlamaConfig(attn_implementation=name))
+        output, _ = attend(module, query, key, value, mask, dropout=0.0, scaling=0.3)
+        torch.testing.assert_close(output, expected, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_processors_are_found_and_do_without_video():
+    from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProcessor
+
+    assert internals.processor_class(LlavaConfig()) is LlavaProcessor
+    assert internals.processor_class(LlamaConfig()) is None
+    config = AutoConfig.for_model("qwen2_5_vl")
+    assert internals.processor_class(config) is Qwen2_5_VLProcessor
+    assert "video_processor" in Qwen2_5_VLProcessor.get_attributes()
+    pictures_only = internals.without_video(Qwen2_5_VLProcessor)
+    assert set(Qwen2_5_VLProcessor.get_attributes()) - set(pictures_only.get_attributes()) == {"video_processor"}
+
+
+def test_forward_hooks_are_seen():
+    layer = nn.Linear(2, 2)
+    assert not internals.is_watched(layer)
+    handle = layer.register_forward_hook(lambda *_: None)
+    assert internals.is_watched(layer)
+    handle.remove()
+    assert not internals.is_watched(layer)
+
+
+@pytest.fixture
+def trainer():
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    return L.Trainer(accelerator="cpu", devices=1, **quiet)
+
+
+def test_loggers_read_the_step_that_is_corrected(trainer):
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = 7
+    internals.correct_logged_step(trainer)
+    assert loop._batches_that_stepped == trainer.global_step == 0
+    assert "_batches_that_stepped" in inspect.getsource(type(trainer._logger_connector))
+
+
+def test_the_cluster_environment_is_the_one_given():
+    from lightning.pytorch.plugins.environments import LightningEnvironment
+
+    environment = LightningEnvironment()
+    trainer = L.Trainer(accelerator="cpu", devices=1, plugins=[environment], logger=False, enable_checkpointing=False)
+    assert internals.cluster_environment(trainer) is environment
+
+
+def test_a_launcher_that_starts_processes_is_known_and_reaches_them(trainer):
+    import subprocess
+
+    assert internals.script_launcher(trainer) is None
+    two = L.Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
+    two.strategy._configure_launcher()
+    launcher = internals.script_launcher(two)
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        launcher.procs.append(child)
+        launcher.kill(signal.SIGTERM)
+        assert child.wait() == -signal.SIGTERM
+    finally:
+        child.kill()
+
+
+def test_a_child_that_ends_is_no_longer_watched(monkeypatch):
+    """Lightning's own observer thread would end this process because a child has failed."""
+    from lightning.fabric.strategies.launchers import subprocess_script
+
+    ended = threading.Event()
+    monkeypatch.setattr(subprocess_script.os, "kill", lambda *_: ended.set())
+    failing = SimpleNamespace(poll=lambda: None, returncode=None, pid=0, send_signal=lambda number: None)
+    observer = subprocess_script._ChildProcessObserver(main_pid=0, child_processes=[failing], sleep_period=0.01)
+    assert observer.name == "child-process-observer"
+    observer.start()
+    internals.stop_watching_children()
+    failing.returncode = 1
+    observer.join(timeout=30)
+    assert not observer.is_alive() and not ended.is_set()
+
+
+def test_model_parallel_strategy_can_be_told_its_sizes_and_its_backend():
+    from lightning.pytorch.strategies import ModelParallelStrategy
+
+    strategy = ModelParallelStrategy()
+    internals.replicate_over(strategy, 6)
+    read = inspect.getsource(ModelParallelStrategy.setup_environment)
+    assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (6, 1)
+    assert "self._data_parallel_size" in read and "self._tensor_parallel_size" in read
+    assert "_get_process_group_backend()" in inspect.getsource(ModelParallelStrategy)
