@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from povid.benchmarks import chair, pope
+from povid.benchmarks import chair
+from povid.benchmarks.chair import CHAIR
+from povid.benchmarks.pope import POPE
 from povid.fault import Fault
 from povid.preferences.differences import plural
 from povid.preferences.formats import read_povid
@@ -247,9 +249,9 @@ def test_records_are_povids(world):
 
 @pytest.mark.parametrize("split", ["tuning", "evaluation"])
 def test_benchmarks_load(world, split):
-    captions = chair.load(world / split)
+    captions = CHAIR(data=world / split).questions()
     assert len(captions) == 20 and all(Path(question.image).is_file() for question in captions)
-    questions = pope.load(world / split, suffix="")
+    questions = POPE(data=world / split, suffix="").questions()
     assert len(questions) == 3 * 6 * 20
     assert Counter(question.meta["label"] for question in questions) == {"yes": 180, "no": 180}
 
