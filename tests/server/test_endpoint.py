@@ -141,7 +141,7 @@ def test_a_torn_line_costs_one_reply_and_a_foreign_file_is_refused(tmp_path):
     assert len(server.requests) == 4
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "replies.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(Fault, match="replies.jsonl: a line is no kept reply"):
+    with pytest.raises(Fault, match="replies.jsonl: a line is not a reply"):
         Endpoint(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"), tmp_path / "other" / "replies.jsonl")
 
 
