@@ -15,16 +15,16 @@ from povid.benchmarks.judge import Judge
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-def composed(*overrides: str) -> DictConfig:
+def composed(option: str, *overrides: str) -> DictConfig:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("config", overrides=list(overrides))
+        return compose(f"benchmarks/{option}", overrides=list(overrides)).benchmarks
 
 
 def test_every_benchmark_has_a_configuration_of_its_name_with_all_its_settings():
     files = {file.stem for file in (CONF / "benchmarks").glob("*.yaml")}
     assert files == {*command.names(), "table3"}
     for name in command.names():
-        nodes = composed(f"benchmarks=[{name}]").benchmarks
+        nodes = composed(name)
         assert list(nodes) == [name]
         built = instantiate(nodes[name], _convert_="all")
         assert type(built) is command.find(name) and built.name == name
@@ -34,14 +34,14 @@ def test_every_benchmark_has_a_configuration_of_its_name_with_all_its_settings()
 
 
 def test_table3_has_all_eight_and_overrides_reach_them():
-    cfg = composed(
-        "benchmarks=table3",
+    nodes = composed(
+        "table3",
         "benchmarks.chair.max_new_tokens=50",
         "benchmarks.chair.ids=[3,a.png]",
         "benchmarks.pope.splits=[random]",
         "benchmarks.mm_vet.runs=5",
     )
-    built: dict[str, Benchmark] = instantiate(cfg.benchmarks, _convert_="all")
+    built: dict[str, Benchmark] = instantiate(nodes, _convert_="all")
     assert set(built) == set(command.names())
     assert built["chair"].decoding.max_new_tokens == 50 and built["chair"].ids == (3, "a.png")
     assert built["pope"].splits == ("random",) and built["pope"].decoding.stop == "."

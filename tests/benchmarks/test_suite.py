@@ -211,7 +211,7 @@ def words(data: Path) -> Path:
 
 
 def test_somebodys_own_benchmark_is_answered_scored_and_shown(words: Path, tmp_path: Path) -> None:
-    wanted = {"words": Words(data=words), "long_words": Words(data=words, least=5)}
+    wanted = {"words": Words(data=words), "long_words": Words(data=words, least=8)}
     results = suite.run(wanted, Answers(), tmp_path / "out")
     assert (results["words"]["share"], results["long_words"]["share"]) == (100.0, 0.0)
     assert (tmp_path / "out" / "words" / "official" / "words.json").is_file()

@@ -66,23 +66,29 @@ def test_a_bad_reply_is_asked_again(tmp_path, bad):
     ids=repr,
 )
 def test_after_the_last_try_the_request_is_named(tmp_path, bad, says):
-    with ChatServer(lambda body, n: bad) as server:
-        with pytest.raises(NoReply, match=f"^record 17: m at .* in 3 attempts .*{says}.*run again"):
-            endpoint(server, tmp_path, retries=2, timeout=0.1).ask(ask_for("17"))
+    with (
+        ChatServer(lambda body, n: bad) as server,
+        pytest.raises(NoReply, match=f"^record 17: m at .* in 3 attempts .*{says}.*run again"),
+    ):
+        endpoint(server, tmp_path, retries=2, timeout=0.1).ask(ask_for("17"))
     assert len(server.requests) == 3
 
 
 def test_a_refused_request_is_not_repeated_and_carries_the_servers_sentence(tmp_path):
-    with ChatServer(lambda body, n: Status(401, "Incorrect API key provided")) as server:
-        with pytest.raises(Fault, match="record 1: .*401.*Incorrect API key provided"):
-            endpoint(server, tmp_path).ask(ask_for("1"))
+    with (
+        ChatServer(lambda body, n: Status(401, "Incorrect API key provided")) as server,
+        pytest.raises(Fault, match="record 1: .*401.*Incorrect API key provided"),
+    ):
+        endpoint(server, tmp_path).ask(ask_for("1"))
     assert len(server.requests) == 1
 
 
-def test_an_empty_purse_is_not_asked_again(tmp_path):
-    with ChatServer(lambda body, n: Status(429, "quota", error_code="insufficient_quota")) as server:
-        with pytest.raises(Fault, match="quota"):
-            endpoint(server, tmp_path).ask(ask_for("1"))
+def test_an_exhausted_quota_is_not_retried(tmp_path):
+    with (
+        ChatServer(lambda body, n: Status(429, "quota", error_code="insufficient_quota")) as server,
+        pytest.raises(Fault, match="quota"),
+    ):
+        endpoint(server, tmp_path).ask(ask_for("1"))
     assert len(server.requests) == 1
 
 
@@ -135,7 +141,7 @@ def test_a_torn_line_costs_one_reply_and_a_foreign_file_is_refused(tmp_path):
     assert len(server.requests) == 4
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "replies.jsonl").write_text('{"id": 1}\n')
-    with pytest.raises(Fault, match="replies.jsonl: a line is no kept reply"):
+    with pytest.raises(Fault, match="replies.jsonl: a line is not a reply"):
         Endpoint(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"), tmp_path / "other" / "replies.jsonl")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -80,9 +80,11 @@ class CHAIR(Benchmark):
         names: dict[int | str, int | str] = {}
         for name in asked:
             names.setdefault(coco.image_key(name), name)
-        truth = {coco.image_key(name): found for name, found in listed.items()} if listed is not None else None
-        if truth is None:
-            truth = coco.annotations(data, {key for key in names if isinstance(key, int)})
+        truth: Mapping[Any, coco.Annotation]
+        if listed is not None:
+            truth = {coco.image_key(name): found for name, found in listed.items()}
+        else:
+            truth = coco.read_annotations(data, {key for key in names if isinstance(key, int)})
         if unknown := [name for key, name in names.items() if key not in truth]:
             source = data / "objects.json" if listed is not None else f"COCO's 2014 annotation files in {data}"
             raise Fault(
@@ -269,13 +271,13 @@ def captions(file: Path) -> list[tuple[str, int | str, str]]:
     return found
 
 
-def _figures(mentions: Sequence[Sequence[str]], truths: Sequence[Collection[str]]) -> dict[str, float | int]:
+def _figures(mentions: Sequence[Sequence[str]], truths: Sequence[frozenset[str]]) -> dict[str, float | int]:
     wrong = [[node for node in found if node not in truth] for found, truth in zip(mentions, truths)]
     said, hallucinated = sum(map(len, mentions)), sum(map(len, wrong))
     named = sum(len(truth.intersection(found)) for found, truth in zip(mentions, truths))
     there = sum(map(len, truths))
     return {
-        "CHAIR_S": 100 * sum(map(bool, wrong)) / len(mentions),
+        "CHAIR_S": 100 * sum(len(found) > 0 for found in wrong) / len(mentions),
         "CHAIR_I": 100 * hallucinated / said if said else 0.0,
         "coverage": 100 * named / there if there else 0.0,
         "mentions": said,

@@ -71,7 +71,7 @@ def image_ids(data: Path, split: str = "val") -> list[int]:
     return sorted(item["id"] for key, item in entries(file) if key == "images")
 
 
-def annotations(data: Path, wanted: Collection[int]) -> dict[int, Annotation]:
+def read_annotations(data: Path, wanted: Collection[int]) -> dict[int, Annotation]:
     """Instance categories and human captions of the wanted images, val and train together as CHAIR merges them.
 
     The train files (half a gigabyte) are opened only if some wanted image is not in val. Images in neither split

@@ -117,7 +117,7 @@ class MMVet(Benchmark):
 
 
 def _figures(questions: Sequence[Question], grades: Sequence[Sequence[float | None]]) -> dict[str, Any]:
-    parts: dict[str, dict[str, list[list[float]]]] = {
+    parts: dict[str, dict[str, list[float]]] = {
         "by_capability": defaultdict(list),
         "by_integration": defaultdict(list),
         "": defaultdict(list),

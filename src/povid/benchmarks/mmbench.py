@@ -205,7 +205,7 @@ class MMBench(Benchmark):
                 "truth": right,
                 "correct": option == right,
                 "by": "random" if row in random_rows else "judge" if row in matched else "rule" if option else None,
-                "hit": hits[question.id % COPY],
+                "hit": hits[_index(question) % COPY],
             }
             for row, (question, answer, option, right) in enumerate(zip(questions, answers, final, truth))
         ]
@@ -255,9 +255,14 @@ def parse(answer: str, options: dict[str, str]) -> str | None:
 def _groups(questions: Sequence[Question]) -> tuple[dict[int, Question], dict[int, list[int]]]:
     """Base questions by index, and the rows of each with its rotated copies in the order of their index."""
     rows: dict[int, list[int]] = defaultdict(list)
-    for row in sorted(range(len(questions)), key=lambda row: questions[row].id):
-        rows[questions[row].id % COPY].append(row)
-    return {question.id: question for question in questions if question.id < COPY}, dict(rows)
+    for row in sorted(range(len(questions)), key=lambda row: _index(questions[row])):
+        rows[_index(questions[row]) % COPY].append(row)
+    return {_index(question): question for question in questions if _index(question) < COPY}, dict(rows)
+
+
+def _index(question: Question) -> int:
+    """The table's index of a question, which is its id."""
+    return int(question.id)
 
 
 def _figures(questions: Sequence[Question], bases: dict[int, Question], hits: dict[int, bool]) -> dict[str, Any]:

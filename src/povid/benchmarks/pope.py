@@ -106,14 +106,14 @@ class POPE(Benchmark):
         there = self.present()
         if file.is_dir():
             return tuple(split for split in there if any(split in path.name for path in file.iterdir())) or there
-        named = tuple(split for split in there if split in file.name)
+        named: tuple[Split, ...] = tuple(split for split in there if split in file.name)
         records = _answers(file)
         splits = _by_split(self.questions())
         if len(there) == 1 or len(records) == sum(map(len, splits.values())):
             return there
         if len(named) == 1:
             return named
-        fitting = tuple(split for split, asked in splits.items() if _fits(records, asked))
+        fitting: tuple[Split, ...] = tuple(split for split in there if _fits(records, splits[split]))
         if len(fitting) == 1:
             return fitting
         counts = ", ".join(f"{split} {len(asked)}" for split, asked in splits.items())
@@ -133,8 +133,8 @@ class POPE(Benchmark):
         ``file``: POPE's or LLaVA's records for one split, LLaVA's for all of them (with llava_pope_test.jsonl among the
         data, or the question in "prompt"), our own, or a folder with a file per split whose name contains the split's.
         Officially answers count by position; here ids and questions that the records carry must agree with it, and a
-        complete set of ids in another order is put in order. Raises Fault where answers are missing, too many or
-        doubtful.
+        complete set of ids in another order is put in order. Raises Fault if answers are missing, too many or
+        ambiguous.
         """
         file, splits = Path(file), _by_split(questions)
         if file.is_dir():
@@ -238,7 +238,7 @@ def says_no(text: str) -> bool:
 
 
 def says_no_corrected(text: str) -> bool:
-    """What a reader would take for a no (see ``WHAT``), still from the first sentence alone."""
+    """What a reader would understand as a no (see ``WHAT``), still from the first sentence alone."""
     words = _WORD.findall(re.split(r"[.!?\n]", text.strip())[0].lower())
     if not words or words[0] in ("yes", "no"):
         return not words or words[0] == "no"
@@ -306,7 +306,7 @@ def _divide(
         for question in asked
         if "llava_id" in question.meta
     }
-    home |= {question.id: split for split, asked in splits.items() for question in asked}
+    home |= {str(question.id): split for split, asked in splits.items() for question in asked}
     where = [record.get("category", home.get(str(record.get("question_id")))) for _, record in records]
     if all(split in splits for split in where):
         return {name: [pair for pair, split in zip(records, where) if split == name] for name in splits}

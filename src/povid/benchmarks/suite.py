@@ -127,7 +127,7 @@ def _check_images(name: str, questions: Sequence[Question]) -> None:
             f"{name}: {len(missing)} of {len(files)} images are missing, the first is {missing[0]} "
             f"(question {files[missing[0]]!r}); put them there or set benchmarks.{name}.images"
         )
-    images = {**files, **{question.image: question.id for question in questions if isinstance(question.image, bytes)}}
+    images = {question.image: question.id for question in questions if question.image is not None}
     for image, asked in images.items():
         try:
             Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).close()

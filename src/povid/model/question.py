@@ -1,4 +1,4 @@
-"""What every benchmark is made of: questions, how they are decoded, who answers them, and the score."""
+"""What every benchmark consists of: questions, how answers are decoded, who answers, and the score."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 class Question:
     """One thing to ask about one image.
 
-    ``id`` is unique within the benchmark. ``image`` is a file, its encoded bytes, or None for a question without a
-    picture; equal values mean the same picture, so its features and prefix may be shared. ``text`` is what the model
+    ``id`` is unique within the benchmark. ``image`` is a file, its encoded bytes, or None for a question without an
+    image; equal values mean the same image, so its features and prefix may be shared. ``text`` is what the model
     is asked, suffix included, without an image marker. ``meta`` holds what scoring and the official answer format need.
     """
 
@@ -27,7 +27,7 @@ class Question:
 class Decoding:
     """How answers are generated: at most ``max_new_tokens`` of them; ``temperature`` 0 is greedy, without beams.
 
-    ``stop``: generation may end once this text has appeared in the answer; nothing after it is ever read.
+    ``stop``: generation may end once the answer contains this text; nothing after it is ever read.
     """
 
     max_new_tokens: int
@@ -36,7 +36,7 @@ class Decoding:
 
 
 Answerer = Callable[[Sequence[Question], Decoding], Iterator[tuple[int, str]]]
-"""Takes the questions still open and yields (index into them, answer text), each once, in any order, as they come."""
+"""Takes the unanswered questions and yields (index, answer text) for each once, in any order, as answers arrive."""
 
 
 @dataclass(slots=True)

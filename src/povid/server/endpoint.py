@@ -140,21 +140,11 @@ class Endpoint:
 
     # ------------------------------------------------------------------ asking
 
-    def complete(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        temperature: float | None = 0.0,
-        max_tokens: int = 1024,
-        sample: int = 0,
-        name: str = "a request",
-        **extra: Any,
-    ) -> Reply:
-        """Send one request and wait. Raises NoReply, BudgetReached, or Fault with the server's own sentence (4xx)."""
-        return self.ask(Request(messages, temperature, max_tokens, sample, name, extra))
-
     def ask(self, request: Request, stop: threading.Event | None = None) -> Reply:
-        """``complete`` for a Request; setting ``stop`` ends the wait between attempts."""
+        """Send one request and wait for its reply; setting ``stop`` ends the wait between attempts.
+
+        Raises NoReply, BudgetReached, or a Fault with the server's own sentence for a refused request (status 4xx).
+        """
         key = self.key(request)
         if (known := self._file.get(key)) is not None:
             return known
@@ -188,7 +178,8 @@ class Endpoint:
         rejected) is raised after the replies in flight have been yielded.
         """
         numbered = enumerate(requests)
-        stop, failure, flying = threading.Event(), None, {}
+        stop, flying = threading.Event(), {}
+        failure: BaseException | None = None
         pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="endpoint")
         try:
             while True:
@@ -204,13 +195,13 @@ class Endpoint:
                 if not flying:
                     break
                 for future in wait(flying, return_when=FIRST_COMPLETED).done:
-                    position, error = flying.pop(future), future.exception()
-                    if error is None:
+                    position, raised = flying.pop(future), future.exception()
+                    if raised is None:
                         yield position, future.result()
-                    elif isinstance(error, NoReply):
-                        yield position, error
+                    elif isinstance(raised, NoReply):
+                        yield position, raised
                     else:
-                        failure = failure or error
+                        failure = failure or raised
             if failure is not None:
                 raise failure
         finally:

@@ -1,4 +1,4 @@
-"""Replies of a server kept on disk: written the moment they arrive, shared by processes, counted against a budget."""
+"""A server's replies on disk: written the moment they arrive, shared by processes, counted against a budget."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class BudgetReached(Fault):
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """What came back; ``cost`` in the currency of the prices (0 without prices), ``cached`` if it was on disk."""
+    """A reply; ``cost`` in the currency of the prices (0 without prices), ``cached`` if it was already on disk."""
 
     text: str
     prompt_tokens: int
@@ -41,7 +41,7 @@ class Reply:
 
 @dataclass(slots=True)
 class Spent:
-    """What requests have cost: their number, tokens and money."""
+    """The number of requests, and the tokens and money that they took."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -62,11 +62,11 @@ class Spent:
 class ReplyFile:
     """An append-only JSON Lines file of replies by key, and a folder of claims beside it for requests in flight.
 
-    Every process appends under a file lock. A claim is a locked file named by its key: whoever holds it asks, the
-    others wait and then find the reply. Locks die with their process, so a kill leaves nothing stuck.
+    Every process appends under a file lock. A claim is a locked file named by its key: its holder sends the request,
+    the others wait and then find the reply. A lock ends with its process, so a kill blocks nobody.
 
-    ``total`` is what everybody who wrote to the file has spent. ``budget`` (currency) and ``token_budget`` bound it,
-    what requests in flight may still cost included.
+    ``total`` is what all processes that wrote to the file have spent. ``budget`` (currency) and ``token_budget`` bound
+    it, including what requests in flight may still cost.
     """
 
     def __init__(self, file: Path, budget: float | None = None, token_budget: int | None = None) -> None:
@@ -87,12 +87,12 @@ class ReplyFile:
         self.read_new()
 
     def get(self, key: str) -> Reply | None:
-        """The reply that was read already."""
+        """The reply, if it has been read."""
         with self._lock:
             return self._replies.get(key)
 
     def read_new(self) -> None:
-        """Take in the lines that this or another process has appended; a torn last line waits for its end."""
+        """Read the lines that this or another process has appended; an incomplete last line is left for later."""
         with self._lock:
             with self.file.open("rb") as file:
                 file.seek(self._read_to)
@@ -121,7 +121,7 @@ class ReplyFile:
             if end:
                 file.seek(end - 1)
                 if file.read(1) != b"\n":
-                    line = b"\n" + line  # closes a line that a killed process left open
+                    line = b"\n" + line  # ends a line that a killed process left incomplete
             try:
                 while line:
                     line = line[file.write(line) :]
@@ -133,7 +133,7 @@ class ReplyFile:
 
     @contextmanager
     def claim(self, key: str) -> Iterator[int]:
-        """Wait until nobody else is asking this, and hold it until the reply is kept."""
+        """Wait until no other process is sending this request, and hold it until the reply is kept."""
         path = self._claims / key
         while True:
             claim = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -151,9 +151,9 @@ class ReplyFile:
             os.close(claim)
 
     def reserve(self, claim: int, name: str, need: Reply, stop: threading.Event) -> None:
-        """Set aside what a request may cost; waits while what others have set aside may still turn out smaller.
+        """Reserve what a request may cost; waits while reservations of others may still turn out smaller.
 
-        Raises BudgetReached when it would not fit even if nobody else were asking.
+        Raises BudgetReached if it would not fit even without the others.
         """
         if self.budget is None and self.token_budget is None:
             return
@@ -169,7 +169,7 @@ class ReplyFile:
                     raise BudgetReached(
                         f"{name}: stopped before the budget of {limit} would be exceeded ({self.total.cost:.4f} and "
                         f"{self.total.tokens} tokens spent so far in {self.file}, up to {need.cost:.4f} and "
-                        f"{need.tokens} tokens needed next); raise the budget to go on"
+                        f"{need.tokens} tokens needed next); raise the budget to continue"
                     )
             stop.wait(0.05)
 
@@ -179,7 +179,7 @@ class ReplyFile:
         )
 
     def _reserved(self) -> tuple[float, int]:
-        """What requests in flight, of every process, have set aside; leftovers of killed ones are cleared away."""
+        """What requests in flight have reserved in all processes; claims of killed processes are removed."""
         money, tokens = 0.0, 0
         for path in self._claims.iterdir():
             try:
@@ -202,7 +202,7 @@ class ReplyFile:
         try:
             record = json.loads(line)
         except ValueError:  # a process was killed while writing; its request will be asked again
-            log.warning("%s: one torn line is passed over: %s", self.file, line[:60])
+            log.warning("%s: an incomplete line is skipped: %s", self.file, line[:60])
             return
         try:
             reply = Reply(
@@ -216,7 +216,7 @@ class ReplyFile:
             self._replies[record["key"]] = reply
         except (KeyError, TypeError) as error:
             raise Fault(
-                f"{self.file}: a line is no kept reply (it lacks {error}); "
+                f"{self.file}: a line is not a reply ({error} is missing); "
                 "name another file, this one belongs to something else"
             ) from error
         self.total.add(reply)
