@@ -137,7 +137,7 @@ def reason(reply: str, answer: str = CAPTION, kind: str = "captioning", finish: 
         (f"Answer: Surely {CAPTION}", "no hallucination"),
         (f"Answer: {CAPTION.replace('and trees', 'with fishing gear')}", None),
         (
-            "Answer: Ein Mann in einem roten Hemd hält ein silbernes Telefon vor sein Gesicht und hinter ihm sind Bäume.",
+            "Answer: Ein Mann in einem roten Hemd hält ein silbernes Telefon vor sein Gesicht, und hinter ihm ist Wald.",
             "wrong language",
         ),
         (
