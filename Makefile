@@ -1,23 +1,30 @@
-# POVID. `make help` lists what there is.
+# `make help` lists the targets.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 DONE   := $(VENV)/.installed
+PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow table3 world bench lint clean
+.PHONY: help setup demo table3 test test-slow world bench lint format docs clean
 
-help:  ## this list
+help:  ## print this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-setup: $(DONE)  ## virtual environment, dependencies, package (in .venv)
+setup: $(DONE)  ## create .venv and install the package with its dependencies
 
 $(DONE): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: POVID needs Python 3.11 or newer, and $(PYTHON) is $$($(PYTHON) --version 2>&1); name another one: make PYTHON=python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[test]'
+	$(PIP) '.[test]'
 	@touch $(DONE)
 
-demo: $(DONE)  ## Table 3 on the embedded world: four runs, one seed
+# .venv/.extra-NAME: the optional dependencies [NAME] of pyproject.toml are installed.
+$(VENV)/.extra-%: $(DONE)
+	$(PIP) '.[$*]'
+	@touch $@
+
+demo: $(DONE)  ## make Table 3 on the embedded world: four runs, one seed
 	$(BIN)/python train.py -m ablation=none,text,noise,both
 
 table3: $(DONE)  ## the same over five seeds, with the controls
@@ -27,24 +34,30 @@ table3: $(DONE)  ## the same over five seeds, with the controls
 	$(BIN)/python train.py -m experiment=swaps_only seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/swaps_only
 	$(BIN)/python -m povid.report outputs/table3
 
-test: $(DONE)  ## the tests, but for the slow ones
+test: $(DONE)  ## run the tests, except the slow ones
 	$(BIN)/python -m pytest -q
 
-test-slow: $(DONE)  ## the slow tests, and those against TRL
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+test-slow: $(VENV)/.extra-bench  ## run the slow tests, and those against TRL
 	$(BIN)/python -m pytest -q tests/bench/test_trl.py
 	$(BIN)/python -m pytest -q -m slow
 
-world: $(DONE)  ## train the embedded world's base model anew and compare it with the shipped one
+world: $(DONE)  ## train the embedded world's base model again and compare it with the shipped one
 	$(BIN)/python -m povid.scenes build
 
-bench: $(DONE)  ## what a training step costs, beside the plain way, the released code and TRL
-	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[bench]'
+bench: $(VENV)/.extra-bench  ## time a training step beside the plain form, the released code and TRL
 	$(BIN)/python -m povid.bench
 
-lint: $(DONE)  ## ruff
-	$(BIN)/pip install --quiet --disable-pip-version-check ruff
-	$(BIN)/ruff check src tests train.py
+lint: $(VENV)/.extra-lint  ## check style, formatting and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
 
-clean:  ## remove the virtual environment and caches; outputs stay
-	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache src/*.egg-info
+format: $(VENV)/.extra-lint  ## format the code and apply ruff's safe fixes
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+docs: $(VENV)/.extra-docs  ## build the documentation in site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## remove the virtual environment, caches and build results; outputs stay
+	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache site build dist src/*.egg-info

@@ -6,6 +6,7 @@ that neither a kill nor a power cut leaves half a file under a name that somebod
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -46,7 +47,9 @@ def draft(place: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def write_bytes(file: Path, content: bytes) -> Path:
-    """Write a file whole or not at all. Returns ``file``."""
+    """Write a file whole or not at all. Returns ``file``. Raises IsADirectoryError rather than replace a folder."""
+    if Path(file).is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     with draft(file) as beside:
         beside.write_bytes(content)
     return Path(file)

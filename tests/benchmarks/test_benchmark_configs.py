@@ -1,31 +1,54 @@
-"""Configuration files of benchmarks and judges name settings that there are."""
+"""Every file of conf/benchmarks builds its benchmark, and old overrides reach it."""
 
 from __future__ import annotations
 
-import inspect
 from pathlib import Path
 
-import pytest
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 
-from povid.benchmarks import suite
+from povid.benchmarks import __main__ as command
+from povid.benchmarks.benchmark import Benchmark
 from povid.benchmarks.judge import Judge
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
-@pytest.mark.parametrize("name", suite.BENCHMARKS)
-def test_benchmark(name):
-    settings = OmegaConf.to_container(OmegaConf.load(CONF / "benchmarks" / f"{name}.yaml"), resolve=True)
-    assert list(settings) == [name]
-    suite.check_settings(name, settings[name])
+def composed(*overrides: str) -> DictConfig:
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
 
 
-def test_table3_has_all_eight():
-    assert OmegaConf.load(CONF / "benchmarks" / "table3.yaml").defaults == list(suite.BENCHMARKS)
+def test_every_benchmark_has_a_configuration_of_its_name_with_all_its_settings():
+    files = {file.stem for file in (CONF / "benchmarks").glob("*.yaml")}
+    assert files == {*command.names(), "table3"}
+    for name in command.names():
+        nodes = composed(f"benchmarks=[{name}]").benchmarks
+        assert list(nodes) == [name]
+        built = instantiate(nodes[name], _convert_="all")
+        assert type(built) is command.find(name) and built.name == name
+        assert set(nodes[name]) == {"_target_", *type(built).model_fields}
+        assert built.columns and all(column.key.startswith(f"{name}.") for column in built.columns)
+        assert (built.judged == "never") == (not built.official_judge)
+
+
+def test_table3_has_all_eight_and_overrides_reach_them():
+    cfg = composed(
+        "benchmarks=table3",
+        "benchmarks.chair.max_new_tokens=50",
+        "benchmarks.chair.ids=[3,a.png]",
+        "benchmarks.pope.splits=[random]",
+        "benchmarks.mm_vet.runs=5",
+    )
+    built: dict[str, Benchmark] = instantiate(cfg.benchmarks, _convert_="all")
+    assert set(built) == set(command.names())
+    assert built["chair"].decoding.max_new_tokens == 50 and built["chair"].ids == (3, "a.png")
+    assert built["pope"].splits == ("random",) and built["pope"].decoding.stop == "."
+    assert built["mm_vet"].runs == 5
 
 
 def test_judge():
-    settings = OmegaConf.load(CONF / "judge" / "openai.yaml")
-    assert settings.pop("_target_") == f"{Judge.__module__}.{Judge.__qualname__}"
-    assert set(settings) <= set(inspect.signature(Judge).parameters)
+    node = OmegaConf.load(CONF / "judge" / "openai.yaml")
+    node.cache = "replies.jsonl"
+    assert isinstance(instantiate(node), Judge)

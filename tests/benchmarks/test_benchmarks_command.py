@@ -38,8 +38,8 @@ def test_chair_prints_a_table_and_writes_every_decision(data: Path) -> None:
     assert done.returncode == 0, done.stderr
     lines = dict(line.split()[:2] for line in done.stdout.splitlines()[1:7])
     assert (lines["CHAIR_S"], lines["CHAIR_I"], lines["coverage"]) == ("50.0", "50.0", "50.0")
-    assert "note: 1 empty captions left out, as the official to_chair.py does; the first is of image 3." in done.stderr
-    assert "note: 1 images of objects.json have no caption" in done.stderr
+    assert "note: empty captions, left out as in the official to_chair.py: 1 (the first is of image 3)" in done.stderr
+    assert "note: images of objects.json without a caption, left out of the score: 1" in done.stderr
     written = json.loads((data / "new" / "out.json").read_text())
     assert written["scores"]["CHAIR_S"] == 50.0
     assert written["records"] == [
@@ -65,54 +65,52 @@ def test_help_lists_the_benchmarks() -> None:
     done = run("--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
-    assert "Benchmarks: chair, pope, mmhal, science_qa, mme, mmbench, mm_vet, llava_bench." in text
+    assert (
+        "Benchmarks: chair, llava_bench, mm_vet, mmbench, mme, mmhal, pope, science_qa, or a class by its dotted"
+        in text
+    )
     assert "fetch NAME --data DIR" in text
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"name": "pop"}, "error: There is no benchmark 'pop'; did you mean 'pope'?"),
-        ({"name": "bleu"}, "error: There is no benchmark 'bleu'; choose among chair, pope, mmhal"),
-        ({"answers": "none.jsonl"}, "none.jsonl: no such file; give the answers to be scored."),
-        ({"data": "nowhere"}, "nowhere is no folder; give the folder of the official files, or run"),
+def test_mistakes_are_one_sentence_and_status_2(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for change, sentence in [
+        ({"name": "pop"}, "error: there is no benchmark 'pop'; did you mean 'pope'?"),
+        ({"name": "bleu"}, "error: there is no benchmark 'bleu'; choose one of chair, llava_bench"),
+        ({"answers": "none.jsonl"}, "none.jsonl: no such file; give the answers to be scored"),
+        ({"data": "nowhere"}, "nowhere does not exist; give the folder of the official files, or run"),
         ({"name": "pope"}, "holds none of coco_pope_{random,popular,adversarial}.json"),
-        ({"name": "mmhal"}, "error: mmhal is scored by a judge; name its model with --judge-model."),
+        ({"name": "mmhal"}, "error: mmhal is scored by a judge; name its model with --judge-model"),
         (
             {"content": '{"image_id": 1, "caption": "a"}\n{"image_id": 1, "caption": "b"}'},
-            "answers.jsonl line 2 describes image 1 again, after answers.jsonl line 1; keep one caption for each image.",
+            "answers.jsonl line 2 describes image 1 again, after answers.jsonl line 1; keep one caption",
         ),
         ({"content": '{"image_id": 8, "caption": "a"}'}, "error: Image 8 (1 of 1 images) is not in"),
         ({"content": b"\xff\xfe"}, "answers.jsonl cannot be read"),
         ({"json": "."}, "error: "),
-    ],
-)
-def test_mistakes_are_one_sentence_and_status_2(
-    data: Path, capsys: pytest.CaptureFixture[str], change: dict, sentence: str
-) -> None:
-    file = answer_file(data, "A cat.", "A dog.")
-    if isinstance(content := change.get("content"), bytes):
-        file.write_bytes(content)
-    elif content is not None:
-        file.write_text(content)
-    arguments = [
-        change.get("name", "chair"),
-        "--answers",
-        str(data / change.get("answers", "answers.jsonl")),
-        "--data",
-        str(data / change.get("data", "")),
-    ]
-    if "json" in change:
-        arguments += ["--json", str(data / change["json"])]
-    assert command.main(arguments) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1 and error.startswith("error: ")
+    ]:
+        file = answer_file(data, "A cat.", "A dog.")
+        if isinstance(content := change.get("content"), bytes):
+            file.write_bytes(content)
+        elif content is not None:
+            file.write_text(content)
+        arguments = [
+            change.get("name", "chair"),
+            "--answers",
+            str(data / change.get("answers", "answers.jsonl")),
+            "--data",
+            str(data / change.get("data", "")),
+        ]
+        if "json" in change:
+            arguments += ["--json", str(data / change["json"])]
+        assert command.main(arguments) == 2
+        error = capsys.readouterr().err
+        assert sentence in error and error.count("\n") == 1 and error.startswith("error: ")
 
 
 def test_status_2_reaches_the_shell(data: Path) -> None:
     done = run("chiar", "--answers", answer_file(data, "A cat."), "--data", data)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: There is no benchmark 'chiar'; did you mean 'chair'?\n"
+    assert done.stderr == "error: there is no benchmark 'chiar'; did you mean 'chair'?\n"
 
 
 def test_scoring_needs_no_torch(data: Path) -> None:
@@ -127,7 +125,24 @@ def test_scoring_needs_no_torch(data: Path) -> None:
 
 def test_fetch_refuses_an_unknown_name(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["fetch", "chiar", "--data", str(data)]) == 2
-    assert capsys.readouterr().err == "error: There is no benchmark 'chiar'; did you mean 'chair'?\n"
+    assert capsys.readouterr().err == "error: there is no benchmark 'chiar'; did you mean 'chair'?\n"
+
+
+def test_somebodys_own_benchmark_by_its_dotted_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "words.txt").write_text("one two")
+    (tmp_path / "answers.txt").write_text("a long answer\nshort")
+    arguments = ["test_suite.Words", "--answers", str(tmp_path / "answers.txt"), "--data", str(tmp_path)]
+    assert command.main(arguments) == 0
+    assert "share        50.0" in capsys.readouterr().out
+    assert command.main(["fetch", "test_suite.Words", "--data", str(tmp_path)]) == 0
+    assert "words names no files to download" in capsys.readouterr().out
+    for name, sentence in (
+        ("test_suite.Wrods", "test_suite.Wrods cannot be imported"),
+        ("test_suite.Answers", "test_suite.Answers is not a subclass of povid.benchmarks.benchmark.Benchmark"),
+        ("suite", "there is no benchmark 'suite'"),
+    ):
+        assert command.main([name, *arguments[1:]]) == 2
+        assert sentence in capsys.readouterr().err
 
 
 def test_table_shows_groups_and_gaps() -> None:

@@ -8,8 +8,9 @@ import time
 import pytest
 from servers import ChatServer, Cut, Raw, Say, Silence, Status, last_text
 
-from povid.benchmarks import mmhal, suite
-from povid.benchmarks.judge import OFFICIAL_JUDGES, Judge, mmhal_last_rating, mmhal_rating
+from povid.benchmarks import mmhal
+from povid.benchmarks.judge import Judge
+from povid.benchmarks.mmhal import MMHal
 from povid.fault import Fault
 from povid.server.endpoint import NoReply
 
@@ -40,7 +41,7 @@ def questions(tmp_path):
         for n in range(12)
     ]
     (tmp_path / "response_template.json").write_text(json.dumps(rows))
-    return mmhal.load(tmp_path)
+    return MMHal(data=tmp_path).questions()
 
 
 def rating(body) -> Say:
@@ -50,14 +51,14 @@ def rating(body) -> Say:
 
 def judge(server, folder, **more) -> Judge:
     settings = {"timeout": 0.3, "backoff": 0.001, "retries": 8, "concurrency": 4, **more}
-    return Judge(folder / "replies.jsonl", base_url=server.url, **settings)
+    return Judge(cache=folder / "replies.jsonl", base_url=server.url, **settings)
 
 
 def test_trouble_changes_nothing_and_nothing_is_paid_twice(questions, tmp_path):
     """Ratings 0..6 and 0..4: (21 + 10) / 12."""
     answers = ["yes"] * 12
     with ChatServer(lambda body, n: rating(body)) as server:
-        calm = mmhal.score(questions, answers, judge(server, tmp_path / "calm")).scores
+        calm = MMHal(data="data").score(questions, answers, judge(server, tmp_path / "calm")).scores
     seen: dict[str, int] = {}
 
     def script(body, number):
@@ -68,11 +69,13 @@ def test_trouble_changes_nothing_and_nothing_is_paid_twice(questions, tmp_path):
         return rating(body)
 
     with ChatServer(script) as server:
-        stormy = mmhal.score(
-            questions, answers, judge(server, tmp_path / "storm", input_price=10, output_price=30)
-        ).scores
+        stormy = (
+            MMHal(data="data")
+            .score(questions, answers, judge(server, tmp_path / "storm", input_price=10, output_price=30))
+            .scores
+        )
         sent = len(server.requests)
-        again = mmhal.score(questions, answers, judge(server, tmp_path / "storm")).scores
+        again = MMHal(data="data").score(questions, answers, judge(server, tmp_path / "storm")).scores
         assert len(server.requests) == sent
     assert calm["score"] == stormy["score"] == again["score"] == pytest.approx(31 / 12)
     assert stormy["judge"]["replies"] == 12 and stormy["judge"]["tokens"] == 12 * 105
@@ -81,22 +84,25 @@ def test_trouble_changes_nothing_and_nothing_is_paid_twice(questions, tmp_path):
 
 
 def test_a_judge_that_falls_silent_withholds_the_score_and_keeps_what_it_said(questions, tmp_path):
-    with ChatServer(lambda body, n: Silence() if "Q5?" in last_text(body) else rating(body)) as server:
-        with pytest.raises(NoReply, match="1 of 12 judgements of mmhal are open, the first: mmhal question 5: .*tries"):
-            mmhal.score(questions, ["yes"] * 12, judge(server, tmp_path, timeout=0.05, retries=1))
+    with (
+        ChatServer(lambda body, n: Silence() if "Q5?" in last_text(body) else rating(body)) as server,
+        pytest.raises(NoReply, match="1 of 12 judgements of mmhal got no reply, the first: mmhal question 5"),
+    ):
+        MMHal(data="data").score(questions, ["yes"] * 12, judge(server, tmp_path, timeout=0.05, retries=1))
     kept = (tmp_path / "replies.jsonl").read_text().splitlines()
     assert len(kept) == 11 and all("Rating" in json.loads(line)["text"] for line in kept)
 
 
 def test_a_refused_key_is_said_in_the_servers_words(questions, tmp_path):
-    with ChatServer(lambda body, n: Status(401, "Incorrect API key")) as server:
-        with pytest.raises(Fault, match="gpt-4-0314 at .*Incorrect API key"):
-            mmhal.score(questions, ["yes"] * 12, judge(server, tmp_path))
+    with (
+        ChatServer(lambda body, n: Status(401, "Incorrect API key")) as server,
+        pytest.raises(Fault, match="gpt-4-0314 at .*Incorrect API key"),
+    ):
+        MMHal(data="data").score(questions, ["yes"] * 12, judge(server, tmp_path))
 
 
-@pytest.mark.parametrize(
-    "reply, official, corrected",
-    [
+def test_ratings():
+    for reply, official, corrected in [
         ("Rating: 5, very", 5, 5),
         ("rating: 0", 0, 0),
         ("Rating: 7", None, None),
@@ -107,20 +113,13 @@ def test_a_refused_key_is_said_in_the_servers_words(questions, tmp_path):
         ("**Rating: 2**", 2, 2),
         ("Rating: [[6]]", None, 6),
         ("Rating: 4.5", 4, None),
-    ],
-)
-def test_ratings(reply, official, corrected):
-    assert (mmhal_rating(reply), mmhal_last_rating(reply)) == (official, corrected)
+    ]:
+        assert (mmhal.parse(reply), mmhal.parse_corrected(reply)) == (official, corrected)
 
 
 def test_the_model_can_be_chosen_and_stands_beside_the_score(questions, tmp_path):
     with ChatServer(lambda body, n: rating(body)) as server:
         mine = judge(server, tmp_path, model="my-judge")
-        scores = mmhal.score(questions, ["yes"] * 12, mine).scores
+        scores = MMHal(data="data").score(questions, ["yes"] * 12, mine).scores
     assert scores["judge"]["model"] == server.requests[0]["model"] == "my-judge"
     assert scores["judge"]["official_model"] == "gpt-4-0314"
-
-
-def test_every_benchmark_that_needs_a_judge_has_an_official_one():
-    needing = {name for name in suite.BENCHMARKS if suite.judged(suite.module_of(name))}
-    assert needing | {"mmbench"} == set(OFFICIAL_JUDGES)

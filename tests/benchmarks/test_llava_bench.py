@@ -8,8 +8,11 @@ import pytest
 from servers import ChatServer, Say, last_text
 
 from povid.benchmarks import llava_bench
-from povid.benchmarks.judge import Judge, llava_bench_pair
+from povid.benchmarks.judge import Judge
+from povid.benchmarks.llava_bench import LLaVABench
 from povid.fault import Fault
+
+ANY = LLaVABench(data="data")  # what reads no official file
 
 
 def lines(rows) -> str:
@@ -36,14 +39,13 @@ def judged(data, replies, answers=("a", "b", "c", "d")):
     def script(body, number):
         return Say(next(text for n, text in enumerate(replies) if f"Q{n}?" in last_text(body)))
 
-    questions = llava_bench.load(data)
+    questions = LLaVABench(data=data).questions()
     with ChatServer(script) as server:
-        return llava_bench.score(questions, answers, Judge(data / "r.jsonl", base_url=server.url)), server
+        return ANY.score(questions, answers, Judge(cache=data / "r.jsonl", base_url=server.url)), server
 
 
-@pytest.mark.parametrize(
-    "reply, pair",
-    [
+def test_first_line():
+    for reply, pair in [
         ("8 9\nBecause", (8, 9)),
         ("8,9", (8, 9)),
         ("8.5 7", (8.5, 7)),
@@ -57,10 +59,8 @@ def judged(data, replies, answers=("a", "b", "c", "d")):
         ("8 nan", None),
         ("Sure!\n8 9", None),
         ("8 9\r", (8, 9)),
-    ],
-)
-def test_first_line(reply, pair):
-    assert llava_bench_pair(reply) == pair
+    ]:
+        assert llava_bench.parse(reply) == pair
 
 
 def test_score_by_hand(data):
@@ -99,26 +99,26 @@ def test_means_are_rounded_to_three_decimals_before_the_ratio(data):
 
 
 def test_a_judge_that_answers_prose_gives_no_score(data):
-    with pytest.raises(Fault, match=r"llava_bench \(detail\): none of 1 replies of the judge gpt-4-0314"):
+    with pytest.raises(Fault, match=r"llava_bench \(detail\): none of the 1 replies of the judge gpt-4-0314"):
         judged(data, ["9 9", "Good.", "9 9", "9 9"])
 
 
 def test_official_file_and_back_in_any_order(data):
-    questions = llava_bench.load(data)
-    file = llava_bench.write_official(questions, ["a", "b", "c", "d"], data / "out")
+    questions = LLaVABench(data=data).questions()
+    file = ANY.write_official(questions, ["a", "b", "c", "d"], data / "out")
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert [row["question_id"] for row in rows] == [0, 1, 2, 3] and rows[0]["prompt"] == "Q0?"
     file.write_text(lines(rows[::-1]))
-    assert llava_bench.read_answers(file, questions) == ["a", "b", "c", "d"]
+    assert ANY.read_answers(file, questions) == ["a", "b", "c", "d"]
     file.write_text(lines(rows)[:-9])
     with pytest.raises(Fault, match="line 4 is not JSON"):
-        llava_bench.read_answers(file, questions)
+        ANY.read_answers(file, questions)
 
 
 def test_bad_data(data):
     (data / "answers_gpt4.jsonl").write_text(lines([{"question_id": 0, "text": "R"}]))
     with pytest.raises(Fault, match="line 2 asks question 1"):
-        llava_bench.load(data)
+        LLaVABench(data=data).questions()
     (data / "context.jsonl").unlink()
     with pytest.raises(Fault, match="context.jsonl.*fetch llava_bench"):
-        llava_bench.load(data)
+        LLaVABench(data=data).questions()

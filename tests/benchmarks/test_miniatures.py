@@ -15,6 +15,7 @@ from servers import ChatServer, Say, last_text
 
 from povid.benchmarks import __main__ as command
 from povid.benchmarks import suite
+from povid.benchmarks.benchmark import Benchmark
 from povid.benchmarks.judge import Judge
 from povid.model.generation import Answers
 from povid.model.question import Decoding, Question
@@ -39,7 +40,7 @@ def put(file: Path, content: object) -> None:
 
 
 @pytest.fixture
-def selection(tmp_path) -> dict[str, dict]:
+def selection(tmp_path) -> dict[str, Benchmark]:
     data = tmp_path / "data"
     put(
         data / "mmhal/response_template.json",
@@ -106,9 +107,8 @@ def selection(tmp_path) -> dict[str, dict]:
     )
     put(data / "llava_bench/context.jsonl", [{"image": f"00{n}.jpg", "caption": "A dog."} for n in range(3)])
     put(data / "llava_bench/answers_gpt4.jsonl", [{"question_id": n, "text": "A dog."} for n in range(3)])
-    return {name: {"data": str(data / name), "max_new_tokens": 6} for name in NAMES} | {
-        "science_qa": {"data": str(data / "science_qa"), "max_new_tokens": 6, "image_questions_only": True}
-    }
+    built = {name: command.find(name)(data=data / name, max_new_tokens=6) for name in NAMES}
+    return built | {"science_qa": built["science_qa"].changed(image_questions_only=True)}
 
 
 def judge_says(body: dict, number: int) -> Say:
@@ -143,7 +143,7 @@ def test_six_benchmarks_killed_in_the_middle_and_resumed_then_scored_by_the_comm
     policy, template = tiny.load(tiny.save_tiny_llava(tmp_path / "model"), max_length=512)
     answers = Answers(policy, template, batch_size=2)
     with ChatServer(judge_says) as server:
-        judge = Judge(tmp_path / "replies.jsonl", base_url=server.url)
+        judge = Judge(cache=tmp_path / "replies.jsonl", base_url=server.url)
         whole = suite.run(selection, Counting(answers), tmp_path / "whole", judge)
         done = 0
         for lives in (2, 7, 5):
@@ -168,7 +168,7 @@ def test_six_benchmarks_killed_in_the_middle_and_resumed_then_scored_by_the_comm
                     "--answers",
                     str(file),
                     "--data",
-                    selection[name]["data"],
+                    str(selection[name].data),
                     "--json",
                     str(out),
                     "--judge-model",
@@ -199,7 +199,7 @@ def test_without_a_judge_the_answers_are_kept_and_the_reason_is_given(selection,
     def answers(questions, decoding):
         yield from ((index, "A") for index in range(len(questions)))
 
-    for judge, says in ((None, "judge"), (Judge(tmp_path / "r.jsonl"), "OPENAI_API_KEY is not set")):
+    for judge, says in ((None, "judge"), (Judge(cache=tmp_path / "r.jsonl"), "OPENAI_API_KEY is not set")):
         results = suite.run(selection, answers, tmp_path / "out", judge)
         for name in ("mmhal", "mm_vet", "llava_bench"):
             assert says in results[name]["missing"] and "python -m povid.benchmarks" in results[name]["cure"]

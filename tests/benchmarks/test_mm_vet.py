@@ -8,8 +8,11 @@ import pytest
 from servers import ChatServer, Say, last_text
 
 from povid.benchmarks import mm_vet
-from povid.benchmarks.judge import Judge, mm_vet_grade
+from povid.benchmarks.judge import Judge
+from povid.benchmarks.mm_vet import MMVet
 from povid.fault import Fault
+
+ANY = MMVet(data="data")  # what reads no official file
 
 
 @pytest.fixture
@@ -26,13 +29,12 @@ def data(tmp_path):
 
 def judged(data, script, runs=1):
     with ChatServer(lambda body, number: Say(script(last_text(body), body))) as server:
-        judge = Judge(data / "r.jsonl", base_url=server.url)
-        return mm_vet.score(mm_vet.load(data), ["a", "b", "c", "d"], judge, runs=runs), server
+        judge = Judge(cache=data / "r.jsonl", base_url=server.url)
+        return MMVet(data=data, runs=runs).score(MMVet(data=data).questions(), ["a", "b", "c", "d"], judge), server
 
 
-@pytest.mark.parametrize(
-    "reply, grade",
-    [
+def test_grades():
+    for reply, grade in [
         ("0.5", 0.5),
         ("1", 1.0),
         ("0.4\n", 0.4),
@@ -44,10 +46,8 @@ def judged(data, script, runs=1):
         ("about 0.5", None),
         ("nan", None),
         ("0.5|", None),
-    ],
-)
-def test_grades(reply, grade):
-    assert mm_vet_grade(reply) == grade
+    ]:
+        assert mm_vet.parse(reply) == grade
 
 
 def test_score_by_hand(data):
@@ -91,39 +91,36 @@ def test_runs_are_averaged(data):
 
 
 def test_a_judge_that_answers_prose_gives_no_score(data):
-    with pytest.raises(Fault, match="mm_vet: none of 4 replies"):
+    with pytest.raises(Fault, match="mm_vet: none of the 4 replies"):
         judged(data, lambda text, body: "Right!")
 
 
 def test_official_file_llavas_file_and_back(data):
-    questions = mm_vet.load(data)
+    questions = MMVet(data=data).questions()
     assert questions[0].text == "Q0?" and questions[0].image == data / "mm-vet" / "images" / "v1_0.png"
-    file = mm_vet.write_official(questions, ["a", "b", "", "d"], data / "out")
+    file = ANY.write_official(questions, ["a", "b", "", "d"], data / "out")
     assert json.loads(file.read_text()) == {"v1_0": "a", "v1_1": "b", "v1_2": "", "v1_3": "d"}
-    assert mm_vet.read_answers(file, questions) == ["a", "b", "", "d"]
+    assert ANY.read_answers(file, questions) == ["a", "b", "", "d"]
     llava = data / "llava.jsonl"
     llava.write_text("\n".join(json.dumps({"question_id": n, "text": str(n)}) for n in (2, 0, 3, 1)))
-    assert mm_vet.read_answers(llava, questions) == ["0", "1", "2", "3"]
+    assert ANY.read_answers(llava, questions) == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize(
-    "content, sentence",
-    [
+def test_bad_answer_files(data):
+    for content, sentence in [
         ('{"v1_0": "a"}', "answers 1 of 4 questions, missing v1_1, v1_2, v1_3"),
-        ('{"v1_0": "a", "v1_9": "b"}', "v1_9 answers question 'v1_9', which is none of the 4"),
+        ('{"v1_0": "a", "v1_9": "b"}', "v1_9 answers question 'v1_9', which is not one of the 4"),
         ('{"v1_0": ["a"]}', "v1_0 has \\['a'\\] as its answer"),
         ('{"v1_0": "a"', "line 1 is not JSON"),
-    ],
-)
-def test_bad_answer_files(data, content, sentence):
-    (data / "a.json").write_text(content)
-    with pytest.raises(Fault, match=sentence):
-        mm_vet.read_answers(data / "a.json", mm_vet.load(data))
+    ]:
+        (data / "a.json").write_text(content)
+        with pytest.raises(Fault, match=sentence):
+            ANY.read_answers(data / "a.json", MMVet(data=data).questions())
 
 
 def test_bad_data(tmp_path):
     with pytest.raises(Fault, match="mm-vet.json.*fetch mm_vet"):
-        mm_vet.load(tmp_path)
+        MMVet(data=tmp_path).questions()
     (tmp_path / "mm-vet.json").write_text('{"v1_0": {"imagename": "a.png", "question": "Q?", "capability": []}}')
-    with pytest.raises(Fault, match="mm-vet.json v1_0 lacks 'answer'"):
-        mm_vet.load(tmp_path)
+    with pytest.raises(Fault, match="mm-vet.json v1_0 has no 'answer'"):
+        MMVet(data=tmp_path).questions()

@@ -7,9 +7,11 @@ import json
 import pytest
 from servers import ChatServer, Say, last_text
 
-from povid.benchmarks import mmhal
 from povid.benchmarks.judge import Judge
+from povid.benchmarks.mmhal import MMHal
 from povid.fault import Fault
+
+ANY = MMHal(data="data")  # what reads no official file
 
 TYPES = ["attribute", "adversarial", "comparison", "counting"]
 
@@ -40,12 +42,12 @@ def judged(data, replies, questions, answers):
         return Say(next(reply for key, reply in replies.items() if f"Truth {key}." in last_text(body)))
 
     with ChatServer(script) as server:
-        judge = Judge(data / "replies.jsonl", base_url=server.url, backoff=0.001)
-        return mmhal.score(questions, answers, judge), server
+        judge = Judge(cache=data / "replies.jsonl", base_url=server.url, backoff=0.001)
+        return ANY.score(questions, answers, judge), server
 
 
 def test_questions_are_bare_and_pictures_are_found_by_the_last_part_of_their_address(data):
-    questions = mmhal.load(data)
+    questions = MMHal(data=data).questions()
     assert [question.text for question in questions][:2] == ["Question 0?", "Question 1?"]
     assert questions[2].image == data / "images" / "2_o.jpg"
 
@@ -54,7 +56,7 @@ def test_score_by_hand(data):
     """Ratings 6, 2, then two unreadable replies: "Rating: 4" named twice with different numbers, and prose.
     Official: (6 + 2 + 0 + 0) / 4 = 2.0; below 3 are three of four: 0.75.
     Corrected: the last rating named counts, prose is left out: (6 + 2 + 5) / 3 = 13/3; one of three is below 3."""
-    questions = mmhal.load(data)
+    questions = MMHal(data=data).questions()
     replies = {
         0: "Fine.\n- Rating: 6, very informative",
         1: "It is wrong. RATING: 2",
@@ -78,51 +80,50 @@ def test_score_by_hand(data):
 def test_the_same_rating_said_twice_is_one_rating_and_markdown_is_read_only_by_the_corrected_rule(data):
     """Official: 3 and 0 -> (3 + 0 + 4 + 4) / 4 = 2.75; corrected: 3 and 5 -> 4.0."""
     replies = {0: "rating: 3 ... so Rating: 3", 1: "**Rating**: 5", 2: "Rating: 4", 3: "Rating: 4"}
-    score, _ = judged(data, replies, mmhal.load(data), ["a", "b", "c", "d"])
+    score, _ = judged(data, replies, MMHal(data=data).questions(), ["a", "b", "c", "d"])
     assert score.scores["score"] == 2.75 and score.scores["corrected"]["score"] == 4.0
 
 
 def test_a_judge_that_never_keeps_to_the_form_gives_no_score(data):
-    with pytest.raises(Fault, match="none of 4 replies of the judge gpt-4-0314"):
-        judged(data, dict.fromkeys(range(4), "Sure! Here is my view."), mmhal.load(data), ["a", "b", "c", "d"])
+    with pytest.raises(Fault, match="none of the 4 replies of the judge gpt-4-0314"):
+        judged(
+            data, dict.fromkeys(range(4), "Sure! Here is my view."), MMHal(data=data).questions(), ["a", "b", "c", "d"]
+        )
 
 
 def test_answers_in_any_order_and_the_template_comes_back(data, tmp_path):
-    questions = mmhal.load(data)
-    file = mmhal.write_official(questions, ["a", "b", "", "d"], tmp_path / "out")
+    questions = MMHal(data=data).questions()
+    file = ANY.write_official(questions, ["a", "b", "", "d"], tmp_path / "out")
     rows = json.loads(file.read_text())
     assert rows[3]["model_answer"] == "d" and rows[3]["question_type"] == "counting" and len(rows) == 4
     file.write_text(json.dumps(rows[::-1]))
-    assert mmhal.read_answers(file, questions) == ["a", "b", "", "d"]
+    assert ANY.read_answers(file, questions) == ["a", "b", "", "d"]
     file.write_text("".join(json.dumps({"question_id": n, "text": str(n)}) + "\n" for n in (3, 1, 0, 2)))
-    assert mmhal.read_answers(file, questions) == ["0", "1", "2", "3"]
+    assert ANY.read_answers(file, questions) == ["0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize(
-    "change, sentence",
-    [
+def test_bad_answer_files(data):
+    for change, sentence in [
         (lambda rows: rows[:-1], "answers 3 of 4 questions, missing 3"),
         (lambda rows: [*rows, rows[0]], "record 5 answers question .* a second time"),
         (lambda rows: [{**rows[0], "question": "Else?"}, *rows[1:]], "record 1 answers question 'id0 Else\\?', which"),
         (
             lambda rows: [{k: v for k, v in rows[0].items() if k != "model_answer"}, *rows[1:]],
-            "record 1 lacks 'model_ans",
+            "record 1 has no 'model_ans",
         ),
         (lambda rows: [{**rows[0], "model_answer": None}, *rows[1:]], "has None as its answer"),
-    ],
-)
-def test_bad_answer_files(data, change, sentence):
-    questions = mmhal.load(data)
-    file = data / "answers.json"
-    file.write_text(json.dumps(change(json.loads((data / "response_template.json").read_text()))))
-    with pytest.raises(Fault, match=sentence):
-        mmhal.read_answers(file, questions)
+    ]:
+        questions = MMHal(data=data).questions()
+        file = data / "answers.json"
+        file.write_text(json.dumps(change(json.loads((data / "response_template.json").read_text()))))
+        with pytest.raises(Fault, match=sentence):
+            ANY.read_answers(file, questions)
 
 
 def test_what_is_missing_is_said_with_its_cure(tmp_path, monkeypatch):
     with pytest.raises(Fault, match="response_template.json.*fetch mmhal"):
-        mmhal.load(tmp_path)
+        MMHal(data=tmp_path).questions()
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     with pytest.raises(Fault, match="no key for gpt-4-0314: .*OPENAI_API_KEY is not set; set it, or give the base_url"):
-        Judge(tmp_path / "r.jsonl").endpoint("mmhal")
+        Judge(cache=tmp_path / "r.jsonl").endpoint(ANY)

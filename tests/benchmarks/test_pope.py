@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 from shared import shared
 
 from povid.benchmarks import pope
+from povid.benchmarks.pope import POPE
 from povid.fault import Fault
+
+ANY = POPE(data="data")  # what reads no official file
 
 OBJECTS = {
     "random": ["cat", "orange", "dog", "car"],
@@ -54,8 +58,8 @@ def test_every_official_figure_of_the_golden_answers(tmp_path: Path) -> None:
     official = shared("golden/coco_pope_adversarial.json")
     (tmp_path / official.name).write_text(official.read_text())
     file = write_lines(tmp_path / "answers.jsonl", case["answers"])
-    questions = pope.load(tmp_path)
-    score = pope.score(questions, pope.read_answers(file, questions))
+    questions = POPE(data=tmp_path).questions()
+    score = ANY.score(questions, ANY.read_answers(file, questions))
     got, expected = score.scores["adversarial"], case["expected"]
     for key, name in (
         ("accuracy", "Accuracy"),
@@ -70,9 +74,8 @@ def test_every_official_figure_of_the_golden_answers(tmp_path: Path) -> None:
     assert got["questions"] == len(score.records) == 3000
 
 
-@pytest.mark.parametrize(
-    ("answer", "official", "corrected"),
-    [
+def test_parsers() -> None:
+    for answer, official, corrected in [
         ("Yes", False, False),
         ("No", True, True),
         ("no", True, True),
@@ -99,11 +102,9 @@ def test_every_official_figure_of_the_golden_answers(tmp_path: Path) -> None:
         ("ok.no", False, False),
         (", No", True, True),
         ("!", False, True),
-    ],
-)
-def test_parsers(answer: str, official: bool, corrected: bool) -> None:
-    assert pope.says_no(answer) is official
-    assert pope.says_no_corrected(answer) is corrected
+    ]:
+        assert pope.says_no(answer) is official
+        assert pope.says_no_corrected(answer) is corrected
 
 
 def slow_parser(text: str) -> bool:
@@ -133,12 +134,12 @@ def test_parser_agrees_with_a_slow_reading(text: str) -> None:
 
 
 def test_questions_of_one_image_stand_together_over_the_splits(data: Path) -> None:
-    questions = pope.load(data)
+    questions = POPE(data=data).questions()
     images = [question.image for question in questions]
     assert len(questions) == 12 and images == [images[0]] * 6 + [images[6]] * 6
     assert len({question.id for question in questions}) == 12
     assert questions[0].text == "Is there a cat in the image?\nAnswer the question using a single word or phrase."
-    assert pope.load(data, suffix="")[0].text == "Is there a cat in the image?"
+    assert POPE(data=data, suffix="").questions()[0].text == "Is there a cat in the image?"
 
 
 def test_score_by_hand(data: Path) -> None:
@@ -150,9 +151,9 @@ def test_score_by_hand(data: Path) -> None:
     Mean F1 (2/3 + 2/3 + 0) / 3 = 4/9.
     """
     said = {"random": ["Yes", "no", "No.", "not at all"], "popular": ["Yes"] * 4, "adversarial": ["no"] * 4}
-    questions = pope.load(data)
+    questions = POPE(data=data).questions()
     answers = [said[question.meta["split"]][question.meta["position"]] for question in questions]
-    scores = pope.score(questions, answers).scores
+    scores = ANY.score(questions, answers).scores
     assert scores["f1"] == pytest.approx(400 / 9)
     assert scores["accuracy"] == pytest.approx((75 + 50 + 50) / 3)
     assert scores["precision"] == pytest.approx(50) and scores["recall"] == pytest.approx(50)
@@ -177,8 +178,8 @@ def test_score_by_hand(data: Path) -> None:
 
 
 def test_records_tell_what_was_parsed(data: Path) -> None:
-    questions = pope.load(data, splits=["random"])
-    records = pope.score(questions, ["Yes", "NO", "not", "no"]).records
+    questions = POPE(data=data, splits=["random"]).questions()
+    records = ANY.score(questions, ["Yes", "NO", "not", "no"]).records
     assert records[1] == {
         "split": "random",
         "question_id": 2,
@@ -227,7 +228,7 @@ def test_answers_of_all_splits_find_their_questions(data: Path, tmp_path: Path, 
         given = [{"question_id": row["question_id"], "text": row["text"]} for row in given]
     if way == "category":
         given = [{"category": row["text"].split()[0], "text": row["text"]} for row in given]
-    questions = pope.load(data)
+    questions = POPE(data=data).questions()
     if way == "folder":
         file = tmp_path / "answers"
         file.mkdir()
@@ -235,44 +236,46 @@ def test_answers_of_all_splits_find_their_questions(data: Path, tmp_path: Path, 
             rows = [{"question": row["prompt"], "answer": row["text"]} for row in given if split in row["text"]]
             write_lines(file / f"coco_{split}_answers.json", rows)
     elif way == "own":
-        file = pope.write_official(questions, told(questions), tmp_path / "official")
+        file = ANY.write_official(questions, told(questions), tmp_path / "official")
         (data / "llava_pope_test.jsonl").write_text((tmp_path / "official" / "llava_pope_test.jsonl").read_text())
-        questions = pope.load(data)
+        questions = POPE(data=data).questions()
     else:
         write_lines(file, given)
-    assert pope.answered_splits(file, data) == ["random", "popular", "adversarial"]
-    assert pope.read_answers(file, questions) == told(questions)
+    assert POPE(data=data).for_answers(file).splits == ("random", "popular", "adversarial")
+    assert ANY.read_answers(file, questions) == told(questions)
 
 
 def test_official_files_per_split_are_what_the_official_script_reads(data: Path, tmp_path: Path) -> None:
-    questions = pope.load(data)
-    pope.write_official(questions, told(questions), tmp_path / "official")
+    questions = POPE(data=data).questions()
+    ANY.write_official(questions, told(questions), tmp_path / "official")
     lines = (tmp_path / "official" / "coco_pope_popular_answers.json").read_text().splitlines()
     assert json.loads(lines[1]) == {"question": "Is there a person in the image?", "answer": "popular 1"}
     file = tmp_path / "official" / "coco_pope_popular_answers.json"
-    assert pope.answered_splits(file, data) == ["popular"]
-    assert pope.read_answers(file, pope.load(data, splits=["popular"])) == [f"popular {i}" for i in range(4)]
+    assert POPE(data=data).for_answers(file).splits == ("popular",)
+    assert ANY.read_answers(file, POPE(data=data, splits=["popular"]).questions()) == [f"popular {i}" for i in range(4)]
 
 
 def test_one_split_is_recognised_by_what_it_answers(data: Path, tmp_path: Path) -> None:
     rows = [{"question": row["text"].lower(), "answer": "yes"} for row in question_rows("adversarial")]
-    assert pope.answered_splits(write_lines(tmp_path / "mine.jsonl", rows), data) == ["adversarial"]
-    with pytest.raises(Fault, match="mine.jsonl has 4 answers and does not say of which split"):
-        pope.answered_splits(write_lines(tmp_path / "mine.jsonl", [{"text": "yes"}] * 4), data)
+    assert POPE(data=data).for_answers(write_lines(tmp_path / "mine.jsonl", rows)).splits == ("adversarial",)
+    with pytest.raises(Fault, match="mine.jsonl has 4 answers but does not say of which split"):
+        POPE(data=data).for_answers(write_lines(tmp_path / "mine.jsonl", [{"text": "yes"}] * 4))
 
 
-@pytest.mark.parametrize("form", [int, str, lambda i: f"random/{i}"])
-def test_ids_in_another_order_are_put_in_order(data: Path, tmp_path: Path, form: Callable[[int], Any]) -> None:
-    rows = [{"question_id": form(i), "text": f"answer {i}"} for i in (3, 1, 4, 2)]
-    questions = pope.load(data, splits=["random"])
-    file = write_lines(tmp_path / "a.jsonl", rows)
-    assert pope.read_answers(file, questions) == [f"answer {i}" for i in (1, 2, 3, 4)]
+def test_ids_in_another_order_are_put_in_order(data: Path, tmp_path: Path) -> None:
+    for form in [int, str, lambda i: f"random/{i}"]:
+        rows = [{"question_id": form(i), "text": f"answer {i}"} for i in (3, 1, 4, 2)]
+        questions = POPE(data=data, splits=["random"]).questions()
+        file = write_lines(tmp_path / "a.jsonl", rows)
+        assert ANY.read_answers(file, questions) == [f"answer {i}" for i in (1, 2, 3, 4)]
 
 
 def test_ids_of_another_file_count_by_position_while_they_rise(data: Path, tmp_path: Path) -> None:
     rows = [{"question_id": i, "text": f"answer {i}"} for i in (8, 9, 10, 11)]
     file = write_lines(tmp_path / "a.jsonl", rows)
-    assert pope.read_answers(file, pope.load(data, splits=["random"])) == [f"answer {i}" for i in (8, 9, 10, 11)]
+    assert ANY.read_answers(file, POPE(data=data, splits=["random"]).questions()) == [
+        f"answer {i}" for i in (8, 9, 10, 11)
+    ]
 
 
 def test_spelling_of_older_questions_does_not_matter(data: Path, tmp_path: Path) -> None:
@@ -280,13 +283,12 @@ def test_spelling_of_older_questions_does_not_matter(data: Path, tmp_path: Path)
         {"question": row["text"].replace("an orange in the image", "an orange in the imange"), "answer": "yes"}
         for row in question_rows("random")
     ]
-    questions = pope.load(data, splits=["random"])
-    assert pope.read_answers(write_lines(tmp_path / "a.jsonl", rows), questions) == ["yes"] * 4
+    questions = POPE(data=data, splits=["random"]).questions()
+    assert ANY.read_answers(write_lines(tmp_path / "a.jsonl", rows), questions) == ["yes"] * 4
 
 
-@pytest.mark.parametrize(
-    ("rows", "sentence"),
-    [
+def test_answers_that_do_not_fit_are_refused(data: Path, tmp_path: Path) -> None:
+    for rows, sentence in [
         ([{"text": "yes"}] * 3, "a.jsonl has 3 answers, but coco_pope_random.json has 4 questions; every question"),
         ([{"text": "yes"}] * 5, "a.jsonl has 5 answers, but coco_pope_random.json has 4 questions"),
         ([{"text": "yes"}] * 2910, "has 2910 answers, but coco_pope_random.json has 4 questions (2910 is the older"),
@@ -301,51 +303,47 @@ def test_spelling_of_older_questions_does_not_matter(data: Path, tmp_path: Path)
         ),
         ([{"question_id": 1, "answer": 5}], 'line 1 has no answer: "answer" (POPE) or "text" (LLaVA)'),
         (["yes"], "line 1 has no answer"),
-    ],
-)
-def test_answers_that_do_not_fit_are_refused(data: Path, tmp_path: Path, rows: list, sentence: str) -> None:
-    file = write_lines(tmp_path / "a.jsonl", rows)
-    with pytest.raises(Fault) as caught:
-        pope.read_answers(file, pope.load(data, splits=["random"]))
-    assert sentence in str(caught.value) and "\n" not in str(caught.value)
+    ]:
+        file = write_lines(tmp_path / "a.jsonl", rows)
+        with pytest.raises(Fault) as caught:
+            ANY.read_answers(file, POPE(data=data, splits=["random"]).questions())
+        assert sentence in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_all_splits_of_another_version_are_refused(data: Path, tmp_path: Path) -> None:
     file = write_lines(tmp_path / "a.jsonl", [{"text": "yes"}] * 11)
     with pytest.raises(Fault, match="a.jsonl has 11 answers, but the splits in .* have random 4, popular 4"):
-        pope.answered_splits(file, data)
+        POPE(data=data).for_answers(file)
     with pytest.raises(Fault, match="a.jsonl has 11 answers, but the splits have random 4, popular 4, adversarial 4"):
-        pope.read_answers(file, pope.load(data))
-    with pytest.raises(Fault, match="line 1 begins answers whose split cannot be told"):
-        pope.read_answers(write_lines(tmp_path / "a.jsonl", [{"text": "yes"}] * 12), pope.load(data))
+        ANY.read_answers(file, POPE(data=data).questions())
+    with pytest.raises(Fault, match="line 1 starts answers whose split is unclear"):
+        ANY.read_answers(write_lines(tmp_path / "a.jsonl", [{"text": "yes"}] * 12), POPE(data=data).questions())
 
 
 def test_a_folder_needs_one_file_per_split(data: Path, tmp_path: Path) -> None:
     (tmp_path / "given").mkdir()
     write_lines(tmp_path / "given" / "random.json", [{"text": "yes"}] * 4)
-    assert pope.answered_splits(tmp_path / "given", data) == ["random"]
+    assert POPE(data=data).for_answers(tmp_path / "given").splits == ("random",)
     with pytest.raises(Fault, match="given has 0 files with 'popular' in their names"):
-        pope.read_answers(tmp_path / "given", pope.load(data))
+        ANY.read_answers(tmp_path / "given", POPE(data=data).questions())
 
 
-@pytest.mark.parametrize(
-    ("rows", "sentence"),
-    [
-        ([{"question_id": 1}], "coco_pope_random.json line 1 is no POPE question"),
+def test_bad_question_files_are_told_in_one_sentence(tmp_path: Path) -> None:
+    for rows, sentence in [
+        ([{"question_id": 1}], "coco_pope_random.json line 1 is not a POPE question"),
         ([{"question_id": 1, "image": "a.jpg", "text": "?", "label": "Yes"}], "has label 'Yes'"),
         ([{"question_id": 1, "image": "a.jpg", "text": "?", "label": "yes"}] * 2, "line 2 repeats question_id 1"),
         ([], "holds no question"),
-    ],
-)
-def test_bad_question_files_are_told_in_one_sentence(tmp_path: Path, rows: list, sentence: str) -> None:
-    write_lines(tmp_path / "coco_pope_random.json", rows)
-    with pytest.raises(Fault) as caught:
-        pope.load(tmp_path)
-    assert sentence in str(caught.value)
+    ]:
+        write_lines(tmp_path / "coco_pope_random.json", rows)
+        with pytest.raises(Fault) as caught:
+            POPE(data=tmp_path).questions()
+        assert sentence in str(caught.value)
 
 
 def test_missing_files_name_the_command(tmp_path: Path) -> None:
     with pytest.raises(Fault, match="holds none of coco_pope_.* fetch pope"):
-        pope.load(tmp_path)
-    with pytest.raises(Fault, match="POPE has no split 'rnadom'"):
-        pope.load(tmp_path, splits=["rnadom"])
+        POPE(data=tmp_path).questions()
+    for splits in (["rnadom"], []):
+        with pytest.raises(ValidationError, match="splits"):
+            POPE(data=tmp_path, splits=splits)

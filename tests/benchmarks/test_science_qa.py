@@ -7,7 +7,10 @@ import json
 import pytest
 
 from povid.benchmarks import science_qa
+from povid.benchmarks.science_qa import ScienceQA
 from povid.fault import Fault
+
+ANY = ScienceQA(data="data")  # what reads no official file
 
 
 @pytest.fixture
@@ -37,7 +40,7 @@ def data(tmp_path):
 
 
 def test_prompt(data):
-    questions = science_qa.load(data)
+    questions = ScienceQA(data=data).questions()
     assert [question.id for question in questions] == ["4", "7", "9", "11", "12"]
     assert questions[1].text == (
         "Context: Look.\nQuestion: Which one?\nOptions: (A) x (B) y (C) z\n"
@@ -47,12 +50,11 @@ def test_prompt(data):
     assert questions[1].image == data / "images" / "test" / "7" / "image.png"
     turns = [{"from": "human", "value": "Which?\nA. x\nB. y\n<image>"}, {"from": "gpt", "value": "A"}]
     (data / "llava_test_CQM-A.json").write_text(json.dumps([{"id": "7", "conversations": turns}]))
-    assert science_qa.load(data)[1].text.startswith("Which?\nA. x\nB. y\nAnswer with")
+    assert ScienceQA(data=data).questions()[1].text.startswith("Which?\nA. x\nB. y\nAnswer with")
 
 
-@pytest.mark.parametrize(
-    "answer, official, corrected",
-    [
+def test_parsers():
+    for answer, official, corrected in [
         ("B", "B", "B"),
         ("B. y", "B", "B"),
         ("B.", None, "B"),
@@ -69,17 +71,15 @@ def test_prompt(data):
         ("A cat is a mammal", None, None),
         ("F. none", None, None),
         ("B.y", None, "B"),
-    ],
-)
-def test_parsers(answer, official, corrected):
-    assert (science_qa.parse(answer), science_qa.parse_corrected(answer)) == (official, corrected)
+    ]:
+        assert (science_qa.parse(answer), science_qa.parse_corrected(answer)) == (official, corrected)
 
 
 def test_score_by_hand(data):
     """Truth B (no image), A, C, A (two choices), B. Answers: "B" right; "A. x" right; "(C) z" fails officially;
     "C" is beyond two choices: wrong; "The answer is B." right. All: 3/5 = 60 %. With an image: 2/4 = 50 %.
     Corrected also reads "(C) z": 4/5 = 80 % and 3/4 = 75 %."""
-    score = science_qa.score(science_qa.load(data), ["B", "A. x", "(C) z", "C", "The answer is B."])
+    score = ANY.score(ScienceQA(data=data).questions(), ["B", "A. x", "(C) z", "C", "The answer is B."])
     assert (score.scores["accuracy"], score.scores["img_accuracy"], score.scores["img_questions"]) == (60.0, 50.0, 4)
     assert score.scores["corrected"] == {"accuracy": 80.0, "img_accuracy": 75.0, "img_questions": 4, "questions": 5}
     assert [record["parsed"] for record in score.records] == ["B", "A", None, "C", "B"]
@@ -88,49 +88,46 @@ def test_score_by_hand(data):
 
 def test_an_image_only_file_counts_the_others_as_failed(data):
     """Four image questions right, the text question unanswered: IMG 100 %, all 4/5 = 80 %, as the official script."""
-    questions = science_qa.load(data)
+    questions = ScienceQA(data=data).questions()
     lines = [{"question_id": name, "text": text} for name, text in [("12", "B"), ("7", "A"), ("9", "C"), ("11", "A")]]
     file = data / "answers.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
-    answers = science_qa.read_answers(file, questions)
+    answers = ANY.read_answers(file, questions)
     assert answers == ["", "A", "C", "A", "B"]
-    scores = science_qa.score(questions, answers).scores
+    scores = ANY.score(questions, answers).scores
     assert (scores["img_accuracy"], scores["accuracy"]) == (100.0, 80.0)
 
 
 def test_official_file_and_back(data):
-    questions = science_qa.load(data)
-    file = science_qa.write_official(questions, list("ABCAB"), data / "out")
+    questions = ScienceQA(data=data).questions()
+    file = ANY.write_official(questions, list("ABCAB"), data / "out")
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert ["<image>" in line["prompt"] for line in lines] == [False, True, True, True, True]
     assert set(lines[0]) == {"question_id", "prompt", "text", "answer_id", "model_id", "metadata"}
-    assert science_qa.read_answers(file, questions) == list("ABCAB")
+    assert ANY.read_answers(file, questions) == list("ABCAB")
     file.write_text(json.dumps({"acc": 1.0, "results": {}, "outputs": dict.fromkeys(["12", "11", "9", "7", "4"], "A")}))
-    assert science_qa.read_answers(file, questions) == ["A"] * 5
+    assert ANY.read_answers(file, questions) == ["A"] * 5
 
 
-@pytest.mark.parametrize(
-    "lines, sentence",
-    [
+def test_bad_answer_files(data):
+    for lines, sentence in [
         (['{"question_id": "4", "text": "A"}'], "answers 1 of 5 questions, missing 7, 9, 11 and others"),
         (['{"question_id": "4", "text": "A"}'] * 2, "line 2 answers question '4' a second time, first at .* line 1"),
         (['{"question_id": "4", "te'], "line 1 is not JSON"),
-        (['{"question_id": "5", "text": "A"}'], "line 1 answers question '5', which is none of the 5"),
-        (['{"question_id": "4", "answer": "A"}'], "line 1 has the keys answer, question_id, and an answer needs"),
-    ],
-)
-def test_bad_answer_files(data, lines, sentence):
-    (data / "answers.jsonl").write_text("\n".join(lines))
-    with pytest.raises(Fault, match=sentence):
-        science_qa.read_answers(data / "answers.jsonl", science_qa.load(data))
+        (['{"question_id": "5", "text": "A"}'], "line 1 answers question '5', which is not one of the 5"),
+        (['{"question_id": "4", "answer": "A"}'], "line 1 has the keys answer, question_id, but an answer needs"),
+    ]:
+        (data / "answers.jsonl").write_text("\n".join(lines))
+        with pytest.raises(Fault, match=sentence):
+            ANY.read_answers(data / "answers.jsonl", ScienceQA(data=data).questions())
 
 
 def test_bad_data(data):
     with pytest.raises(Fault, match="no split 'dev'; choose one of test, val"):
-        science_qa.load(data, split="dev")
+        ScienceQA(data=data, split="dev").questions()
     (data / "pid_splits.json").write_text(json.dumps({"test": ["1"]}))
-    with pytest.raises(Fault, match="lacks question 1"):
-        science_qa.load(data)
+    with pytest.raises(Fault, match="has no question 1, which pid_splits.json lists"):
+        ScienceQA(data=data).questions()
     (data / "problems.json").write_text("[1]")
-    with pytest.raises(Fault, match="no single JSON object"):
-        science_qa.load(data)
+    with pytest.raises(Fault, match="not a single JSON object"):
+        ScienceQA(data=data).questions()

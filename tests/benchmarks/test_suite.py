@@ -1,4 +1,4 @@
-"""The suite: what is missing is told before anything is answered, and nothing answered is lost or asked again."""
+"""The suite: what is missing is reported before anything is answered; no answer is lost or asked for again."""
 
 from __future__ import annotations
 
@@ -9,13 +9,18 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 from PIL import Image
+from pydantic import Field
 
-from povid.benchmarks import chair, pope, suite
-from povid.fault import Fault
+from povid.benchmarks import suite
+from povid.benchmarks.benchmark import Benchmark, Column
+from povid.benchmarks.chair import CHAIR
+from povid.benchmarks.pope import POPE
+from povid.fault import Fault, validated
+from povid.files import write_text
 from povid.model.question import Decoding, Question, Score
 
 TRUTH = {"a_1": ["cat"], "a_2": ["dog", "cup"], "a_3": ["cup"]}
@@ -62,8 +67,8 @@ class Answers:
             yield index, text
 
 
-def selection(data: Path) -> dict[str, dict]:
-    return {"chair": {"data": str(data)}, "pope": {"data": str(data), "suffix": ""}}
+def selection(data: Path) -> dict[str, Benchmark]:
+    return {"chair": CHAIR(data=str(data)), "pope": POPE(data=str(data), suffix="")}
 
 
 def test_scores_by_hand_and_files(data: Path, tmp_path: Path) -> None:
@@ -89,9 +94,9 @@ def test_scores_by_hand_and_files(data: Path, tmp_path: Path) -> None:
         "model_id": "povid",
         "metadata": {},
     }
-    questions = pope.load(data, suffix="")
+    questions = POPE(data=data, suffix="").questions()
     official = tmp_path / "out" / "pope" / "official" / "coco_pope_random_answers.json"
-    assert pope.read_answers(official, questions) == ["yes"] * 6
+    assert POPE(data=data).read_answers(official, questions) == ["yes"] * 6
 
 
 def test_a_second_run_asks_nothing_again(data: Path, tmp_path: Path) -> None:
@@ -100,10 +105,10 @@ def test_a_second_run_asks_nothing_again(data: Path, tmp_path: Path) -> None:
     assert suite.run(selection(data), again, tmp_path / "out") == first and again.asked == []
 
 
-def test_an_interrupted_run_goes_on_where_it_stopped(data: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_where_it_stopped(data: Path, tmp_path: Path) -> None:
     half = suite.run(selection(data), Answers(stop_after=5), tmp_path / "out")
     assert "CHAIR_S" in half["chair"]
-    assert half["pope"]["missing"] == "pope: 2 of 6 questions were answered; run again to go on."
+    assert half["pope"]["missing"] == "pope: 2 of 6 questions are answered; run again to resume"
     rest = Answers()
     whole = suite.run(selection(data), rest, tmp_path / "out")
     assert len(rest.asked) == 4
@@ -112,30 +117,26 @@ def test_an_interrupted_run_goes_on_where_it_stopped(data: Path, tmp_path: Path)
 
 def test_decoding_can_be_set(data: Path, tmp_path: Path) -> None:
     answers = Answers()
-    suite.run({"chair": {"data": data, "temperature": 0.2, "max_new_tokens": 7}}, answers, tmp_path / "out")
+    suite.run({"chair": CHAIR(data=data, temperature=0.2, max_new_tokens=7)}, answers, tmp_path / "out")
     assert answers.decodings == [Decoding(max_new_tokens=7, temperature=0.2)]
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ({"prompt": "What is this?"}, "answered with another questions"),
-        ({"max_new_tokens": 3}, "answered with another decoding"),
-        ({"model": "other"}, "answered with another model"),
-    ],
-)
-def test_answers_to_something_else_are_refused(data: Path, tmp_path: Path, change: dict, sentence: str) -> None:
-    settings = {"data": data}
-    suite.run({"chair": settings}, Answers(), tmp_path / "out")
-    model = change.pop("model", "povid")
-    again = Answers()
-    result = suite.run({"chair": settings | change}, again, tmp_path / "out", model=model)["chair"]
-    assert sentence in result["missing"] and "choose another output folder" in result["missing"]
-    assert again.asked == []
+def test_answers_to_something_else_are_refused(data: Path, tmp_path: Path) -> None:
+    suite.run({"chair": CHAIR(data=data)}, Answers(), tmp_path / "out")
+    for settings, model, sentence in (
+        ({"prompt": "What is this?"}, "povid", "holds answers to different questions"),
+        ({"ids": ["a_1"]}, "povid", "holds answers to a different number of questions (3 there, 1 now)"),
+        ({"max_new_tokens": 3}, "povid", "holds answers with different decoding settings"),
+        ({}, "other", "holds answers by a different model (povid there, other now)"),
+    ):
+        again = Answers()
+        result = suite.run({"chair": CHAIR(data=data, **settings)}, again, tmp_path / "out", model=model)["chair"]
+        assert sentence in result["missing"] and "choose another output folder" in result["missing"]
+        assert again.asked == []
 
 
-def test_what_is_missing_is_told_and_the_others_are_scored(data: Path, tmp_path: Path) -> None:
-    wanted = selection(data) | {"chair": {"data": tmp_path / "nowhere"}}
+def test_what_is_missing_is_reported_and_the_others_are_scored(data: Path, tmp_path: Path) -> None:
+    wanted = selection(data) | {"chair": CHAIR(data=tmp_path / "nowhere")}
     assert list(suite.check(wanted)) == ["chair"]
     results = suite.run(wanted, Answers(), tmp_path / "out")
     assert "synonyms.txt cannot be read" in results["chair"]["missing"]
@@ -147,97 +148,125 @@ def test_missing_and_broken_pictures_are_found_before_any_answer(data: Path, tmp
     answers = Answers()
     (data / "images" / "a_2.png").write_bytes(b"no picture")
     found = suite.run(selection(data), answers, tmp_path / "out")
-    assert "chair question 'a_2'" in found["chair"]["missing"] and "no readable picture" in found["chair"]["missing"]
+    assert "chair question 'a_2'" in found["chair"]["missing"] and "not a readable image" in found["chair"]["missing"]
     (data / "images" / "a_2.png").unlink()
     found = suite.run(selection(data), answers, tmp_path / "out")
-    assert "pope lacks 1 of 3 pictures, the first is" in found["pope"]["missing"]
+    assert "pope: 1 of 3 images are missing, the first is" in found["pope"]["missing"]
     assert answers.asked == []
 
 
-@pytest.mark.parametrize(
-    ("wanted", "sentence"),
-    [
-        ({"chiar": {"data": "x"}}, "There is no benchmark 'chiar'; did you mean 'chair'?"),
-        ({"chair": {"data": "x", "promt": "?"}}, "Benchmark chair has no setting 'promt'; did you mean 'prompt'?"),
-        ({"chair": {"prompt": "?"}}, "Benchmark chair has no data"),
-    ],
-)
-def test_mistakes_in_the_configuration_stop_everything(tmp_path: Path, wanted: dict, sentence: str) -> None:
-    answers = Answers()
-    with pytest.raises(Fault) as caught:
-        suite.run(wanted, answers, tmp_path / "out")
-    assert sentence in str(caught.value) and answers.asked == []
+def test_settings_have_types_and_bounds() -> None:
+    for settings, sentence in (
+        ({"data": "x", "promt": "?"}, "chair.promt: there is no such setting; did you mean 'prompt'?"),
+        ({"prompt": "?"}, "chair.data: this setting is required"),
+        ({"data": "x", "max_new_tokens": 0}, "chair.max_new_tokens: found 0"),
+        ({"data": "x", "max_new_tokens": True}, "chair.max_new_tokens: found True"),
+        ({"data": "x", "temperature": -0.1, "number": 0}, "chair.temperature: found -0.1"),
+        ({"data": "x", "temperature": float("nan")}, "chair.temperature: found nan"),
+    ):
+        with pytest.raises(Fault) as caught:
+            validated(CHAIR, settings, "chair")
+        assert sentence in str(caught.value)
 
 
-def test_a_fault_in_one_scoring_leaves_the_others(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(questions: object, answers: object) -> None:
-        raise ZeroDivisionError("float division by zero")
+class Words(Benchmark):
+    """A user's own benchmark: the share of answers that have at least ``least`` words, judged as ``judged`` says."""
 
-    monkeypatch.setattr(chair, "score", broken)
-    results = suite.run(selection(data), Answers(), tmp_path / "out")
-    assert results["chair"]["missing"] == "scoring failed: ZeroDivisionError: float division by zero"
-    assert f"--answers {tmp_path / 'out' / 'chair' / 'official'}" in results["chair"]["cure"]
+    name = "words"
+    official = "nobody's"
+    columns = (Column("words.share", "Words", "high", 1),)
+
+    least: int = Field(2, ge=1)
+
+    def questions(self) -> list[Question]:
+        return [Question(n, None, text, {}) for n, text in enumerate((self.data / "words.txt").read_text().split())]
+
+    def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Any = None) -> Score:
+        if not self.least < 9:
+            raise ZeroDivisionError("float division by zero")
+        long = [len(answer.split()) >= self.least for answer in answers]
+        return Score({"share": 100 * sum(long) / len(long), "judged": judge is not None}, [])
+
+    def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+        return write_text(folder / "words.json", json.dumps(list(answers)))
+
+    def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        return json.loads(file.read_text())
+
+
+class Judged(Words):
+    judged = "always"
+    official_judge = "gpt"
+
+
+class Helped(Words):
+    judged = "optional"
+    official_judge = "gpt"
+
+
+@pytest.fixture
+def words(data: Path) -> Path:
+    (data / "words.txt").write_text("one two three")
+    return data
+
+
+def test_somebodys_own_benchmark_is_answered_scored_and_shown(words: Path, tmp_path: Path) -> None:
+    wanted = {"words": Words(data=words), "long_words": Words(data=words, least=5)}
+    results = suite.run(wanted, Answers(), tmp_path / "out")
+    assert (results["words"]["share"], results["long_words"]["share"]) == (100.0, 0.0)
+    assert (tmp_path / "out" / "words" / "official" / "words.json").is_file()
+    assert suite.columns(wanted) == [
+        {"key": f"{name}.share", "title": "Words", "better": "high", "decimals": 1, "subscript": ""} for name in wanted
+    ]
+
+
+def test_an_error_in_one_scoring_leaves_the_others(words: Path, tmp_path: Path) -> None:
+    results = suite.run({"words": Words(data=words, least=9), **selection(words)}, Answers(), tmp_path / "out")
+    assert results["words"]["missing"] == "scoring failed: ZeroDivisionError: float division by zero"
+    command = f"python -m povid.benchmarks {__name__}.Words --answers {tmp_path / 'out' / 'words' / 'official'}"
+    assert results["words"]["cure"].startswith(command)
     assert results["pope"]["f1"] == pytest.approx(50.0)
 
 
-def test_a_judged_benchmark_without_judge_keeps_its_answers(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def needs(questions: object, answers: object, judge: object) -> None:
-        raise AssertionError("no judge, no scoring")
-
-    monkeypatch.setattr(chair, "score", needs)
-    wanted = {"chair": {"data": data}}
-    result = suite.run(wanted, Answers(), tmp_path / "out")["chair"]
-    assert result["missing"] == "answered, not judged: chair needs a judge, and none is configured"
-    assert result["cure"].endswith("--judge-model MODEL")
-    assert len((tmp_path / "out" / "chair" / "answers.jsonl").read_text().splitlines()) == 3
-    assert suite.check(wanted)["chair"]["missing"] == "chair needs a judge, and none is configured"
-    result = suite.run(wanted, Answers(), tmp_path / "out", judge=Keyless())["chair"]
-    assert result["missing"] == "answered, not judged: no key for gpt; set it"
-
-
 class Keyless:
-    def endpoint(self, benchmark: str) -> None:
+    def endpoint(self, benchmark: Benchmark) -> None:
         raise Fault("no key for gpt; set it")
 
 
-def test_judge_and_scoring_settings_reach_the_score(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where a judge only helps, one that cannot be used is none."""
-    seen: list[tuple[object, int]] = []
-
-    def helped(questions: object, answers: object, judge: object = None, runs: int = 1) -> Score:
-        seen.append((judge, runs))
-        return Score({}, [])
-
-    class Ready:
-        def endpoint(self, benchmark: str) -> None:
-            assert benchmark == "chair"
-
-    ready = Ready()
-    monkeypatch.setattr(chair, "score", helped)
-    for judge in (None, Keyless(), ready):
-        suite.run({"chair": {"data": data, "runs": 5}}, Answers(), tmp_path / "out", judge=judge)
-    assert seen == [(None, 5), (None, 5), (ready, 5)]
-    assert suite.check({"chair": {"data": data}}) == {}
+class Ready:
+    def endpoint(self, benchmark: Benchmark) -> None:
+        assert benchmark.judged != "never"
 
 
-def test_a_benchmark_without_judge_asks_for_none(data: Path, tmp_path: Path) -> None:
-    class Strict:
-        def endpoint(self, benchmark: str) -> None:
-            raise AssertionError(f"{benchmark} is not judged")
+def test_a_judged_benchmark_without_judge_keeps_its_answers(words: Path, tmp_path: Path) -> None:
+    wanted = {"words": Judged(data=words)}
+    for judge, reason in ((None, "words needs a judge, and none is configured"), (Keyless(), "no key for gpt; set it")):
+        assert suite.check(wanted, judge)["words"]["missing"] == reason
+        result = suite.run(wanted, Answers(), tmp_path / "out", judge)["words"]
+        assert result["missing"] == f"answered but not judged: {reason}"
+        assert result["cure"].endswith("--judge-model MODEL")
+    assert len((tmp_path / "out" / "words" / "answers.jsonl").read_text().splitlines()) == 3
+    assert suite.check(wanted, Ready()) == {}
+    assert suite.run(wanted, Answers(), tmp_path / "out", Ready())["words"]["judged"]
 
-    assert "CHAIR_S" in suite.run({"chair": {"data": data}}, Answers(), tmp_path / "out", judge=Strict())["chair"]
+
+def test_a_judge_is_used_only_where_it_can_and_may_be(words: Path, tmp_path: Path) -> None:
+    for judge, used in ((None, False), (Keyless(), False), (Ready(), True)):
+        wanted = {"helped": Helped(data=words), "words": Words(data=words)}
+        assert suite.check(wanted, judge) == {}
+        results = suite.run(wanted, Answers(), tmp_path / "out", judge)
+        assert (results["helped"]["judged"], results["words"]["judged"]) == (used, False)
 
 
-def test_shipped_settings_are_known() -> None:
-    """Every key of conf/benchmarks is one that the benchmark takes."""
-    folder = Path(__file__).resolve().parents[2] / "conf" / "benchmarks"
-    for name in suite.BENCHMARKS:
-        settings = yaml.safe_load((folder / f"{name}.yaml").read_text())
-        suite.check_settings(name, settings[name])
+def test_questions_are_read_once_for_check_and_run(words: Path, tmp_path: Path) -> None:
+    wanted = {"words": Words(data=words)}
+    (words / "words.txt").unlink()
+    with pytest.raises(FileNotFoundError):
+        suite.check(wanted)
+    (words / "words.txt").write_text("one two")
+    suite.check(wanted)
+    (words / "words.txt").unlink()
+    assert suite.run(wanted, Answers(), tmp_path / "out")["words"]["share"] == 100.0
 
 
 def test_a_fault_while_answering_keeps_what_came_before(data: Path, tmp_path: Path) -> None:
@@ -245,27 +274,28 @@ def test_a_fault_while_answering_keeps_what_came_before(data: Path, tmp_path: Pa
         yield 1, "A cat."
         raise Fault("question 'a_3': the server is silent; start it.")
 
-    result = suite.run({"chair": {"data": data}}, breaks, tmp_path / "out")["chair"]
+    result = suite.run({"chair": CHAIR(data=data)}, breaks, tmp_path / "out")["chair"]
     assert result["missing"] == "question 'a_3': the server is silent; start it."
     rest = Answers()
-    assert "CHAIR_S" in suite.run({"chair": {"data": data}}, rest, tmp_path / "out")["chair"]
+    assert "CHAIR_S" in suite.run({"chair": CHAIR(data=data)}, rest, tmp_path / "out")["chair"]
     assert rest.asked == ["a_3", "a_1"]
 
 
-@pytest.mark.parametrize("line", ['{"question_id": "a_9", "text": "x"}', "no json", '{"question_id": "a_1"}', "[]"])
-def test_a_spoilt_line_is_named(data: Path, tmp_path: Path, line: str) -> None:
-    suite.run({"chair": {"data": data}}, Answers(), tmp_path / "out")
+def test_a_broken_line_is_named(data: Path, tmp_path: Path) -> None:
+    suite.run({"chair": CHAIR(data=data)}, Answers(), tmp_path / "out")
     file = tmp_path / "out" / "chair" / "answers.jsonl"
     first, _second, third = file.read_text().splitlines()
-    file.write_text("\n".join([first, line, third]) + "\n")
-    result = suite.run({"chair": {"data": data}}, Answers(), tmp_path / "out")["chair"]
-    assert "answers.jsonl line 2 is no answer to a question still open" in result["missing"]
+    for line in ('{"question_id": "a_9", "text": "x"}', "no json", '{"question_id": "a_1"}', "[]"):
+        file.write_text("\n".join([first, line, third]) + "\n")
+        result = suite.run({"chair": CHAIR(data=data)}, Answers(), tmp_path / "out")["chair"]
+        assert "answers.jsonl line 2 is not an answer to an unanswered question" in result["missing"]
 
 
 KILLED = """
 import os, signal, sys, time
 from pathlib import Path
 from povid.benchmarks import suite
+from povid.benchmarks.pope import POPE
 
 def slowly(questions, decoding):
     for index in range(len(questions)):
@@ -276,7 +306,7 @@ def slowly(questions, decoding):
             signal.pause()
         yield index, "no"
 
-suite.run({"pope": {"data": sys.argv[1]}}, slowly, Path(sys.argv[2]))
+suite.run({"pope": POPE(data=sys.argv[1])}, slowly, Path(sys.argv[2]))
 """
 
 
@@ -294,7 +324,7 @@ def test_killed_in_the_middle_of_a_line_and_resumed(data: Path, tmp_path: Path) 
     file = tmp_path / "out" / "pope" / "answers.jsonl"
     assert not file.read_bytes().endswith(b"\n")
     rest = Answers()
-    results = suite.run({"pope": {"data": data}}, rest, tmp_path / "out")
+    results = suite.run({"pope": POPE(data=data)}, rest, tmp_path / "out")
     assert sorted(rest.asked) == ["random/4", "random/5", "random/6"]
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert sorted(row["question_id"] for row in rows) == [f"random/{i}" for i in range(1, 7)]

@@ -10,6 +10,7 @@ from PIL import Image
 from servers import ChatServer, Say, Silence, last_text
 
 from povid.benchmarks import suite
+from povid.benchmarks.mme import MME
 from povid.fault import Fault
 from povid.model.question import Decoding, Question
 from povid.model.served import ServedModel
@@ -70,7 +71,7 @@ def test_a_benchmark_whose_served_model_times_out_is_missing_with_its_reason_and
     for name in "ab":
         (folder / f"{name}.png").write_bytes(picture())
         (folder / f"{name}.txt").write_text(f"Is {name} one? Please answer yes or no.\tYes\nIs {name} two?\tNo\n")
-    selection, stuck = {"mme": {"data": str(tmp_path / "data")}}, [True]
+    selection, stuck = {"mme": MME(data=tmp_path / "data")}, [True]
     with ChatServer(lambda body, n: Silence() if "Is b one?" in last_text(body) and stuck else Say("Yes")) as server:
 
         def run(out):

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from povid.benchmarks import chair, pope
+from povid.benchmarks import chair
+from povid.benchmarks.chair import CHAIR
+from povid.benchmarks.pope import POPE
 from povid.fault import Fault
 from povid.preferences.differences import plural
 from povid.preferences.formats import povid
@@ -261,15 +263,11 @@ def test_records_are_povids(world):
 
 def test_benchmarks_load(world):
     for split in ("tuning", "evaluation"):
-        check_that_benchmarks_load(world, split)
-
-
-def check_that_benchmarks_load(world: Path, split: str) -> None:
-    captions = chair.load(world / split)
-    assert len(captions) == 20 and all(Path(question.image).is_file() for question in captions)
-    questions = pope.load(world / split, suffix="")
-    assert len(questions) == 3 * 6 * 20
-    assert Counter(question.meta["label"] for question in questions) == {"yes": 180, "no": 180}
+        captions = CHAIR(data=world / split).questions()
+        assert len(captions) == 20 and all(Path(question.image).is_file() for question in captions)
+        questions = POPE(data=world / split, suffix="").questions()
+        assert len(questions) == 3 * 6 * 20
+        assert Counter(question.meta["label"] for question in questions) == {"yes": 180, "no": 180}
 
 
 @pytest.mark.parametrize("split", POPE_SPLITS)

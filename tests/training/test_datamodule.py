@@ -117,7 +117,14 @@ def test_workers_give_the_same_batches(loaded):
     (_, template), triples = loaded
     loaders = [
         PreferenceDataModule(
-            triples, template, terms=TERMS, distortion=tiny.noise(), packable=True, batch_size=2, seed=3, workers=workers
+            triples,
+            template,
+            terms=TERMS,
+            distortion=tiny.noise(),
+            packable=True,
+            batch_size=2,
+            seed=3,
+            workers=workers,
         ).train_dataloader()
         for workers in (0, 2)
     ]

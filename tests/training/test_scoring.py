@@ -21,7 +21,6 @@ from povid.training.datamodule import Example, PreferenceDataset, collate
 from povid.training.scoring import score
 
 
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return tiny.save_tiny_llava(tmp_path_factory.mktemp("tiny"))
@@ -82,7 +81,8 @@ def plain_score(policy, examples, terms):
             with policy.reference():
                 theirs.append(one_model(example, chosen)[0])
     return tuple(
-        Terms(**{term: torch.stack([result[term] for result in results]) for term in terms}) for results in (ours, theirs)
+        Terms(**{term: torch.stack([result[term] for result in results]) for term in terms})
+        for results in (ours, theirs)
     )
 
 

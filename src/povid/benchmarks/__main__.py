@@ -1,23 +1,63 @@
-"""Scores an answer file made by anybody's model, or fetches a benchmark's official files."""
+"""Score an answer file made by any model, or download a benchmark's official files."""
 
 from __future__ import annotations
 
 import argparse
+import difflib
+import importlib
 import json
+import pkgutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from povid.benchmarks import suite
-from povid.benchmarks.answer_file import write_text
-from povid.fault import Fault
-from povid.model.question import Question
+import povid.benchmarks
+from povid.benchmarks.benchmark import Benchmark
+from povid.fault import Fault, validated
+from povid.files import write_text
+
+
+def find(name: str) -> type[Benchmark]:
+    """A benchmark's class: ours by the name of its file, anybody's by its dotted path.
+
+    Raises:
+        Fault: there is no such benchmark, or the path does not lead to a subclass of Benchmark.
+    """
+    if "." in name:
+        try:
+            found = pkgutil.resolve_name(name)
+        except Exception as error:  # whatever importing somebody's module raises
+            raise Fault(f"{name} cannot be imported ({error}); give the dotted path of a benchmark's class") from None
+        if not (isinstance(found, type) and issubclass(found, Benchmark)):
+            raise Fault(f"{name} is not a subclass of povid.benchmarks.benchmark.Benchmark; give the path of one")
+        return found
+    ours = {module.name for module in pkgutil.iter_modules(povid.benchmarks.__path__)} - {"__main__"}
+    if name in ours and (found := _defined(importlib.import_module(f"{povid.benchmarks.__name__}.{name}"))):
+        return found
+    known = names()
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(known)}, or a class by its dotted path"
+    raise Fault(f"there is no benchmark {name!r}; {hint}")
+
+
+def names() -> list[str]:
+    """The names of our benchmarks, those of their files."""
+    modules = [module.name for module in pkgutil.iter_modules(povid.benchmarks.__path__) if module.name != "__main__"]
+    return [name for name in modules if _defined(importlib.import_module(f"{povid.benchmarks.__name__}.{name}"))]
+
+
+def _defined(module: ModuleType) -> type[Benchmark] | None:
+    """The benchmark that a module defines, if any."""
+    kinds = [
+        value for value in vars(module).values() if isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    return next((kind for kind in kinds if issubclass(kind, Benchmark) and kind is not Benchmark), None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one sentence about what the user can mend."""
+    """Returns the exit status: 0, or 2 after one sentence about what the user can fix."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _fetch(arguments[1:]) if arguments[:1] == ["fetch"] else _score(arguments)
@@ -25,30 +65,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or 'a file'}: {error.strerror or error}; mend that, run again.", file=sys.stderr)
+        print(
+            f"error: {error.filename or 'a file'}: {error.strerror or error}; fix that and run again", file=sys.stderr
+        )
         return 2
 
 
+class _Help(argparse.ArgumentParser):
+    """Lists the benchmarks below the help; only then, for that imports them all."""
+
+    def format_help(self) -> str:
+        return f"{super().format_help()}\nBenchmarks: {', '.join(names())}, or a class by its dotted path.\n"
+
+
 def _fetch(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Help(
         prog="python -m povid.benchmarks fetch",
         description="Download a benchmark's official files, or say what to do by hand.",
     )
-    parser.add_argument("name", metavar="NAME", help=", ".join(suite.BENCHMARKS))
+    parser.add_argument("name", metavar="NAME", help="the benchmark")
     parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder that receives the files")
     given = parser.parse_args(arguments)
-    suite.check_name(given.name)
+    benchmark = find(given.name)
     from povid.benchmarks import fetch  # only here: scoring needs no network code
 
-    return fetch.main(given.name, given.data) or 0
+    return fetch.main(benchmark, given.data)
 
 
 def _score(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
+    parser = _Help(
         prog="python -m povid.benchmarks",
         description="Score an answer file, without a model, as the official script of the benchmark scores it.",
-        epilog="Benchmarks: " + ", ".join(suite.BENCHMARKS) + ". To download official files: "
-        "python -m povid.benchmarks fetch NAME --data DIR",
+        epilog="To download official files: python -m povid.benchmarks fetch NAME --data DIR",
     )
     parser.add_argument("name", metavar="NAME", help="the benchmark, or: fetch")
     parser.add_argument(
@@ -59,7 +107,7 @@ def _score(arguments: Sequence[str]) -> int:
         help="answers in any official layout; for pope also a folder with one file per split",
     )
     parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder of the official files")
-    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the pictures, where scoring needs them")
+    parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the images, where scoring needs them")
     parser.add_argument("--json", metavar="OUT", type=Path, help="write scores and the decision about each answer here")
     judge = parser.add_argument_group("judge (mmhal, mm_vet, llava_bench; mmbench where rules do not decide)")
     judge.add_argument("--judge-model", metavar="MODEL", help="the judging model; 'official' for the official one")
@@ -80,62 +128,41 @@ def _score(arguments: Sequence[str]) -> int:
     judge.add_argument("--judge-token-budget", metavar="N", type=int, help="stop before more tokens would be used")
     given = parser.parse_args(arguments)
 
-    module = suite.module_of(given.name)
+    kind = find(given.name)
     if not given.answers.exists():
-        raise Fault(f"{given.answers}: no such file; give the answers to be scored.")
-    if not given.data.is_dir():
+        raise Fault(f"{given.answers}: no such file; give the answers to be scored")
+    if not given.data.exists():
         raise Fault(
-            f"{given.data} is no folder; give the folder of the official files, or run "
-            f"`python -m povid.benchmarks fetch {given.name} --data {given.data}`."
+            f"{given.data} does not exist; give the folder of the official files, or run "
+            f"`python -m povid.benchmarks fetch {given.name} --data {given.data}`"
         )
-    if suite.judged(module) and not given.judge_model:
-        raise Fault(f"{given.name} is scored by a judge; name its model with --judge-model.")
-    questions = _questions(given.name, module, given)
-    answers = module.read_answers(given.answers, questions)
-    score = suite.scored(module, questions, answers, _judge(given) if given.judge_model else None)
+    if kind.judged == "always" and not given.judge_model:
+        raise Fault(f"{given.name} is scored by a judge; name its model with --judge-model")
+    benchmark = validated(kind, {"data": given.data, "images": given.images}, given.name).for_answers(given.answers)
+    questions = benchmark.questions()
+    answers = benchmark.read_answers(given.answers, questions)
+    judging = _judge(given) if given.judge_model and kind.judged != "never" else None
+    score = benchmark.score(questions, answers, judging)
     if given.json:
         write_text(given.json, json.dumps({"scores": score.scores, "records": score.records}, indent=1))
-    print(f"{given.name}: {len(answers)} answers of {given.answers} (scored as {module.OFFICIAL})")
-    print(table(score.scores, decimals=2 if given.name == "mmhal" else 1))
-    for line in _notes(given.name, score.scores, score.records):
+    print(f"{given.name}: {len(answers)} answers of {given.answers} (scored as {benchmark.official})")
+    print(table(score.scores, decimals=benchmark.decimals))
+    for line in benchmark.notes(score):
         print(f"note: {line}", file=sys.stderr)
     return 0
-
-
-def _questions(name: str, module: ModuleType, given: argparse.Namespace) -> list[Question]:
-    """The questions that the answers belong to: CHAIR's images and POPE's splits are the answer file's."""
-    if name == "chair":
-        return module.load(given.data, given.images, only=[image for _, image, _ in module.captions(given.answers)])
-    if name == "pope":
-        return module.load(given.data, given.images, splits=module.answered_splits(given.answers, given.data))
-    return module.load(given.data, given.images)
 
 
 def _judge(given: argparse.Namespace) -> Any:
     from povid.benchmarks.judge import Judge  # only here: most benchmarks need no judge
 
-    model = None if given.judge_model == "official" else given.judge_model
-    return Judge(
-        given.judge_cache,
-        model=model,
-        base_url=given.judge_url,
-        api_key_env=given.judge_key_env,
-        token_budget=given.judge_token_budget,
-    )
-
-
-def _notes(name: str, scores: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    """What a reader of a CHAIR score must know about captions that are not in it."""
-    if name != "chair":
-        return
-    empty = [record["image_id"] for record in records if not record["counted"]]
-    if empty:
-        yield (
-            f"{len(empty)} empty captions left out, as the official to_chair.py does; the first is of image "
-            f"{empty[0]!r}."
-        )
-    if scores.get("without_caption"):
-        yield f"{scores['without_caption']} images of objects.json have no caption and are not in the score."
+    settings = {
+        "cache": given.judge_cache,
+        "model": None if given.judge_model == "official" else given.judge_model,
+        "base_url": given.judge_url,
+        "api_key_env": given.judge_key_env,
+        "token_budget": given.judge_token_budget,
+    }
+    return validated(Judge, settings, "judge")
 
 
 def table(scores: Mapping[str, Any], *, decimals: int = 1, indent: str = "") -> str:

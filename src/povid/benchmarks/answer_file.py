@@ -1,9 +1,8 @@
-"""Answer and question files as other people write them, read with the place of every record for error messages."""
+"""Answer and question files in the layouts that others write, with the place of every record for error messages."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,9 +22,9 @@ def read_records(file: Path) -> list[tuple[str, Any]]:
     try:
         text = Path(file).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise Fault(f"{file}: no such file; give the path of the file to be read.") from None
+        raise Fault(f"{file}: no such file; give the path of the file to be read") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise Fault(f"{file} cannot be read ({error}); give a UTF-8 text file.") from None
+        raise Fault(f"{file} cannot be read ({error}); give a UTF-8 text file") from None
     decode = json.JSONDecoder().raw_decode
     values: list[tuple[str, Any]] = []
     end, line = 0, 1
@@ -35,18 +34,9 @@ def read_records(file: Path) -> list[tuple[str, Any]]:
             value, end = decode(text, start)
         except json.JSONDecodeError as error:
             wrong = line + text.count("\n", start, error.pos)
-            raise Fault(f"{file} line {wrong} is not JSON ({error.msg}); mend or remove that line.") from None
+            raise Fault(f"{file} line {wrong} is not JSON ({error.msg}); correct or remove that line") from None
         values.append((f"{file.name} line {line}", value))
         line += text.count("\n", start, end)
     if len(values) == 1 and isinstance(values[0][1], list):
         return [(f"{file.name} record {number}", item) for number, item in enumerate(values[0][1], 1)]
     return values
-
-
-def write_text(file: Path, text: str) -> Path:
-    """Write a UTF-8 file whole or not at all: a neighbour first, then a rename."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text, encoding="utf-8", newline="")
-    os.replace(beside, file)
-    return file

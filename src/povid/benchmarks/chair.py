@@ -7,77 +7,193 @@ import json
 import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field, Strict
 
 from povid.benchmarks import coco
-from povid.benchmarks.answer_file import read_records, write_text
+from povid.benchmarks.answer_file import read_records
+from povid.benchmarks.benchmark import Benchmark, Column, Folder, Source
 from povid.benchmarks.chair_words import mended_singular, objects, official_singular, read_synonyms
 from povid.fault import Fault
-from povid.model.question import Decoding, Question, Score
+from povid.files import write_text
+from povid.model.question import Question, Score
 
-DECODING = Decoding(max_new_tokens=1024)  # the authors sampled at temperature 0.2; greedy can be repeated
-OFFICIAL = "LisaAnne/Hallucination utils/chair.py (NLTK word_tokenize, pattern's singularize)"
-FILES = (
-    "synonyms.txt",
-    "objects.json, or COCO's instances_val2014.json, captions_val2014.json (and both of train2014 for its images)",
-)
+if TYPE_CHECKING:
+    from povid.benchmarks.judge import Judge
 
 
-def load(
-    data: Path,
-    images: Path | None = None,
-    *,
-    prompt: str = "Describe this image.",
-    number: int | None = 500,
-    seed: int = 0,
-    ids: Path | str | None = None,
-    only: Sequence[int | str] | None = None,
-) -> list[Question]:
-    """One question per image, its true objects in ``meta``.
+class CHAIR(Benchmark):
+    """``data`` holds synonyms.txt and either objects.json or COCO's 2014 annotation files.
 
-    ``data`` holds synonyms.txt and either objects.json (image id → objects, by node word or synonym) or COCO's
-    annotation files. ``images`` is by default ``data/images``. Which images: those of ``only`` (ids in any form, kept
-    as they are and in that order), or of the file ``ids`` (a JSON list or one a line), or all of objects.json, or
-    ``number`` images of val2014 drawn with ``seed``: the authors' 500 were never published.
-    Raises Fault for missing or broken files, unknown objects and unknown images.
+    objects.json maps an image id to its objects, each a word of synonyms.txt. Images are by default in data/images.
+    Which images: those of ``ids``, else all of objects.json, else ``number`` images of val2014 drawn with ``seed``: the
+    authors' 500 were never published.
+
+    Attributes:
+        prompt: what the model is asked about every image.
+        number: images drawn from val2014; None for all of them.
+        seed: of the draw.
+        ids: a file of image ids or names (a JSON list or one per line), or the ids themselves, kept in that order.
     """
-    data, folder = Path(data), Path(images) if images else Path(data) / "images"
-    synonyms = read_synonyms(data / "synonyms.txt")
-    mended = {word.strip().lower(): node for word, node in synonyms.items()}
-    listed = _listed(data / "objects.json", synonyms) if (data / "objects.json").is_file() else None
-    asked = list(only) if only is not None else _ids(Path(ids)) if ids else None
-    if asked is None and listed is not None:
-        asked = list(listed)
-    elif asked is None:
-        everything = coco.image_ids(data)
-        asked = random.Random(seed).sample(everything, min(number or len(everything), len(everything)))
-    names: dict[int | str, int | str] = {}
-    for name in asked:
-        names.setdefault(coco.image_key(name), name)
-    truth = {coco.image_key(name): found for name, found in listed.items()} if listed is not None else None
-    if truth is None:
-        truth = coco.annotations(data, {key for key in names if isinstance(key, int)})
-    if unknown := [name for key, name in names.items() if key not in truth]:
-        source = data / "objects.json" if listed is not None else f"COCO's 2014 annotation files in {data}"
-        raise Fault(
-            f"Image {unknown[0]!r} ({len(unknown)} of {len(names)} images) is not in {source}; "
-            "without its true objects its caption cannot be scored: take it out or add its objects."
+
+    name: ClassVar[str] = "chair"
+    official: ClassVar[str] = "LisaAnne/Hallucination utils/chair.py (NLTK word_tokenize, pattern's singularize)"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("chair.CHAIR_S", "CHAIR", "low", 1, "S"),
+        Column("chair.CHAIR_I", "CHAIR", "low", 1, "I"),
+        Column("chair.coverage", "coverage", None, 1),
+        Column("chair.words", "words", None, 1),
+    )
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source(
+            "https://raw.githubusercontent.com/LisaAnne/Hallucination/master/data/synonyms.txt",
+            "synonyms.txt",
+            size=3577,
+            sha256="b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2",
+        ),
+        coco.ANNOTATIONS,
+        coco.VAL2014,
+    )
+    notice: ClassVar[str] = "The images take 6 GB; if you have them elsewhere, set benchmarks.chair.images instead."
+
+    prompt: str = "Describe this image."
+    number: int | None = Field(500, ge=1)
+    seed: int = 0
+    ids: Folder | Annotated[tuple[int | str, ...], Strict(False)] | None = None
+
+    def questions(self) -> list[Question]:
+        """One question per image, its true objects in ``meta``.
+
+        Raises Fault for missing or broken files, unknown objects and unknown images.
+        """
+        data, folder = self.data, self.images or self.data / "images"
+        synonyms = read_synonyms(data / "synonyms.txt")
+        mended = {word.strip().lower(): node for word, node in synonyms.items()}
+        listed = _listed(data / "objects.json", synonyms) if (data / "objects.json").is_file() else None
+        asked = _ids(self.ids) if isinstance(self.ids, Path) else None if self.ids is None else list(self.ids)
+        if asked is None and listed is not None:
+            asked = list(listed)
+        elif asked is None:
+            everything = coco.image_ids(data)
+            asked = random.Random(self.seed).sample(everything, min(self.number or len(everything), len(everything)))
+        names: dict[int | str, int | str] = {}
+        for name in asked:
+            names.setdefault(coco.image_key(name), name)
+        truth = {coco.image_key(name): found for name, found in listed.items()} if listed is not None else None
+        if truth is None:
+            truth = coco.annotations(data, {key for key in names if isinstance(key, int)})
+        if unknown := [name for key, name in names.items() if key not in truth]:
+            source = data / "objects.json" if listed is not None else f"COCO's 2014 annotation files in {data}"
+            raise Fault(
+                f"Image {unknown[0]!r} ({len(unknown)} of {len(names)} images) is not in {source}; "
+                "without its true objects its caption cannot be scored: remove it or add its objects"
+            )
+        singular = mended_singular(mended)
+        return [
+            Question(
+                id=name,
+                image=coco.picture(folder, name),
+                text=self.prompt,
+                meta={
+                    "objects": _true_objects(truth[key], synonyms, official_singular),
+                    "objects_corrected": _true_objects(truth[key], mended, singular),
+                    "synonyms": synonyms,
+                    "listed": len(listed) if listed is not None else None,
+                },
+            )
+            for key, name in names.items()
+        ]
+
+    def for_answers(self, file: Path) -> CHAIR:
+        """The images that an answer file describes, in its order."""
+        return self.changed(ids=tuple(image for _, image, _ in captions(file)))
+
+    def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        """Captions in the order of the questions; Fault if an image has none, or a caption belongs to no question."""
+        asked = {coco.image_key(question.id): question for question in questions}
+        answers: dict[int | str, str] = {}
+        for place, image, caption in captions(file):
+            if coco.image_key(image) not in asked:
+                raise Fault(
+                    f"{place} describes image {image!r}, which is not one of the {len(asked)} images; remove it"
+                )
+            answers[coco.image_key(image)] = caption
+        if missing := [question.id for key, question in asked.items() if key not in answers]:
+            raise Fault(
+                f"{Path(file).name} has no caption for {len(missing)} of {len(asked)} images, the first is "
+                f"{missing[0]!r}; add them"
+            )
+        return [answers[coco.image_key(question.id)] for question in questions]
+
+    def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+        """captions.jsonl ({"image_id", "caption"}, what OPERA's chair.py reads) and chair.json for the official script.
+
+        chair.json is to_chair.py's layout, empty captions left out; the official script also requires the caption
+        metrics of another evaluator and stops without them, so they are written as NaN: not computed.
+        """
+        rows = [
+            {"image_id": coco.image_key(question.id), "caption": text} for question, text in zip(questions, answers)
+        ]
+        other = dict.fromkeys(
+            ("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "CIDEr", "SPICE", "ROUGE_L"), float("nan")
         )
-    singular = mended_singular(mended)
-    return [
-        Question(
-            id=name,
-            image=coco.picture(folder, name),
-            text=prompt,
-            meta={
-                "objects": _true_objects(truth[key], synonyms, official_singular),
-                "objects_corrected": _true_objects(truth[key], mended, singular),
-                "synonyms": synonyms,
-                "listed": len(listed) if listed is not None else None,
-            },
+        evaluated = {str(i): row | other for i, row in enumerate(rows) if row["caption"].strip()}
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        write_text(folder / "chair.json", json.dumps({"overall": other, "imgToEval": evaluated}))
+        return write_text(folder / "captions.jsonl", lines)
+
+    def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
+        """CHAIR_S, CHAIR_I, coverage in percent; words per caption; counts; the same under "corrected".
+
+        CHAIR_I: hallucinated mentions of all mentions in the corpus. CHAIR_S: captions with one of all captions.
+        Coverage: true objects named at least once, of all (OPERA's recall). Empty captions leave every denominator, as
+        to_chair.py drops them, and are counted in "empty". A ratio of nothing (no mention, no true object) is 0.
+        Records: {"image_id", "objects", "hallucinated", "counted"}, node words in order of mention with repeats.
+        "corrected" reads captions, human ones too, with singulars that keep "bus" and "tie" and with the synonyms that
+        a stray space or capital disables (" motor bike", " cheesecake", "iPhone").
+        """
+        if not any(answer.strip() for answer in answers):
+            raise Fault(f"CHAIR has nothing to score: every caption ({len(answers)}) is empty; give captions with text")
+        synonyms = questions[0].meta["synonyms"]
+        mended = {word.strip().lower(): node for word, node in synonyms.items()}
+        singular = mended_singular(mended)
+        kept = [(question, answer) for question, answer in zip(questions, answers, strict=True) if answer.strip()]
+        mentions = [objects(answer, synonyms) for _, answer in kept]
+        scores: dict[str, Any] = _figures(mentions, [question.meta["objects"] for question, _ in kept])
+        scores["words"] = sum(len(answer.split()) for _, answer in kept) / len(kept)
+        scores |= {"captions": len(kept), "empty": len(answers) - len(kept)}
+        if questions[0].meta["listed"] is not None:
+            scores["without_caption"] = questions[0].meta["listed"] - len(questions)
+        corrected = _figures(
+            [objects(answer, mended, singular) for _, answer in kept],
+            [question.meta["objects_corrected"] for question, _ in kept],
         )
-        for key, name in names.items()
-    ]
+        what = "singular bus and tie kept; synonyms disabled by a space or capital mended"
+        scores["corrected"] = corrected | {"what": what}
+        read = {question.id: found for (question, _), found in zip(kept, mentions)}
+        records = [
+            {
+                "image_id": question.id,
+                "objects": read.get(question.id, []),
+                "hallucinated": [node for node in read.get(question.id, []) if node not in question.meta["objects"]],
+                "counted": question.id in read,
+            }
+            for question in questions
+        ]
+        return Score(scores, records)
+
+    def notes(self, score: Score) -> list[str]:
+        """Which captions and images are not in the score."""
+        notes = []
+        if empty := [record["image_id"] for record in score.records if not record["counted"]]:
+            notes.append(
+                f"empty captions, left out as in the official to_chair.py: {len(empty)} (the first is of image "
+                f"{empty[0]!r})"
+            )
+        if missing := score.scores.get("without_caption"):
+            notes.append(f"images of objects.json without a caption, left out of the score: {missing}")
+        return notes
 
 
 def _true_objects(
@@ -85,7 +201,7 @@ def _true_objects(
 ) -> frozenset[str]:
     """Node words of the instance categories, and of everything read in the human captions."""
     if unknown := found.names - synonyms.keys():
-        raise Fault(f"COCO's category {min(unknown)!r} is no word of synonyms.txt; use CHAIR's own list.")
+        raise Fault(f"COCO's category {min(unknown)!r} is not a word of synonyms.txt; use CHAIR's own list")
     read = (node for caption in found.captions for node in objects(caption, synonyms, singular))
     return frozenset(synonyms[name] for name in found.names).union(read)
 
@@ -95,28 +211,28 @@ def _listed(file: Path, synonyms: Mapping[str, str]) -> dict[str, coco.Annotatio
     records = read_records(file)
     table = records[0][1] if len(records) == 1 else None
     if not isinstance(table, dict):
-        raise Fault(f"{file} holds no single JSON object; write it as {{image id: [objects]}}.")
+        raise Fault(f"{file} is not a single JSON object; write it as {{image id: [objects]}}")
     keys: dict[int | str, str] = {}
     for image, names in table.items():
         other = keys.setdefault(coco.image_key(image), image)
         if other != image:
-            raise Fault(f"{file} lists {other!r} and {image!r}, which are the same image; keep one of them.")
+            raise Fault(f"{file} lists {other!r} and {image!r}, which are the same image; keep one of them")
         if not isinstance(names, list):
-            raise Fault(f"{file} image {image!r} has {names!r} where a list of objects was expected; write a list.")
+            raise Fault(f"{file} image {image!r} has {names!r} where a list of objects was expected; write a list")
         for name in names:
             if name not in synonyms:
                 near = difflib.get_close_matches(str(name), synonyms, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "use a word of synonyms.txt or add it there."
-                raise Fault(f"{file} image {image!r} names {name!r}, which synonyms.txt does not know; {hint}")
+                hint = f"did you mean {near[0]!r}?" if near else "use a word of synonyms.txt or add it there"
+                raise Fault(f"{file} image {image!r} names {name!r}, which is not in synonyms.txt; {hint}")
     return {image: coco.Annotation(set(names)) for image, names in table.items()}
 
 
 def _ids(file: Path) -> list[int | str]:
-    """Image ids or file names: a JSON list, or one a line."""
+    """Image ids or file names: a JSON list, or one per line."""
     try:
         lines = file.read_text(encoding="utf-8").split()
     except OSError as error:
-        raise Fault(f"{file} cannot be read ({error.strerror}); give a file with one image id a line.") from None
+        raise Fault(f"{file} cannot be read ({error.strerror}); give a file with one image id per line") from None
     if lines and lines[0].startswith("["):
         return [item for _, item in read_records(file)]
     return [int(line) if line.isdigit() else line for line in lines]
@@ -136,92 +252,21 @@ def captions(file: Path) -> list[tuple[str, int | str, str]]:
     seen: dict[int | str, str] = {}
     for place, record in records:
         if not isinstance(record, dict):
-            raise Fault(f"{place} is {record!r:.60}, not an object with image_id and caption; write it as one.")
+            raise Fault(f"{place} is {record!r:.60}, not an object with image_id and caption; write it as one")
         image = record["image_id"] if "image_id" in record else record.get("id")
         if isinstance(image, bool) or not isinstance(image, (int, str)) or image == "":
-            raise Fault(f'{place} has no image ("image_id" or "id" is {image!r}); name the image that it describes.')
+            raise Fault(f'{place} has no image ("image_id" or "id" is {image!r}); name the image that it describes')
         if "image_id" not in record:
             image = coco.image_key(image)
         key = next((key for key in ("caption", "answer", "text") if key in record), None)
         if key is None or not isinstance(record[key], str):
-            raise Fault(f'{place} (image {image!r}) has no caption: "caption", "answer" or "text" must be a string.')
+            raise Fault(f'{place} (image {image!r}) has no caption: "caption", "answer" or "text" must be a string')
         if (other := seen.setdefault(coco.image_key(image), place)) != place:
-            raise Fault(f"{place} describes image {image!r} again, after {other}; keep one caption for each image.")
+            raise Fault(f"{place} describes image {image!r} again, after {other}; keep one caption for each image")
         found.append((place, image, record[key]))
     if not found:
-        raise Fault(f"{file} holds no caption; give one record for each image.")
+        raise Fault(f"{file} holds no caption; give one record for each image")
     return found
-
-
-def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
-    """Captions in the order of the questions; Fault if an image has none, or a caption belongs to no question."""
-    asked = {coco.image_key(question.id): question for question in questions}
-    answers: dict[int | str, str] = {}
-    for place, image, caption in captions(file):
-        if coco.image_key(image) not in asked:
-            raise Fault(f"{place} describes image {image!r}, which is not among the {len(asked)} asked; take it out.")
-        answers[coco.image_key(image)] = caption
-    if missing := [question.id for key, question in asked.items() if key not in answers]:
-        raise Fault(
-            f"{Path(file).name} has no caption for {len(missing)} of {len(asked)} images, the first is "
-            f"{missing[0]!r}; add them."
-        )
-    return [answers[coco.image_key(question.id)] for question in questions]
-
-
-def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
-    """captions.jsonl ({"image_id", "caption"}, what OPERA's chair.py reads) and chair.json for the official script.
-
-    chair.json is to_chair.py's layout, empty captions left out; the official script also wants the caption metrics of
-    another evaluator beside its own and stops without them, so they are there as NaN: not computed.
-    """
-    rows = [{"image_id": coco.image_key(question.id), "caption": text} for question, text in zip(questions, answers)]
-    other = dict.fromkeys(("Bleu_1", "Bleu_2", "Bleu_3", "Bleu_4", "METEOR", "CIDEr", "SPICE", "ROUGE_L"), float("nan"))
-    evaluated = {str(i): row | other for i, row in enumerate(rows) if row["caption"].strip()}
-    lines = "".join(json.dumps(row) + "\n" for row in rows)
-    write_text(folder / "chair.json", json.dumps({"overall": other, "imgToEval": evaluated}))
-    return write_text(folder / "captions.jsonl", lines)
-
-
-def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
-    """CHAIR_S, CHAIR_I, coverage in percent; words per caption; counts; the same under "corrected".
-
-    CHAIR_I: hallucinated mentions of all mentions in the corpus. CHAIR_S: captions with one of all captions.
-    Coverage: true objects named at least once, of all (OPERA's recall). Empty captions leave every denominator, as
-    to_chair.py drops them, and are counted in "empty". A ratio of nothing (no mention, no true object) is 0.
-    Records: {"image_id", "objects", "hallucinated", "counted"}, node words in order of mention with repeats.
-    "corrected" reads captions, human ones too, with singulars that keep "bus" and "tie" and with the synonyms that a
-    stray space or capital disables (" motor bike", " cheesecake", "iPhone").
-    """
-    if not any(answer.strip() for answer in answers):
-        raise Fault(f"All {len(answers)} captions are empty; there is nothing for CHAIR to score.")
-    synonyms = questions[0].meta["synonyms"]
-    mended = {word.strip().lower(): node for word, node in synonyms.items()}
-    singular = mended_singular(mended)
-    kept = [(question, answer) for question, answer in zip(questions, answers, strict=True) if answer.strip()]
-    mentions = [objects(answer, synonyms) for _, answer in kept]
-    scores: dict[str, Any] = _figures(mentions, [question.meta["objects"] for question, _ in kept])
-    scores["words"] = sum(len(answer.split()) for _, answer in kept) / len(kept)
-    scores |= {"captions": len(kept), "empty": len(answers) - len(kept)}
-    if questions[0].meta["listed"] is not None:
-        scores["without_caption"] = questions[0].meta["listed"] - len(questions)
-    corrected = _figures(
-        [objects(answer, mended, singular) for _, answer in kept],
-        [question.meta["objects_corrected"] for question, _ in kept],
-    )
-    what = "singular bus and tie kept; synonyms disabled by a space or capital mended"
-    scores["corrected"] = corrected | {"what": what}
-    read = {question.id: found for (question, _), found in zip(kept, mentions)}
-    records = [
-        {
-            "image_id": question.id,
-            "objects": read.get(question.id, []),
-            "hallucinated": [node for node in read.get(question.id, []) if node not in question.meta["objects"]],
-            "counted": question.id in read,
-        }
-        for question in questions
-    ]
-    return Score(scores, records)
 
 
 def _figures(mentions: Sequence[Sequence[str]], truths: Sequence[Collection[str]]) -> dict[str, float | int]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
-import nltk
 import punkt
 import textblob.en.inflect
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer
+from nltk.tokenize.punkt import PunktLanguageVars, PunktParameters, PunktSentenceTokenizer
 
 from povid.fault import Fault
 
@@ -63,32 +63,92 @@ def read_synonyms(file: Path) -> dict[str, str]:
     except OSError as error:
         raise Fault(
             f"{file} cannot be read ({error.strerror}); put CHAIR's data/synonyms.txt there "
-            "or run `python -m povid.benchmarks fetch chair`."
+            f"or run `python -m povid.benchmarks fetch chair --data {file.parent}`"
         ) from None
     classes = [line.strip().split(", ") for line in lines if line.strip()]
     return {word: words[0] for words in classes for word in words}
 
 
+class _Punctuation(PunktLanguageVars):
+    """How NLTK up to 3.9.2 ends a sentence; later versions let it also end at curly quotes and guillemets."""
+
+    re_boundary_realignment = re.compile(r"[\"')\]}]+?(?:\s+|(?=--)|$)", re.MULTILINE)
+    _re_non_word_chars = r"(?:[)\";}\]\*:@\'\({\[?!])"
+
+
 @functools.cache
 def _sentences() -> PunktSentenceTokenizer:
-    """NLTK's own splitter with its English model, which the package `punkt` carries and NLTK would download."""
+    """NLTK's sentence splitter with its English model, which the package `punkt` contains and NLTK would download."""
     model, parameters = punkt.load_model("english"), PunktParameters()
     parameters.abbrev_types = set(model.abbrev_types)
     parameters.collocations = set(model.collocations)
     parameters.sent_starters = set(model.sent_starters)
     parameters.ortho_context.update({word: int(flags) for word, flags in model.ortho_context.items()})
-    return PunktSentenceTokenizer(parameters)
+    return PunktSentenceTokenizer(parameters, lang_vars=_Punctuation())
+
+
+# The rules of NLTKWordTokenizer in NLTK 3.3 to 3.9.2 (nltk/tokenize/destructive.py, Apache-2.0), one after the other.
+# The official script reads captions with them; later versions also split at dashes and at other single quotes.
+_WORD_RULES = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        # opening quotes
+        (r"([«“‘„]|[`]+)", r" \1 "),
+        (r"^\"", r"``"),
+        (r"(``)", r" \1 "),
+        (r"([ \(\[{<])(\"|\'{2})", r"\1 `` "),
+        (r"(?i)(\')(?!re|ve|ll|m|t|s|d|n)(\w)\b", r"\1 \2"),
+        # punctuation
+        (r"([^\.])(\.)([\]\)}>\"\'»”’ ]*)\s*$", r"\1 \2 \3 "),
+        (r"([:,])([^\d])", r" \1 \2"),
+        (r"([:,])$", r" \1 "),
+        (r"\.{2,}", r" \g<0> "),
+        (r"[;@#$%&]", r" \g<0> "),
+        (r"([^\.])(\.)([\]\)}>\"\']*)\s*$", r"\1 \2\3 "),
+        (r"[?!]", r" \g<0> "),
+        (r"([^'])' ", r"\1 ' "),
+        (r"[*]", r" \g<0> "),
+        (r"[\]\[\(\)\{\}\<\>]", r" \g<0> "),
+        (r"--", r" -- "),
+        (r"^|\Z", r" "),
+        # closing quotes
+        (r"([»”’])", r" \1 "),
+        (r"''", r" '' "),
+        (r"\"", r" '' "),
+        (r"\s+", r" "),
+        (r"([^' ])('[sS]|'[mM]|'[dD]|') ", r"\1 \2 "),
+        (r"([^' ])('ll|'LL|'re|'RE|'ve|'VE|n't|N'T) ", r"\1 \2 "),
+        # contractions
+        (r"(?i)\b(can)(not)\b", r" \1 \2 "),
+        (r"(?i)\b(d)('ye)\b", r" \1 \2 "),
+        (r"(?i)\b(gim)(me)\b", r" \1 \2 "),
+        (r"(?i)\b(gon)(na)\b", r" \1 \2 "),
+        (r"(?i)\b(got)(ta)\b", r" \1 \2 "),
+        (r"(?i)\b(lem)(me)\b", r" \1 \2 "),
+        (r"(?i)\b(more)('n)\b", r" \1 \2 "),
+        (r"(?i)\b(wan)(na)(?=\s)", r" \1 \2 "),
+        (r"(?i) ('t)(is)\b", r" \1 \2 "),
+        (r"(?i) ('t)(was)\b", r" \1 \2 "),
+    )
+]
 
 
 def tokens(caption: str) -> list[str]:
-    """What ``nltk.word_tokenize(caption.lower())`` gives: sentences first, then words of each."""
-    sentences = _sentences().tokenize(caption.lower())
-    return [word for sentence in sentences for word in nltk.word_tokenize(sentence, preserve_line=True)]
+    """What ``nltk.word_tokenize(caption.lower())`` of NLTK 3.3 to 3.9.2 gives: sentences first, then the words of each.
+
+    The rules are pinned here and above, since NLTK's own changed in 3.9.3 and 3.10.1.
+    """
+    words = []
+    for text in _sentences().tokenize(caption.lower()):
+        for pattern, replacement in _WORD_RULES:
+            text = pattern.sub(replacement, text)
+        words += text.split()
+    return words
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def official_singular(word: str) -> str:
-    """pattern's ``singularize``: textblob's, but for plurals where the two part among CHAIR's words.
+    """pattern's ``singularize``: textblob's, except for plurals of CHAIR's words where the two differ.
 
     Wrong singulars are part of it: bus → bu, glass → glas, ties → ty, collies → collies.
     """
@@ -100,7 +160,7 @@ def official_singular(word: str) -> str:
 
 
 def mended_singular(known: Collection[str]) -> Callable[[str], str]:
-    """A singular that leaves known words alone and mends plurals that miss one: bus → bus, ties → tie."""
+    """A singular that keeps known words and corrects plurals that would miss one: bus → bus, ties → tie."""
     parts = {part for word in [*known, *DOUBLE_WORDS] for part in word.split()}
 
     @functools.lru_cache(maxsize=1 << 16)

@@ -1,4 +1,4 @@
-"""COCO 2014: its annotation files, read as a stream, and where one of its pictures lies."""
+"""COCO 2014: where its files come from, its annotations read as a stream, and the file of one of its images."""
 
 from __future__ import annotations
 
@@ -9,11 +9,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from povid.benchmarks.benchmark import Source
 from povid.fault import Fault
 
 _SPACE = re.compile(r"\s*")
 _NUMBERED = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?0*(\d+)")
 _SUFFIXES = (".jpg", ".jpeg", ".png")
+
+VAL2014 = Source("http://images.cocodataset.org/zips/val2014.zip", "val2014.zip", unpack="images")
+ANNOTATIONS = Source(
+    "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+    "annotations_trainval2014.zip",
+    unpack=".",
+    only=("instances_train2014.json", "instances_val2014.json", "captions_train2014.json", "captions_val2014.json"),
+)
 
 
 @dataclass
@@ -27,7 +36,7 @@ class Annotation:
 def image_key(name: int | str) -> int | str:
     """One key for the many ways to name an image: 42, "000000000042", "COCO_val2014_000000000042.jpg" are all 42.
 
-    A name that is no COCO number ("kitchen_3.png") is its own key, without folder and picture suffix.
+    Another name ("kitchen_3.png") is its own key, without folder and suffix.
     """
     stem = str(name).rsplit("/", 1)[-1]
     for suffix in _SUFFIXES:
@@ -37,9 +46,9 @@ def image_key(name: int | str) -> int | str:
 
 
 def picture(folder: Path, name: int | str) -> Path:
-    """The file of an image, by its number or name: the first that is there, or the name it should have.
+    """The file of an image, by its number or name: the first that exists, or the name it should have.
 
-    Tried in ``folder`` and in its ``val2014``: the name as it stands, with .jpg, .jpeg and .png, and COCO's own form.
+    Tried in ``folder`` and in its ``val2014``: the name itself, with .jpg, .jpeg and .png, and COCO's own form.
     """
     key, stem = image_key(name), str(name)
     names = [stem] if Path(stem).suffix.lower() in _SUFFIXES else []
@@ -65,8 +74,8 @@ def image_ids(data: Path, split: str = "val") -> list[int]:
 def annotations(data: Path, wanted: Collection[int]) -> dict[int, Annotation]:
     """Instance categories and human captions of the wanted images, val and train together as CHAIR merges them.
 
-    The train files (half a gigabyte) are opened only if some wanted image is not in val. Images that neither split
-    knows are left out of the result. Raises Fault for a missing or broken file.
+    The train files (half a gigabyte) are opened only if some wanted image is not in val. Images in neither split
+    are left out of the result. Raises Fault for a missing or broken file.
     """
     found: dict[int, Annotation] = {}
     for split in ("val", "train"):
@@ -95,7 +104,7 @@ def _split_annotations(data: Path, split: str, wanted: Collection[int]) -> dict[
             if key == "annotations" and item["image_id"] in wanted:
                 found.setdefault(item["image_id"], Annotation()).captions.append(item["caption"])
     except (KeyError, TypeError) as error:
-        raise Fault(f"{file} has an entry without {error}, which COCO's files have; fetch the file again.") from None
+        raise Fault(f"{file} has an entry without {error}, which COCO's files have; download the file again") from None
     return found
 
 
@@ -108,9 +117,8 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
         source = file.open(encoding="utf-8")
     except OSError as error:
         raise Fault(
-            f"{file} cannot be read ({error.strerror}); "
-            "put COCO's 2014 annotation files there (`python -m povid.benchmarks fetch chair`), or for other "
-            "images an objects.json."
+            f"{file} cannot be read ({error.strerror}); put COCO's 2014 annotation files there "
+            f"(`python -m povid.benchmarks fetch chair --data {file.parent}`), or an objects.json for other images"
         ) from None
     decode = json.JSONDecoder().raw_decode
     text, at = "", 0
@@ -119,7 +127,7 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
         nonlocal text, at
         added = source.read(block)
         if not added:
-            raise Fault(f"{file} breaks off or is not JSON near {text[at : at + 40]!r}; fetch the file again.")
+            raise Fault(f"{file} is truncated or not JSON near {text[at : at + 40]!r}; download the file again")
         text, at = text[at:] + added, 0
 
     def peek() -> str:
@@ -134,7 +142,7 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
         while True:
             try:
                 found, end = decode(text, at)
-                if end < len(text):  # a number that touches the end of the block may go on in the next
+                if end < len(text):  # a number at the end of the block may continue in the next
                     at = end
                     return found
             except json.JSONDecodeError:
@@ -144,7 +152,7 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
     with source:
         opened = peek()
         if opened != "{":
-            raise Fault(f"{file} begins with {opened!r} where a JSON object was expected; fetch the file again.")
+            raise Fault(f"{file} begins with {opened!r} where a JSON object was expected; download the file again")
         at += 1
         while peek() != "}":
             if text[at] == ",":
@@ -152,7 +160,7 @@ def entries(file: Path, block: int = 1 << 24) -> Iterator[tuple[str, Any]]:
                 continue
             key = value()
             if peek() != ":":
-                raise Fault(f"{file} is not JSON near {text[at : at + 40]!r}; fetch the file again.")
+                raise Fault(f"{file} is not JSON near {text[at : at + 40]!r}; download the file again")
             at += 1
             if peek() != "[":
                 yield key, value()

@@ -1,4 +1,4 @@
-"""Downloads the official files of a benchmark, or says what must be done by hand."""
+"""Download the official files of a benchmark, or say what must be done by hand."""
 
 from __future__ import annotations
 
@@ -11,164 +11,50 @@ import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from povid.benchmarks.answer_file import write_text
+from povid.benchmarks.benchmark import Benchmark, Source
 from povid.fault import Fault
+from povid.files import sync, write_json
 
 BLOCK = 1 << 20
 RECORD = "fetched.json"  # in the data folder: address, size and sha256 of what came
 
-_GITHUB = "https://raw.githubusercontent.com"
-_HUB = "https://huggingface.co/datasets"
-_COCO = "http://images.cocodataset.org"
 
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One official file: where it is, where it goes, what is known of it (bytes, sha256), and what to unpack it for.
-
-    ``unpack`` is None, or the folder (below the data folder, "." for itself) that an archive is unpacked into; with
-    ``only``, just the members that end so.
-    """
-
-    url: str
-    file: str
-    size: int | None = None
-    sha256: str | None = None
-    unpack: str | None = None
-    only: tuple[str, ...] = ()
-
-
-_VAL2014 = Source(f"{_COCO}/zips/val2014.zip", "val2014.zip", unpack="images")
-_HEAD = "master"
-
-SOURCES: Mapping[str, Sequence[Source]] = {
-    "chair": [
-        Source(
-            f"{_GITHUB}/LisaAnne/Hallucination/{_HEAD}/data/synonyms.txt",
-            "synonyms.txt",
-            size=3577,
-            sha256="b685537b36fe21b791c87151b96a991ceb582edff19f3da204dcc7a7905502f2",
-        ),
-        Source(
-            f"{_COCO}/annotations/annotations_trainval2014.zip",
-            "annotations_trainval2014.zip",
-            unpack=".",
-            only=(
-                "instances_train2014.json",
-                "instances_val2014.json",
-                "captions_train2014.json",
-                "captions_val2014.json",
-            ),
-        ),
-        _VAL2014,
-    ],
-    "pope": [
-        *(
-            Source(f"{_GITHUB}/RUCAIBox/POPE/main/output/coco/coco_pope_{split}.json", f"coco_pope_{split}.json")
-            for split in ("random", "popular", "adversarial")
-        ),
-        _VAL2014,
-    ],
-    "mmhal": [
-        Source(f"{_HUB}/Shengcao1006/MMHal-Bench/resolve/main/response_template.json", "response_template.json"),
-        Source(f"{_HUB}/Shengcao1006/MMHal-Bench/resolve/main/test_data.zip", "test_data.zip", unpack="."),
-    ],
-    "science_qa": [
-        Source(f"{_GITHUB}/lupantech/ScienceQA/main/data/scienceqa/problems.json", "problems.json"),
-        Source(f"{_GITHUB}/lupantech/ScienceQA/main/data/scienceqa/pid_splits.json", "pid_splits.json"),
-        Source("https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip", "test.zip", unpack="images"),
-    ],
-    "mme": [
-        Source(
-            f"{_GITHUB}/BradyFU/Awesome-Multimodal-Large-Language-Models/Evaluation/tools/eval_tool.zip",
-            "eval_tool.zip",
-            size=107320,
-            sha256="b8125e2a7c3418e5761c12b3cfe4f1624b3c53ba44009e75b7d3f797d3d8acee",
-            unpack=".",
-        ),
-        Source(
-            f"{_HUB}/darkyarding/MME/resolve/main/MME_Benchmark_release_version.zip",
-            "MME_Benchmark_release_version.zip",
-            unpack=".",
-        ),
-    ],
-    "mmbench": [
-        Source(
-            "https://download.openmmlab.com/mmclassification/datasets/mmbench/mmbench_dev_20230712.tsv",
-            "mmbench_dev_20230712.tsv",
-        ),
-    ],
-    "mm_vet": [
-        Source("https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip", "mm-vet.zip", unpack="."),
-    ],
-    "llava_bench": [
-        *(
-            Source(f"{_HUB}/liuhaotian/llava-bench-in-the-wild/resolve/main/{name}", name)
-            for name in ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
-        ),
-        *(
-            Source(
-                f"{_HUB}/liuhaotian/llava-bench-in-the-wild/resolve/main/images/{number:03d}.jpg",
-                f"images/{number:03d}.jpg",
-            )
-            for number in range(1, 25)
-        ),
-    ],
-}
-
-BY_HAND: Mapping[str, str] = {
-    "science_qa": "The prompts themselves (llava_test_CQM-A.json) are in LLaVA's eval.zip, behind Google Drive: open "
-    "https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy in a browser, download it, and "
-    "put scienceqa/llava_test_CQM-A.json into {data}; without it the prompts are built in that form.",
-    "mm_vet": "MM-Vet's data is CC BY-NC 4.0: for research, not for commercial use.",
-    "mme": "If the pictures cannot be fetched, ask for them as the readme of "
-    "https://github.com/BradyFU/Awesome-Multimodal-Large-Language-Models/tree/Evaluation says and unpack "
-    "MME_Benchmark_release_version into {data}; answers can be scored without them.",
-    "mmbench": "If that address is closed, download MMBench_DEV_EN_legacy.tsv as "
-    "https://github.com/open-compass/MMBench says and put it into {data}.",
-    "chair": "Pictures take 6 GB; where they lie elsewhere already, set benchmarks.chair.images instead.",
-    "pope": "Pictures take 6 GB; where they lie elsewhere already, set benchmarks.pope.images instead.",
-}
-
-
-def main(name: str, data: Path) -> int:
-    """Fetch, report, and say what is left to do by hand; returns the exit status 0."""
-    for file in fetch(name, data):
-        print(f"{file} is there")
-    if name in BY_HAND:
-        print(BY_HAND[name].format(data=data))
+def main(benchmark: type[Benchmark], data: Path) -> int:
+    """Download what can be, report it, and say what is left to do by hand; returns the exit status 0."""
+    if not benchmark.sources:
+        print(f"{benchmark.name} names no files to download; put its files into {data}")
+    for file in fetch(benchmark.sources, data):
+        print(f"{file} is complete")
+    if benchmark.notice:
+        print(benchmark.notice.format(data=data))
     return 0
 
 
-def fetch(
-    name: str, data: Path, sources: Sequence[Source] | None = None, *, tries: int = 5, pause: float = 1.0
-) -> list[Path]:
-    """Bring the files of benchmark ``name`` into ``data``; those that are there and recorded are left alone.
+def fetch(sources: Sequence[Source], data: Path, *, tries: int = 5, pause: float = 1.0) -> list[Path]:
+    """Download files into ``data``; those that are there and recorded are left alone.
 
-    What a broken connection has brought is kept as FILE.part and continued; a file appears under its name only when
-    it is whole and checked. Address, size and sha256 of what came are written to ``data/fetched.json``.
+    A download that breaks off is kept as FILE.part and resumed; a file gets its name only when it is complete and
+    checked. Its address, size and sha256 are recorded in ``data/fetched.json``.
 
     Raises:
-        Fault: no connection after ``tries``, an address that answers with an error, a wrong size or hash, a full disk,
-            an archive that is broken or would write outside ``data``.
+        Fault: no connection after ``tries`` attempts, an address that answers with an error, a wrong size or hash, a
+            full disk, an archive that is broken or would write outside ``data``.
     """
     data = Path(data)
-    sources = SOURCES[name] if sources is None else sources
     try:
         data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Fault(f"{data} cannot be made ({error.strerror}); choose another folder.") from error
+        raise Fault(f"{data} cannot be created ({error.strerror}); choose another folder") from error
     record = data / RECORD
     try:
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     except ValueError as error:
-        raise Fault(f"{record} is not JSON ({error}); remove it and run again.") from error
+        raise Fault(f"{record} is not JSON ({error}); remove it and run again") from error
     files = []
     for source in sources:
         file = data / source.file
@@ -178,7 +64,7 @@ def fetch(
                 _unpack(source, file, data / source.unpack)
                 file.unlink()
             known[source.file] = {"url": source.url, "size": size, "sha256": digest}
-            write_text(record, json.dumps(known, indent=1))
+            write_json(record, known)
         files.append(file if not source.unpack else data / source.unpack)
     return list(dict.fromkeys(files))
 
@@ -194,7 +80,7 @@ def _download(source: Source, file: Path, tries: int, pause: float) -> tuple[int
             if error.code < 500 and error.code != 429:
                 raise Fault(
                     f"{source.url} answers {error.code} {error.reason}; open it in a browser, download "
-                    f"{file.name} by hand and put it into {file.parent}."
+                    f"{file.name} by hand and put it into {file.parent}"
                 ) from error
             reason = f"{error.code} {error.reason}"
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, EOFError) as error:
@@ -203,13 +89,13 @@ def _download(source: Source, file: Path, tries: int, pause: float) -> tuple[int
             have = part.stat().st_size if part.exists() else 0
             raise Fault(
                 f"{part} cannot be written ({error.strerror or error}) after {have:,} bytes, "
-                f"{shutil.disk_usage(file.parent).free:,} are free; make room and run the same command again, "
-                "it goes on from there."
+                f"{shutil.disk_usage(file.parent).free:,} are free; make room and run the same command again "
+                "to resume"
             ) from error
         if attempt + 1 == tries:
             raise Fault(
-                f"{source.url} could not be fetched in {tries} tries ({reason}); check the network and run the "
-                "same command again, it goes on where it stopped."
+                f"{source.url} could not be downloaded in {tries} attempts ({reason}); check the network and run "
+                "the same command again to resume"
             )
         time.sleep(pause * 2**attempt)
     size, digest = part.stat().st_size, _sha256(part)
@@ -217,10 +103,11 @@ def _download(source: Source, file: Path, tries: int, pause: float) -> tuple[int
         part.unlink()
         raise Fault(
             f"{source.url} gave {size:,} bytes with sha256 {digest}, expected were "
-            f"{source.size or size:,} bytes with {source.sha256 or 'any'}; it was removed, run the same "
-            "command again, and if this stays the official file has changed."
+            f"{source.size or size:,} bytes with {source.sha256 or 'any'}; it was removed. Run the same command again; "
+            "if this repeats, the official file has changed"
         )
-    os.replace(part, file)
+    os.replace(part, file)  # _transfer has forced its content to disk
+    sync(file.parent)
     return size, digest
 
 
@@ -240,9 +127,9 @@ def _transfer(source: Source, part: Path) -> None:
             raise
         if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
             tag.unlink(missing_ok=True)
-            return  # all of it is there already
+            return  # it is complete already
         part.unlink()
-        raise EOFError("what was there did not belong to this file") from error
+        raise EOFError("the partial download was of another file") from error
     with answer:
         resumed = answer.status == 206
         start = have if resumed else 0
@@ -274,7 +161,7 @@ def _transfer(source: Source, part: Path) -> None:
 
 
 def _unpack(source: Source, file: Path, folder: Path) -> None:
-    """Unpack an archive below ``folder``, each file under its name only when it is whole."""
+    """Unpack an archive into ``folder``; each file gets its name only when it is complete."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = [
@@ -289,7 +176,7 @@ def _unpack(source: Source, file: Path, folder: Path) -> None:
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
                     raise Fault(
                         f"{file} has a member {member.filename!r} that would be written outside {folder}; "
-                        "nothing was unpacked, get the archive from its official address."
+                        "nothing was unpacked; get the archive from its official address"
                     )
             for member in tqdm(members, desc=f"unpacking {file.name}", unit="file", disable=None):
                 target = folder.joinpath(*PurePosixPath(member.filename.replace("\\", "/")).parts)
@@ -298,13 +185,16 @@ def _unpack(source: Source, file: Path, folder: Path) -> None:
                 with archive.open(member) as inside, half.open("wb") as sink:
                     shutil.copyfileobj(inside, sink, BLOCK)
                 os.replace(half, target)
+        os.sync()  # once, not twice for each of 40,000 images; until then the archive is there to unpack again
     except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
         file.unlink(missing_ok=True)
-        raise Fault(f"{file} is no whole zip archive ({error}); it was removed, run the same command again.") from error
+        raise Fault(
+            f"{file} is not a complete zip archive ({error}); it was removed, run the same command again"
+        ) from error
     except OSError as error:
         raise Fault(
             f"{file} cannot be unpacked into {folder} ({error.strerror or error}); make room and run the same "
-            "command again."
+            "command again"
         ) from error
 
 

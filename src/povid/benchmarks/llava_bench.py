@@ -2,107 +2,122 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from povid.benchmarks import judge as judging
 from povid.benchmarks import llava_format
 from povid.benchmarks.answer_file import read_records
+from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.judge import Judge, required, unreadable
 from povid.fault import Fault
-from povid.model.question import Decoding, Question, Score
+from povid.model.question import Question, Score
+from povid.server.endpoint import Request
 
-DECODING = Decoding(max_new_tokens=1024)
-OFFICIAL = "haotian-liu/LLaVA llava/eval/eval_gpt_review_bench.py, summarize_gpt_review.py (gpt-4-0314)"
-FILES = ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl", "images/")
+HUB = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild/resolve/main"
+FILES = ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
 CATEGORIES = ("conv", "detail", "complex")
 
 
-def load(data: Path, images: Path | None = None) -> list[Question]:
-    """Questions without a suffix, each with its context and GPT-4's reference answer.
+class LLaVABench(Benchmark):
+    """``data`` holds questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/."""
 
-    The official script pairs questions and references by line; here they are paired by question_id, and Fault is
-    raised where the two files disagree.
-    """
-    data = Path(data)
-    files = [llava_format.needed(data, [name], "llava_bench") for name in FILES[:3]]
-    captions: dict[str, str] = {}
-    for place, record in read_records(files[1]):
-        image, caption = llava_format.fields(place, record, "image", "caption")
-        captions[image] = "\n".join(caption) if isinstance(caption, list) else caption
-    references = {name: text for _, name, text in llava_format.texts(files[2])}
-    questions = []
-    for place, record in read_records(files[0]):
-        name, image, text, category = llava_format.fields(place, record, "question_id", "image", "text", "category")
-        if image not in captions or str(name) not in references or category not in CATEGORIES:
-            raise Fault(
-                f"{place} asks question {name} ({category}) about {image}, for which context.jsonl, "
-                "answers_gpt4.jsonl or the categories conv, detail and complex have nothing; "
-                "fetch the files again."
-            )
-        questions.append(
-            Question(
-                name,
-                llava_format.picture([images, data / "images"], [image]),
-                text,
-                {"category": category, "context": captions[image], "reference": references[str(name)]},
-            )
-        )
-    return questions
-
-
-def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
-    """Answers from LLaVA's JSON Lines."""
-    return llava_format.by_question_id(Path(file), questions)
-
-
-def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
-    """LLaVA's JSON Lines, which eval_gpt_review_bench.py reads line by line in the order of questions.jsonl."""
-    return llava_format.write_jsonl(
-        Path(folder) / "llava_bench_answers.jsonl", llava_format.records(questions, answers)
+    name: ClassVar[str] = "llava_bench"
+    official: ClassVar[str] = (
+        "haotian-liu/LLaVA llava/eval/eval_gpt_review_bench.py, summarize_gpt_review.py (gpt-4-0314)"
     )
+    columns: ClassVar[tuple[Column, ...]] = (Column("llava_bench.overall", "LLaVA-Bench", "high", 1),)
+    sources: ClassVar[tuple[Source, ...]] = (
+        *(Source(f"{HUB}/{name}", name) for name in FILES),
+        *(Source(f"{HUB}/images/{number:03d}.jpg", f"images/{number:03d}.jpg") for number in range(1, 25)),
+    )
+    judged: ClassVar[Literal["never", "optional", "always"]] = "always"
+    official_judge: ClassVar[str] = "gpt-4-0314"
+    wording: ClassVar[str] = "povid-1"
 
+    def questions(self) -> list[Question]:
+        """Questions without a suffix, each with its context and GPT-4's reference answer.
 
-def score(questions: Sequence[Question], answers: Sequence[str], judge: judging.Judge) -> Score:
-    """100 x mean score of ours / mean score of the reference, overall and for each category, one decimal.
+        The official script pairs questions and references by line; here they are paired by question_id, and Fault is
+        raised where the two files disagree.
+        """
+        files = [llava_format.needed(self, [name]) for name in FILES]
+        captions: dict[str, str] = {}
+        for place, record in read_records(files[1]):
+            image, caption = llava_format.fields(place, record, "image", "caption")
+            captions[image] = "\n".join(caption) if isinstance(caption, list) else caption
+        references = {name: text for _, name, text in llava_format.texts(files[2])}
+        questions = []
+        for place, record in read_records(files[0]):
+            name, image, text, category = llava_format.fields(place, record, "question_id", "image", "text", "category")
+            if image not in captions or str(name) not in references or category not in CATEGORIES:
+                raise Fault(
+                    f"{place} asks question {name} ({category}) about {image}, but its image is not in context.jsonl, "
+                    "its question_id not in answers_gpt4.jsonl, or its category not one of conv, detail and complex; "
+                    "download the files again"
+                )
+            questions.append(
+                Question(
+                    name,
+                    llava_format.picture([self.images, self.data / "images"], [image]),
+                    text,
+                    {"category": category, "context": captions[image], "reference": references[str(name)]},
+                )
+            )
+        return questions
 
-    Officially a reply whose first line is not two numbers counts as -1 for both and stays in the means; "corrected"
-    leaves it out. Raises Fault when no reply of some category can be read.
-    """
-    requests = [
-        judging.llava_bench_request(
-            f"llava_bench question {question.id}",
-            question.meta["context"],
-            question.text,
-            question.meta["reference"],
-            answer,
+    def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        """Answers from LLaVA's JSON Lines."""
+        return llava_format.by_question_id(Path(file), questions)
+
+    def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+        """LLaVA's JSON Lines, which eval_gpt_review_bench.py reads line by line in the order of questions.jsonl."""
+        return llava_format.write_jsonl(
+            Path(folder) / "llava_bench_answers.jsonl", llava_format.records(questions, answers)
         )
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    replies = [reply.text for reply in judge.ask("llava_bench", requests)]
-    pairs = [judging.llava_bench_pair(reply) for reply in replies]
-    for category in {question.meta["category"] for question in questions}:
-        here = [pair for question, pair in zip(questions, pairs) if question.meta["category"] == category]
-        if not any(here):
-            raise judging.unreadable(f"llava_bench ({category})", judge, len(here))
-    scores = _figures(questions, [pair or (-1.0, -1.0) for pair in pairs])
-    scores["unreadable_replies"] = pairs.count(None)
-    if None in pairs:
-        scores["corrected"] = _figures(questions, pairs)
-    records = [
-        {
-            "id": question.id,
-            "category": question.meta["category"],
-            "answer": answer,
-            "scores": list(pair) if pair else None,
-            "judge_reply": reply,
-        }
-        for question, answer, pair, reply in zip(questions, answers, pairs, replies)
-    ]
-    return Score({**scores, "judge": judge.describe("llava_bench")}, records)
+
+    def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
+        """100 x mean score of ours / mean score of the reference, overall and for each category, one decimal.
+
+        Officially a reply whose first line is not two numbers counts as -1 for both and stays in the means; "corrected"
+        leaves it out. Raises Fault when no reply of some category can be read.
+        """
+        judge = required(self, judge)
+        requests = [
+            request(
+                f"llava_bench question {question.id}",
+                question.meta["context"],
+                question.text,
+                question.meta["reference"],
+                answer,
+            )
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        replies = [reply.text for reply in judge.ask(self, requests)]
+        pairs = [parse(reply) for reply in replies]
+        for category in {question.meta["category"] for question in questions}:
+            here = [pair for question, pair in zip(questions, pairs) if question.meta["category"] == category]
+            if not any(here):
+                raise unreadable(self, judge, len(here), category)
+        scores = _figures(questions, [pair or (-1.0, -1.0) for pair in pairs])
+        scores["unreadable_replies"] = pairs.count(None)
+        if None in pairs:
+            scores["corrected"] = _figures(questions, pairs)
+        records = [
+            {
+                "id": question.id,
+                "category": question.meta["category"],
+                "answer": answer,
+                "scores": list(pair) if pair else None,
+                "judge_reply": reply,
+            }
+            for question, answer, pair, reply in zip(questions, answers, pairs, replies)
+        ]
+        return Score({**scores, "judge": judge.describe(self)}, records)
 
 
 def _figures(questions: Sequence[Question], pairs: Sequence[tuple[float, float] | None]) -> dict[str, Any]:
@@ -118,3 +133,40 @@ def _figures(questions: Sequence[Question], pairs: Sequence[tuple[float, float] 
         for name, (theirs, ours) in means.items()
     }
     return {**ratios, "means_x10": times_ten, "questions": len(questions)}
+
+
+SYSTEM = "You are a precise and helpful assistant who checks the quality of answers."
+RULE = (  # one text for conv, detail and complex, as in the official rule file
+    "Please judge the answers that two AI assistants gave to the user's question shown above. The user asks about an "
+    "image, which is given to you as a few sentences that describe it.\n"
+    "Rate how helpful, relevant, accurate and detailed each answer is. Each assistant gets an overall score from 1 to "
+    "10; a higher score means a better answer.\n"
+    "Write a first line that holds only two numbers, the scores of Assistant 1 and Assistant 2 in this order, "
+    "separated by a space.\n"
+    "From the next line on explain your judgement in full, without bias and without letting the order of the answers "
+    "influence it."
+)
+
+
+def request(name: str, context: str, question: str, reference: str, answer: str) -> Request:
+    """LLaVA llava/eval/eval_gpt_review_bench.py: five blocks, the reference first, temperature 0.2, max_tokens 1024."""
+    text = (
+        f"[Context]\n{context}\n\n[Question]\n{question}\n\n"
+        f"[Assistant 1]\n{reference}\n\n[End of Assistant 1]\n\n"
+        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
+    )
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+    return Request(messages, temperature=0.2, max_tokens=1024, name=name)
+
+
+def parse(reply: str) -> tuple[float, float] | None:
+    """(reference's score, model's score) of the first line; None (officially -1, -1) unless it is two numbers.
+
+    Commas become spaces and the line is split at single spaces, so "8,9" is read and "8, 9" is not.
+    """
+    parts = reply.split("\n")[0].replace(",", " ").split(" ")
+    try:
+        pair = (float(parts[0]), float(parts[1])) if len(parts) == 2 else None
+    except ValueError:
+        return None
+    return pair if pair and all(map(math.isfinite, pair)) else None

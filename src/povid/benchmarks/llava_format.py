@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from povid.benchmarks.answer_file import read_records, write_text
+from povid.benchmarks.answer_file import read_records
+from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
+from povid.files import write_text
 from povid.model.question import Question
 
 
@@ -19,11 +21,11 @@ def by_question_id(file: Path, questions: Sequence[Question]) -> list[str]:
 
 
 def texts(file: Path, *, key: str = "question_id", text: str = "text") -> Iterable[tuple[str, str, Any]]:
-    """(place, id as text, answer) of every record; Fault for a record that is no object or lacks one of the keys."""
+    """(place, id as text, answer) of every record; Fault for a record that is not an object or has no such key."""
     for place, record in read_records(file):
         if not isinstance(record, dict) or key not in record or text not in record:
             has = f"the keys {', '.join(sorted(record))}" if isinstance(record, dict) else f"{record!r:.60}"
-            raise Fault(f"{place} has {has}, and an answer needs {key!r} and {text!r}; mend that record.")
+            raise Fault(f"{place} has {has}, but an answer needs {key!r} and {text!r}; correct that record")
         yield place, str(record[key]), record[text]
 
 
@@ -35,8 +37,8 @@ def in_order(
 ) -> list[str]:
     """Answers in the order of the questions, whatever their order in the file.
 
-    Raises Fault for an answer that is no text, a question answered twice, one that the benchmark does not have, and
-    one without an answer.
+    Raises Fault for an answer that is not text, for a question that is answered twice or is not in the benchmark, and
+    for a question without an answer.
     """
     position = {key(question): number for number, question in enumerate(questions)}
     answers: list[str | None] = [None] * len(questions)
@@ -44,21 +46,21 @@ def in_order(
     for place, name, answer in found:
         if name not in position:
             raise Fault(
-                f"{place} answers question {name!r:.200}, which is none of the {len(questions)} questions "
-                "here; give the answers and the data of the same version."
+                f"{place} answers question {name!r:.200}, which is not one of the {len(questions)} "
+                "questions; use answers and data of the same version"
             )
         number = position[name]
         if number in places:
-            raise Fault(f"{place} answers question {name!r:.200} a second time, first at {places[number]}; keep one.")
+            raise Fault(f"{place} answers question {name!r:.200} a second time, first at {places[number]}; keep one")
         if not isinstance(answer, str):
-            raise Fault(f"{place} has {answer!r:.60} as its answer where text was expected; mend that record.")
+            raise Fault(f"{place} has {answer!r:.60} as its answer where text was expected; correct that record")
         answers[number], places[number] = answer, place
-    open_ones = [str(question.id) for question, answer in zip(questions, answers) if answer is None]
-    if open_ones:
+    unanswered = [str(question.id) for question, answer in zip(questions, answers) if answer is None]
+    if unanswered:
         raise Fault(
             f"{file} answers {len(places)} of {len(questions)} questions, missing "
-            f"{', '.join(open_ones[:3])}{' and others' if len(open_ones) > 3 else ''}; "
-            "answer all questions before scoring."
+            f"{', '.join(unanswered[:3])}{' and others' if len(unanswered) > 3 else ''}; "
+            "answer all questions before scoring"
         )
     return [answer for answer in answers if answer is not None]
 
@@ -80,37 +82,36 @@ def records(questions: Sequence[Question], answers: Sequence[str], model: str = 
 
 def write_jsonl(file: Path, lines: Iterable[Mapping[str, Any]]) -> Path:
     """One JSON object per line, the file whole or not at all."""
-    write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
-    return file
+    return write_text(file, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def whole(text: str) -> str:
-    """Text that any file can hold: half characters (lone surrogates) become question marks."""
+    """Text that can be written as UTF-8: lone surrogates become question marks."""
     return text.encode("utf-8", "replace").decode()
 
 
-def needed(data: Path, names: Sequence[str], benchmark: str) -> Path:
-    """The first of ``names`` that lies in ``data``; Fault with the command that cures it where none does."""
+def needed(benchmark: Benchmark, names: Sequence[str]) -> Path:
+    """The first of ``names`` that exists in the benchmark's data; Fault with the command that downloads it if none."""
     for name in names:
-        if (data / name).exists():
-            return data / name
+        if (benchmark.data / name).exists():
+            return benchmark.data / name
     raise Fault(
-        f"{data} holds no {' or '.join(names)}, which {benchmark} needs; "
-        f"run `python -m povid.benchmarks fetch {benchmark} --data {data}`."
+        f"{benchmark.data} holds no {' or '.join(names)}, which {benchmark.name} needs; "
+        f"run `python -m povid.benchmarks fetch {benchmark.spelling()} --data {benchmark.data}`"
     )
 
 
 def fields(place: str, record: Any, *names: str) -> list[Any]:
-    """The values of ``names``; Fault naming the record and the key that it lacks."""
+    """The values of ``names``; Fault naming the record and the missing key."""
     if not isinstance(record, Mapping):
-        raise Fault(f"{place} is {record!r:.60} where an object was expected; fetch the file again.")
+        raise Fault(f"{place} is {record!r:.60} where an object was expected; download the file again")
     for name in names:
         if name not in record:
-            raise Fault(f"{place} lacks {name!r}; fetch the file again.")
+            raise Fault(f"{place} has no {name!r}; download the file again")
     return [record[name] for name in names]
 
 
 def picture(folders: Iterable[Path | None], names: Iterable[str]) -> Path:
-    """The first file that is there, each name tried in each folder, or the path where it was expected first."""
+    """The first file that exists, each name tried in each folder, or the first path tried."""
     places = [folder / name for folder in folders if folder is not None for name in names]
     return next((place for place in places if place.is_file()), places[0])

@@ -6,95 +6,114 @@ import json
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+from pydantic import Field
 
-from povid.benchmarks import judge as judging
 from povid.benchmarks import llava_format
-from povid.benchmarks.answer_file import read_records, write_text
+from povid.benchmarks.answer_file import read_records
+from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.judge import Judge, required, unreadable
 from povid.fault import Fault
-from povid.model.question import Decoding, Question, Score
-
-DECODING = Decoding(max_new_tokens=1024)
-OFFICIAL = "yuweihao/MM-Vet mm-vet_evaluator.py (gpt-4-0613)"
-FILES = ("mm-vet.json", "images/")
+from povid.files import write_text
+from povid.model.question import Question, Score
+from povid.server.endpoint import Request
 
 
-def load(data: Path, images: Path | None = None) -> list[Question]:
-    """Questions of mm-vet.json in its order, without a suffix; ``data`` is the unpacked mm-vet folder."""
-    data = Path(data)
-    data = data / "mm-vet" if (data / "mm-vet" / "mm-vet.json").is_file() else data
-    file = llava_format.needed(data, ["mm-vet.json"], "mm_vet")
-    found = read_records(file)
-    if len(found) != 1 or not isinstance(found[0][1], dict):
-        raise Fault(f"{file} holds no single JSON object; fetch it again.")
-    questions = []
-    for name, record in found[0][1].items():
-        image, text, answer, capability = llava_format.fields(
-            f"{file.name} {name}", record, "imagename", "question", "answer", "capability"
-        )
-        picture = llava_format.picture([images, data / "images"], [image])
-        questions.append(Question(name, picture, text, {"answer": answer, "capability": sorted(set(capability))}))
-    return questions
+class MMVet(Benchmark):
+    """``data`` holds mm-vet.json and images/, or the folder mm-vet with both. ``runs`` gradings are averaged."""
 
+    name: ClassVar[str] = "mm_vet"
+    official: ClassVar[str] = "yuweihao/MM-Vet mm-vet_evaluator.py (gpt-4-0613)"
+    columns: ClassVar[tuple[Column, ...]] = (Column("mm_vet.total", "MM-Vet", "high", 1),)
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source("https://github.com/yuweihao/MM-Vet/releases/download/v1/mm-vet.zip", "mm-vet.zip", unpack="."),
+    )
+    notice: ClassVar[str] = "MM-Vet's data is CC BY-NC 4.0: for research, not for commercial use."
+    judged: ClassVar[Literal["never", "optional", "always"]] = "always"
+    official_judge: ClassVar[str] = "gpt-4-0613"
+    wording: ClassVar[str] = "povid-1"
 
-def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
-    """Answers from the official JSON object {"v1_0": text}, or from LLaVA's JSON Lines with 0 for v1_0."""
-    file = Path(file)
-    found = read_records(file)
-    if len(found) == 1 and isinstance(found[0][1], dict) and "question_id" not in found[0][1]:
+    runs: int = Field(1, ge=1)
+
+    def questions(self) -> list[Question]:
+        """Questions of mm-vet.json in its order, without a suffix."""
+        file = llava_format.needed(self, ["mm-vet/mm-vet.json", "mm-vet.json"])
+        found = read_records(file)
+        if len(found) != 1 or not isinstance(found[0][1], dict):
+            raise Fault(f"{file} is not a single JSON object; download it again")
+        questions = []
+        for name, record in found[0][1].items():
+            image, text, answer, capability = llava_format.fields(
+                f"{file.name} {name}", record, "imagename", "question", "answer", "capability"
+            )
+            picture = llava_format.picture([self.images, file.parent / "images"], [image])
+            questions.append(Question(name, picture, text, {"answer": answer, "capability": sorted(set(capability))}))
+        return questions
+
+    def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        """Answers from the official JSON object {"v1_0": text}, or from LLaVA's JSON Lines with 0 for v1_0."""
+        file = Path(file)
+        found = read_records(file)
+        if len(found) == 1 and isinstance(found[0][1], dict) and "question_id" not in found[0][1]:
+            return llava_format.in_order(
+                file, [(f"{file.name} {name}", name, answer) for name, answer in found[0][1].items()], questions
+            )
         return llava_format.in_order(
-            file, [(f"{file.name} {name}", name, answer) for name, answer in found[0][1].items()], questions
+            file,
+            [
+                (place, name if name.startswith("v1_") else f"v1_{name}", answer)
+                for place, name, answer in llava_format.texts(file)
+            ],
+            questions,
         )
-    return llava_format.in_order(
-        file,
-        [
-            (place, name if name.startswith("v1_") else f"v1_{name}", answer)
-            for place, name, answer in llava_format.texts(file)
-        ],
-        questions,
-    )
 
+    def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+        """The JSON object that the official evaluator and its online form take."""
+        given = {question.id: answer for question, answer in zip(questions, answers, strict=True)}
+        return write_text(Path(folder) / "mm_vet_answers.json", json.dumps(given, indent=4))
 
-def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
-    """The JSON object that the official evaluator and its online form take."""
-    file = Path(folder) / "mm_vet_answers.json"
-    write_text(
-        file, json.dumps({question.id: answer for question, answer in zip(questions, answers, strict=True)}, indent=4)
-    )
-    return file
+    def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
+        """100 x mean grade: in total, of the questions that need a capability, and of each exact set of capabilities.
 
+        Means over ``runs`` gradings, one decimal as the official script rounds; "std" is that of the totals. Officially
+        an answer whose grade could not be read in five tries gets 0; "corrected" leaves it out. Raises Fault when no
+        grade at all can be read.
+        """
+        judge = required(self, judge)
+        items = [
+            (f"mm_vet question {question.id}", question.text, question.meta["answer"], answer)
+            for question, answer in zip(questions, answers, strict=True)
+        ]
+        grades = [self._grades(judge, items, run) for run in range(self.runs)]
+        unread = sum(grade is None for run in grades for grade in run)
+        if unread == self.runs * len(items):
+            raise unreadable(self, judge, unread)
+        scores = _figures(questions, [[grade or 0.0 for grade in run] for run in grades])
+        scores["unreadable_grades"] = unread
+        if unread:
+            scores["corrected"] = _figures(questions, grades)
+        records = [
+            {
+                "id": question.id,
+                "answer": answer,
+                "grades": [run[number] for run in grades],
+                "capability": question.meta["capability"],
+            }
+            for number, (question, answer) in enumerate(zip(questions, answers))
+        ]
+        return Score({**scores, "judge": {**judge.describe(self), "runs": self.runs}}, records)
 
-def score(questions: Sequence[Question], answers: Sequence[str], judge: judging.Judge, runs: int = 1) -> Score:
-    """100 x mean grade: in total, of the questions that need a capability, and of each exact set of capabilities.
-
-    Means over ``runs`` gradings, one decimal as the official script rounds; "std" is that of the totals. Officially an
-    answer whose grade could not be read in five tries gets 0; "corrected" leaves it out. Raises Fault when no grade at
-    all can be read.
-    """
-    items = [
-        (f"mm_vet question {question.id}", question.text, question.meta["answer"], answer)
-        for question, answer in zip(questions, answers, strict=True)
-    ]
-    grades = [judging.mm_vet_grades(judge, items, run) for run in range(runs)]
-    unread = sum(grade is None for run in grades for grade in run)
-    if unread == runs * len(items):
-        raise judging.unreadable("mm_vet", judge, unread)
-    scores = _figures(questions, [[grade or 0.0 for grade in run] for run in grades])
-    scores["unreadable_grades"] = unread
-    if unread:
-        scores["corrected"] = _figures(questions, grades)
-    records = [
-        {
-            "id": question.id,
-            "answer": answer,
-            "grades": [run[number] for run in grades],
-            "capability": question.meta["capability"],
-        }
-        for number, (question, answer) in enumerate(zip(questions, answers))
-    ]
-    return Score({**scores, "judge": {**judge.describe("mm_vet"), "runs": runs}}, records)
+    def _grades(self, judge: Judge, items: Sequence[tuple[str, str, str, str]], run: int) -> list[float | None]:
+        """Grades of (name, question, ground truth, prediction); five unreadable replies give None (officially 0)."""
+        grades: list[float | None] = [None] * len(items)
+        for attempt in range(len(TEMPERATURES)):
+            ungraded = [number for number, grade in enumerate(grades) if grade is None]
+            requests = [request(*items[number], attempt=attempt, run=run) for number in ungraded]
+            for number, reply in zip(ungraded, judge.ask(self, requests) if requests else []):
+                grades[number] = parse(reply.text)
+        return grades
 
 
 def _figures(questions: Sequence[Question], grades: Sequence[Sequence[float | None]]) -> dict[str, Any]:
@@ -128,3 +147,67 @@ def _figures(questions: Sequence[Question], grades: Sequence[Sequence[float | No
         **rounded,
         "questions": len(questions),
     }
+
+
+_ICE = (
+    "The meme makes fun of the misleading names of two countries: Greenland is mostly ice while Iceland is green. "
+    "Its speaker says that this is why he finds it hard to trust."
+)
+_ROWS = (
+    ("Which x solve the equation?", "2 <AND> -7", "x = 4", "0.0"),
+    ("Which x solve the equation?", "2 <AND> -7", "x = 2", "0.5"),
+    ("Which x solve the equation?", "2 <AND> -7", "x = -7", "0.5"),
+    ("Which x solve the equation?", "2 <AND> -7", "x = -7 or 7", "0.5"),
+    ("Which x solve the equation?", "2 <AND> -7", "x = 2 or x = -7", "1.0"),
+    (
+        "Why is this meme funny?",
+        _ICE,
+        "The meme is about Iceland and Greenland. One is not as icy and the other not as green as its name says.",
+        "0.4",
+    ),
+    (
+        "Why is this meme funny?",
+        _ICE,
+        "The meme jokes that the names of Iceland and Greenland mislead: Iceland has "
+        "green land and Greenland is covered in ice. The line about trust issues says, tongue in cheek, that such "
+        "contradictions make one doubt what one is told. The humour lies in the contrast of name and country.",
+        "1.0",
+    ),
+)
+PROMPT = "\n".join(
+    [
+        "Compare the prediction of a model with the ground truth and grade how correct it is. <AND> in the ground "
+        "truth means that the prediction is entirely right only if it has all of the elements; <OR> means that any one "
+        "of them is enough. The grade is 0.0 (entirely wrong), 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9 or 1.0 "
+        "(entirely right). Fill in only the last cell, the grade.",
+        "",
+        "Question | Ground truth | Prediction | Correctness",
+        "--- | --- | --- | ---",
+        *(" | ".join(row) for row in _ROWS),
+        "",
+    ]
+)
+INSIST = "\nGive the correctness of the prediction as a number (digit): "
+TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5)  # of the first question and of those that insist; then the grade is 0
+
+
+def request(name: str, question: str, truth: str, prediction: str, attempt: int, run: int) -> Request:
+    """MM-Vet mm-vet_evaluator.py: a table whose last cell is open, max_tokens 3; attempts after the first insist."""
+    truth = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
+    text = PROMPT + "\n" + " | ".join([question, truth, prediction, ""]) + (INSIST if attempt else "")
+    return Request(
+        [{"role": "user", "content": text}],
+        temperature=TEMPERATURES[attempt],
+        max_tokens=3,
+        sample=run,
+        name=name,
+    )
+
+
+def parse(reply: str) -> float | None:
+    """What stands before the first space, as a number in [0, 1]; None if it is none (also for a leading space)."""
+    try:
+        grade = float(reply.split(" ")[0].strip())
+    except ValueError:
+        return None
+    return grade if 0.0 <= grade <= 1.0 else None

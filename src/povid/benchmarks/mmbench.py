@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import math
-import os
 import random
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import pandas
 
-from povid.benchmarks import judge as judging
 from povid.benchmarks import llava_format
+from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.judge import Judge
 from povid.fault import Fault
-from povid.model.question import Decoding, Question, Score
+from povid.files import write_bytes
+from povid.model.question import Question, Score
+from povid.server.endpoint import Request
 
-DECODING = Decoding(max_new_tokens=1024)
-OFFICIAL = "EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks/mmbench/mmbench_evals.py (gpt-3.5-turbo-0613 matches the rest)"
 TABLES = ("mmbench_dev_20230712.tsv", "MMBench_DEV_EN_legacy.tsv", "MMBench_DEV_EN.tsv")
-FILES = (" or ".join(TABLES),)
 SUFFIX = "Answer with the option's letter from the given choices directly."
 COPY = 1_000_000  # index of a rotated copy = index of its question + k x COPY
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
@@ -43,103 +43,195 @@ _DECORATIONS = (
 )
 
 
-def load(data: Path, images: Path | None = None) -> list[Question]:
-    """One question for each row of the table, rotated copies included; pictures are inside the table.
+class MMBench(Benchmark):
+    """``data`` is the table, or a folder with one of TABLES; images are inside it, so ``images`` is not used."""
 
-    ``images`` is not used. Raises Fault for a row without question, options, answer or picture.
-    """
-    file = llava_format.needed(Path(data), TABLES, "mmbench") if Path(data).is_dir() else Path(data)
-    try:
-        table = pandas.read_table(file)
-    except (OSError, ValueError) as error:
-        raise Fault(f"{file} is no table that can be read ({error}); fetch it again.") from error
-    absent = {"index", "question", "A", "B", "answer", "image"} - set(table.columns)
-    if absent:
-        raise Fault(
-            f"{file.name} lacks the column {min(absent)!r}, as the official table for testing does; take the dev table."
-        )
-    cells = {str(row["index"]): row["image"] for row in table.to_dict("records")}
-    questions = []
-    for row in table.to_dict("records"):
-        options: dict[str, str] = {}
-        for letter in "ABCD":
-            if _empty(row.get(letter)):
-                break
-            options[letter] = str(row[letter])
-        hint = "" if _empty(row.get("hint")) else f"{row['hint']}\n"
-        lines = "".join(f"\n{letter}. {option}" for letter, option in options.items())
-        text = f"{hint}{row['question']}{lines}\n{SUFFIX}"
-        if row["answer"] not in options:
+    name: ClassVar[str] = "mmbench"
+    official: ClassVar[str] = (
+        "EvolvingLMMs-Lab/lmms-eval lmms_eval/tasks/mmbench/mmbench_evals.py (gpt-3.5-turbo-0613 matches the rest)"
+    )
+    columns: ClassVar[tuple[Column, ...]] = (Column("mmbench.accuracy", "MMBench", "high", 1),)
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source(f"https://download.openmmlab.com/mmclassification/datasets/mmbench/{TABLES[0]}", TABLES[0]),
+    )
+    notice: ClassVar[str] = (
+        "If that address is closed, download MMBench_DEV_EN_legacy.tsv as https://github.com/open-compass/MMBench "
+        "says and put it into {data}."
+    )
+    judged: ClassVar[Literal["never", "optional", "always"]] = "optional"
+    official_judge: ClassVar[str] = "gpt-3.5-turbo-0613"
+    wording: ClassVar[str] = "povid-1"
+
+    def questions(self) -> list[Question]:
+        """One question for each row of the table, rotated copies included; pictures are inside the table.
+
+        ``images`` is not used. Raises Fault for a row without question, options, answer or picture.
+        """
+        file = llava_format.needed(self, TABLES) if self.data.is_dir() else self.data
+        try:
+            table = pandas.read_table(file)
+        except (OSError, ValueError) as error:
+            raise Fault(f"{file} is not a readable table ({error}); download it again") from error
+        absent = {"index", "question", "A", "B", "answer", "image"} - set(table.columns)
+        if absent:
             raise Fault(
-                f"{file.name} index {row['index']} has the answer {row['answer']!r} and the options "
-                f"{', '.join(options) or 'none'}; fetch the table again."
+                f"{file.name} has no column {min(absent)!r}, like the official table for testing; use the dev table"
             )
-        meta = {
-            "options": options,
-            "answer": row["answer"],
-            "question": str(row["question"]),
-            "category": row.get("category"),
-            "l2-category": row.get("l2-category"),
-            "row": {name: value for name, value in row.items() if name not in DROPPED},
-        }
-        questions.append(Question(row["index"], _picture(file, row["index"], cells), text, meta))
-    bases, copies = _groups(questions)
-    lost = next((base for base in copies if base not in bases), None)
-    if lost is not None:
-        raise Fault(f"{file.name} has a rotated copy of index {lost} and not index {lost} itself; fetch it again.")
-    return questions
-
-
-def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
-    """Answers from LLaVA's JSON Lines, or from a submission sheet (.xlsx, .tsv, .csv) by index and prediction."""
-    file = Path(file)
-    if file.suffix.lower() not in (".xlsx", ".tsv", ".csv"):
-        return llava_format.by_question_id(file, questions)
-    try:
-        text = {"dtype": str, "keep_default_na": False}  # an answer "nan" is an answer
-        sheet = (
-            pandas.read_excel(file, engine="openpyxl", **text)
-            if file.suffix.lower() == ".xlsx"
-            else pandas.read_csv(file, sep="\t" if file.suffix.lower() == ".tsv" else ",", **text)
-        )
-    except Exception as error:  # openpyxl and zipfile raise a dozen kinds
-        raise Fault(f"{file} is no sheet that can be read ({error}); give the .xlsx of a submission.") from error
-    if not {"index", "prediction"} <= set(sheet.columns):
-        raise Fault(
-            f"{file.name} has the columns {', '.join(map(str, sheet.columns))}, and index and prediction are "
-            "needed; give the .xlsx of a submission."
-        )
-    rows = enumerate(zip(sheet["index"], sheet["prediction"]), 2)
-    return llava_format.in_order(
-        file, [(f"{file.name} row {number}", name, answer) for number, (name, answer) in rows], questions
-    )
-
-
-def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
-    """The submission sheet, column for column as LLaVA's scripts/convert_mmbench_for_submission.py makes it.
-
-    Control characters, which no sheet can hold, are left out; LLaVA's JSON Lines are written beside it.
-    """
-    folder = Path(folder)
-    llava_format.write_jsonl(
-        folder / "mmbench_answers.jsonl",
-        [
-            {
-                **record,
-                "round_id": 0,
-                "options": list(question.meta["options"].values()),
-                "option_char": list(question.meta["options"]),
+        cells = {str(row["index"]): row["image"] for row in table.to_dict("records")}
+        questions = []
+        for row in table.to_dict("records"):
+            options: dict[str, str] = {}
+            for letter in "ABCD":
+                if _empty(row.get(letter)):
+                    break
+                options[letter] = str(row[letter])
+            hint = "" if _empty(row.get("hint")) else f"{row['hint']}\n"
+            lines = "".join(f"\n{letter}. {option}" for letter, option in options.items())
+            text = f"{hint}{row['question']}{lines}\n{SUFFIX}"
+            if row["answer"] not in options:
+                raise Fault(
+                    f"{file.name} index {row['index']} has the answer {row['answer']!r} and the options "
+                    f"{', '.join(options) or 'none'}; download the table again"
+                )
+            meta = {
+                "options": options,
+                "answer": row["answer"],
+                "question": str(row["question"]),
+                "category": row.get("category"),
+                "l2-category": row.get("l2-category"),
+                "row": {name: value for name, value in row.items() if name not in DROPPED},
             }
-            for record, question in zip(llava_format.records(questions, answers), questions)
-        ],
-    )
-    sheet = pandas.DataFrame([question.meta["row"] for question in questions])
-    printable = ["".join(c for c in llava_format.whole(answer) if c >= " " or c in "\t\n\r") for answer in answers]
-    sheet.insert(min(6, len(sheet.columns)), "prediction", printable)
-    half = folder / f".mmbench_submission.{os.getpid()}.xlsx"
-    sheet.to_excel(half, index=False, engine="openpyxl")
-    os.replace(half, folder / "mmbench_submission.xlsx")
-    return folder / "mmbench_submission.xlsx"
+            questions.append(Question(row["index"], _image(file, row["index"], cells), text, meta))
+        bases, copies = _groups(questions)
+        lost = next((base for base in copies if base not in bases), None)
+        if lost is not None:
+            raise Fault(
+                f"{file.name} has a rotated copy of index {lost} but not index {lost} itself; download it again"
+            )
+        return questions
+
+    def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        """Answers from LLaVA's JSON Lines, or from a submission sheet (.xlsx, .tsv, .csv) by index and prediction."""
+        file = Path(file)
+        if file.suffix.lower() not in (".xlsx", ".tsv", ".csv"):
+            return llava_format.by_question_id(file, questions)
+        try:
+            text = {"dtype": str, "keep_default_na": False}  # an answer "nan" is an answer
+            sheet = (
+                pandas.read_excel(file, engine="openpyxl", **text)
+                if file.suffix.lower() == ".xlsx"
+                else pandas.read_csv(file, sep="\t" if file.suffix.lower() == ".tsv" else ",", **text)
+            )
+        except Exception as error:  # openpyxl and zipfile raise a dozen kinds
+            raise Fault(f"{file} is not a readable sheet ({error}); give the .xlsx of a submission") from error
+        if not {"index", "prediction"} <= set(sheet.columns):
+            raise Fault(
+                f"{file.name} has the columns {', '.join(map(str, sheet.columns))} but needs index and "
+                "prediction; give the .xlsx of a submission"
+            )
+        rows = enumerate(zip(sheet["index"], sheet["prediction"]), 2)
+        return llava_format.in_order(
+            file, [(f"{file.name} row {number}", name, answer) for number, (name, answer) in rows], questions
+        )
+
+    def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+        """The submission sheet, column for column as LLaVA's scripts/convert_mmbench_for_submission.py makes it.
+
+        Control characters, which no sheet can hold, are left out; LLaVA's JSON Lines are written beside it.
+        """
+        folder = Path(folder)
+        llava_format.write_jsonl(
+            folder / "mmbench_answers.jsonl",
+            [
+                {
+                    **record,
+                    "round_id": 0,
+                    "options": list(question.meta["options"].values()),
+                    "option_char": list(question.meta["options"]),
+                }
+                for record, question in zip(llava_format.records(questions, answers), questions)
+            ],
+        )
+        sheet = pandas.DataFrame([question.meta["row"] for question in questions])
+        printable = ["".join(c for c in llava_format.whole(answer) if c >= " " or c in "\t\n\r") for answer in answers]
+        sheet.insert(min(6, len(sheet.columns)), "prediction", printable)
+        content = io.BytesIO()
+        sheet.to_excel(content, index=False, engine="openpyxl")
+        return write_bytes(folder / "mmbench_submission.xlsx", content.getvalue())
+
+    def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
+        """Share (percent) of questions answered right under every rotation, overall, by category and by l2-category.
+
+        The judge matches what rules cannot, three tries for each; officially a random option stands in after that,
+        drawn here with the official seed in the official order. "corrected" counts such answers as wrong. Without a
+        judge an answer that the rules do not match is wrong, and the score says so.
+        """
+        parsed = [parse(answer, question.meta["options"]) for question, answer in zip(questions, answers, strict=True)]
+        truth = [question.meta["answer"] for question in questions]
+        bases, groups = _groups(questions)
+        fallen = {base for base, rows in groups.items() if any(parsed[row] not in (None, truth[row]) for row in rows)}
+        open_rows = [
+            row for base in sorted(groups) if base not in fallen for row in groups[base] if parsed[row] is None
+        ]
+        matched = self._match(questions, answers, open_rows, judge) if judge else {}
+        chance, random_rows = random.Random(SEED), set()
+        final = [matched.get(row, option) for row, option in enumerate(parsed)]
+        for base in sorted(groups):  # the official order of questions and of drawing
+            for row in groups[base] if judge and base not in fallen else []:
+                if final[row] is None:
+                    final[row] = "ABCDE"[chance.randint(0, 4)]
+                    random_rows.add(row)
+                if final[row] != truth[row]:
+                    break
+        hits = {base: all(final[row] == truth[row] for row in rows) for base, rows in groups.items()}
+        scores = _figures(questions, bases, hits)
+        if random_rows:
+            scores["corrected"] = _figures(
+                questions, bases, {base: hit and not random_rows & set(groups[base]) for base, hit in hits.items()}
+            )
+        scores |= {
+            "matched_by_rule": sum(option is not None for option in parsed),
+            "matched_by_judge": len(matched),
+            "random": len(random_rows),
+            "judge": judge.describe(self) if judge else None,
+        }
+        if judge is None:
+            scores["note"] = "no judge: answers that no rule matches count as wrong"
+        records = [
+            {
+                "id": question.id,
+                "answer": answer,
+                "parsed": option,
+                "truth": right,
+                "correct": option == right,
+                "by": "random" if row in random_rows else "judge" if row in matched else "rule" if option else None,
+                "hit": hits[question.id % COPY],
+            }
+            for row, (question, answer, option, right) in enumerate(zip(questions, answers, final, truth))
+        ]
+        return Score(scores, records)
+
+    def _match(
+        self, questions: Sequence[Question], answers: Sequence[str], rows: Sequence[int], judge: Judge
+    ) -> dict[int, str]:
+        """Row → option (E: none of them) for the rows where the rules could read one of three replies."""
+        matched: dict[int, str] = {}
+        for attempt in range(3):
+            asked = [row for row in rows if row not in matched]
+            requests = [
+                request(
+                    f"mmbench index {questions[row].id}",
+                    questions[row].meta["question"],
+                    questions[row].meta["options"],
+                    answers[row],
+                    attempt,
+                )
+                for row in asked
+            ]
+            for row, reply in zip(asked, judge.ask(self, requests) if requests else []):
+                if option := parse(reply.text.strip(), questions[row].meta["options"]):
+                    matched[row] = option
+        return matched
 
 
 def parse(answer: str, options: dict[str, str]) -> str | None:
@@ -158,78 +250,6 @@ def parse(answer: str, options: dict[str, str]) -> str | None:
             return found[0]
     named = [letter for letter, option in options.items() if option.lower() in answer.lower()]
     return named[0] if len(named) == 1 else None
-
-
-def score(questions: Sequence[Question], answers: Sequence[str], judge: judging.Judge | None = None) -> Score:
-    """Share (percent) of questions answered right under every rotation, overall, by category and by l2-category.
-
-    The judge matches what rules cannot, three tries for each; officially a random option stands in after that, drawn
-    here with the official seed in the official order. "corrected" counts such answers as wrong. Without a judge an
-    answer that the rules do not match is wrong, and the score says so.
-    """
-    parsed = [parse(answer, question.meta["options"]) for question, answer in zip(questions, answers, strict=True)]
-    truth = [question.meta["answer"] for question in questions]
-    bases, groups = _groups(questions)
-    fallen = {base for base, rows in groups.items() if any(parsed[row] not in (None, truth[row]) for row in rows)}
-    open_rows = [row for base in sorted(groups) if base not in fallen for row in groups[base] if parsed[row] is None]
-    matched = _match(questions, answers, open_rows, judge) if judge else {}
-    chance, random_rows = random.Random(SEED), set()
-    final = [matched.get(row, option) for row, option in enumerate(parsed)]
-    for base in sorted(groups):  # the official order of questions and of drawing
-        for row in groups[base] if judge and base not in fallen else []:
-            if final[row] is None:
-                final[row] = "ABCDE"[chance.randint(0, 4)]
-                random_rows.add(row)
-            if final[row] != truth[row]:
-                break
-    hits = {base: all(final[row] == truth[row] for row in rows) for base, rows in groups.items()}
-    scores = _figures(questions, bases, hits)
-    if random_rows:
-        scores["corrected"] = _figures(
-            questions, bases, {base: hit and not random_rows & set(groups[base]) for base, hit in hits.items()}
-        )
-    scores |= {
-        "matched_by_rule": sum(option is not None for option in parsed),
-        "matched_by_judge": len(matched),
-        "random": len(random_rows),
-        "judge": judge.describe("mmbench") if judge else None,
-    }
-    if judge is None:
-        scores["note"] = "no judge: answers that no rule matches count as wrong"
-    records = [
-        {
-            "id": question.id,
-            "answer": answer,
-            "parsed": option,
-            "truth": right,
-            "correct": option == right,
-            "by": "random" if row in random_rows else "judge" if row in matched else "rule" if option else None,
-            "hit": hits[question.id % COPY],
-        }
-        for row, (question, answer, option, right) in enumerate(zip(questions, answers, final, truth))
-    ]
-    return Score(scores, records)
-
-
-def _match(questions: Sequence[Question], answers: Sequence[str], rows: Sequence[int], judge: judging.Judge) -> dict:
-    """row → option (E: none of them) for the rows whose reply the rules could read within three tries."""
-    matched: dict[int, str] = {}
-    for attempt in range(3):
-        asked = [row for row in rows if row not in matched]
-        requests = [
-            judging.mmbench_request(
-                f"mmbench index {questions[row].id}",
-                questions[row].meta["question"],
-                questions[row].meta["options"],
-                answers[row],
-                attempt,
-            )
-            for row in asked
-        ]
-        for row, reply in zip(asked, judge.ask("mmbench", requests) if requests else []):
-            if option := parse(reply.text.strip(), questions[row].meta["options"]):
-                matched[row] = option
-    return matched
 
 
 def _groups(questions: Sequence[Question]) -> tuple[dict[int, Question], dict[int, list[int]]]:
@@ -267,8 +287,8 @@ def _empty(value: Any) -> bool:
     )
 
 
-def _picture(file: Path, index: int, cells: dict[str, Any]) -> bytes:
-    """The picture of a row; where its cell holds the index of another row (newer tables), that row's."""
+def _image(file: Path, index: int, cells: dict[str, Any]) -> bytes:
+    """The image of a row; where its cell holds the index of another row (newer tables), that row's image."""
     cell, seen = cells[str(index)], {str(index)}
     while isinstance(cell, (str, int)) and str(cell) in cells and str(cell) not in seen:
         seen.add(str(cell))
@@ -276,4 +296,33 @@ def _picture(file: Path, index: int, cells: dict[str, Any]) -> bytes:
     try:
         return base64.b64decode(cell, validate=True)
     except (binascii.Error, TypeError, ValueError) as error:
-        raise Fault(f"{file.name} index {index} has no picture in base64 ({error}); fetch the table again.") from error
+        raise Fault(f"{file.name} index {index} has no base64 image ({error}); download the table again") from error
+
+
+PROMPT = """\
+You match an answer with the options of a multiple-choice question. You get a question, several options and an answer, \
+and say which option means most nearly the same as the answer. If no option means the same as the answer, say E. Reply \
+with a single upper-case letter: A, B, C or D (if there is such an option), or E.
+Example 1:
+Question: Which animal is in the picture?
+Options: A. horse B. goat C. sheep D. cow
+Answer: a young goat
+Your output: B
+Example 2:
+Question: Which animal is in the picture?
+Options: A. horse B. goat C. sheep D. cow
+Answer: A bicycle
+Your output: E
+Example 3:
+Question: {question}?
+Options: There are several options:
+{options}
+Answer: {answer}
+Your output: """
+
+
+def request(name: str, question: str, options: Mapping[str, str], answer: str, attempt: int) -> Request:
+    """lmms-eval mmbench_evals.py build_prompt: temperature 0, max_tokens 256; a further attempt is a new sample."""
+    listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
+    text = PROMPT.format(question=question, options=listed, answer=answer)
+    return Request([{"role": "user", "content": text}], temperature=0.0, max_tokens=256, sample=attempt, name=name)

@@ -6,17 +6,22 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import Field, Strict
 
 from povid.benchmarks import coco
-from povid.benchmarks.answer_file import read_records, write_text
+from povid.benchmarks.answer_file import read_records
+from povid.benchmarks.benchmark import Benchmark, Column, Source
 from povid.fault import Fault
-from povid.model.question import Decoding, Question, Score
+from povid.files import write_text
+from povid.model.question import Question, Score
 
-DECODING = Decoding(max_new_tokens=128, stop=".")  # nothing after the first full stop is ever parsed
-OFFICIAL = "RUCAIBox/POPE evaluate.py, the same as LLaVA llava/eval/eval_pope.py"
-FILES = ("coco_pope_random.json, coco_pope_popular.json, coco_pope_adversarial.json (any of them)",)
-SPLITS = ("random", "popular", "adversarial")
+if TYPE_CHECKING:
+    from povid.benchmarks.judge import Judge
+
+Split = Literal["random", "popular", "adversarial"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 WHAT = "case and punctuation ignored, a leading yes or no decides, n't, nope, none and the like are no, empty is no"
 
@@ -25,66 +30,192 @@ _WORD = re.compile(r"[a-z]+(?:['’]t)?")
 _NEGATIONS = {"no", "not", "nope", "nah", "none", "nothing", "never", "neither", "nor", "cannot", "without"}
 
 
-def load(
-    data: Path,
-    images: Path | None = None,
-    *,
-    suffix: str | None = None,
-    splits: Sequence[str] | None = None,
-) -> list[Question]:
-    """Questions of the split files in ``data``, those about one image side by side over all splits.
+class POPE(Benchmark):
+    """``data`` holds any of coco_pope_{random,popular,adversarial}.json; images are by default in data/images.
 
-    ``images`` is by default ``data/images``; ``suffix`` is appended to every question (None: SHORT_ANSWER, which
-    LLaVA-1.5 is asked with); ``splits`` is by default every split whose file is there. ``meta`` holds split, position
-    in the split, question_id, label, image name and the bare question. Raises Fault for a missing or broken file.
+    Attributes:
+        suffix: appended to every question; None for SHORT_ANSWER, which LLaVA-1.5 is asked with.
+        splits: None for every split whose file is there.
     """
-    data, folder = Path(data), Path(images) if images else Path(data) / "images"
-    chosen = list(splits) if splits else present(data)
-    if wrong := [split for split in chosen if split not in SPLITS]:
-        raise Fault(f"POPE has no split {wrong[0]!r}; choose among {', '.join(SPLITS)}.")
-    unified = _llava_ids(data / "llava_pope_test.jsonl") if (data / "llava_pope_test.jsonl").is_file() else {}
-    by_image: dict[str, list[Question]] = {}
-    for split in chosen:
-        for position, row in enumerate(_rows(data / f"coco_pope_{split}.json")):
-            meta = {"split": split, "position": position, "question": row["text"]} | {
-                key: row[key] for key in ("question_id", "label", "image")
-            }
-            if split in unified and position < len(unified[split]):
-                meta["llava_id"] = unified[split][position]
-            question = Question(
-                f"{split}/{row['question_id']}",
-                coco.picture(folder, row["image"]),
-                row["text"] + (SHORT_ANSWER if suffix is None else suffix),
-                meta,
+
+    name: ClassVar[str] = "pope"
+    official: ClassVar[str] = "RUCAIBox/POPE evaluate.py, the same as LLaVA llava/eval/eval_pope.py"
+    columns: ClassVar[tuple[Column, ...]] = (
+        Column("pope.f1", "POPE", "high", 2),
+        Column("pope.yes_ratio", "yes %", None, 1),
+    )
+    sources: ClassVar[tuple[Source, ...]] = (
+        *(
+            Source(
+                f"https://raw.githubusercontent.com/RUCAIBox/POPE/main/output/coco/coco_pope_{split}.json",
+                f"coco_pope_{split}.json",
             )
-            by_image.setdefault(row["image"], []).append(question)
-    return [question for questions in by_image.values() for question in questions]
+            for split in SPLITS
+        ),
+        coco.VAL2014,
+    )
+    notice: ClassVar[str] = "The images take 6 GB; if you have them elsewhere, set benchmarks.pope.images instead."
+    stop: ClassVar[str | None] = "."  # nothing after the first full stop is ever parsed
 
+    max_new_tokens: int = Field(128, ge=1)
+    suffix: str | None = None
+    splits: Annotated[tuple[Split, ...], Strict(False), Field(min_length=1)] | None = None
 
-def present(data: Path) -> list[str]:
-    """The splits whose question files are in a folder, at least one, in the official order."""
-    found = [split for split in SPLITS if (Path(data) / f"coco_pope_{split}.json").is_file()]
-    if not found:
+    def questions(self) -> list[Question]:
+        """Questions of the split files in ``data``, those about one image side by side over all splits.
+
+        ``meta`` holds split, position in the split, question_id, label, image name and the bare question. Raises Fault
+        for a missing or broken file.
+        """
+        data, folder = self.data, self.images or self.data / "images"
+        suffix = SHORT_ANSWER if self.suffix is None else self.suffix
+        chosen = self.splits or self.present()
+        unified = _llava_ids(data / "llava_pope_test.jsonl") if (data / "llava_pope_test.jsonl").is_file() else {}
+        by_image: dict[str, list[Question]] = {}
+        for split in chosen:
+            for position, row in enumerate(_rows(data / f"coco_pope_{split}.json")):
+                meta = {"split": split, "position": position, "question": row["text"]} | {
+                    key: row[key] for key in ("question_id", "label", "image")
+                }
+                if split in unified and position < len(unified[split]):
+                    meta["llava_id"] = unified[split][position]
+                question = Question(
+                    f"{split}/{row['question_id']}",
+                    coco.picture(folder, row["image"]),
+                    row["text"] + suffix,
+                    meta,
+                )
+                by_image.setdefault(row["image"], []).append(question)
+        return [question for questions in by_image.values() for question in questions]
+
+    def present(self) -> tuple[Split, ...]:
+        """The splits whose question files are in ``data``, in the official order. Raises Fault if there is none."""
+        found = tuple(split for split in SPLITS if (self.data / f"coco_pope_{split}.json").is_file())
+        if not found:
+            raise Fault(
+                f"{self.data} holds none of coco_pope_{{random,popular,adversarial}}.json; put POPE's output/coco "
+                f"files there or run `python -m povid.benchmarks fetch pope --data {self.data}`"
+            )
+        return found
+
+    def for_answers(self, file: Path) -> POPE:
+        """The splits that an answer file (or a folder of one file per split) is about; Fault if that is unclear."""
+        return self.changed(splits=self._answered(Path(file)))
+
+    def _answered(self, file: Path) -> tuple[Split, ...]:
+        there = self.present()
+        if file.is_dir():
+            return tuple(split for split in there if any(split in path.name for path in file.iterdir())) or there
+        named = tuple(split for split in there if split in file.name)
+        records = _answers(file)
+        splits = _by_split(self.questions())
+        if len(there) == 1 or len(records) == sum(map(len, splits.values())):
+            return there
+        if len(named) == 1:
+            return named
+        fitting = tuple(split for split, asked in splits.items() if _fits(records, asked))
+        if len(fitting) == 1:
+            return fitting
+        counts = ", ".join(f"{split} {len(asked)}" for split, asked in splits.items())
+        if len(records) not in map(len, splits.values()):
+            raise Fault(
+                f"{file.name} has {len(records)} answers{_old(records)}, but the splits in {self.data} have {counts} "
+                "questions; every question needs exactly one answer, made with the same version of the questions"
+            )
         raise Fault(
-            f"{data} holds none of coco_pope_{{random,popular,adversarial}}.json; put POPE's output/coco files "
-            "there or run `python -m povid.benchmarks fetch pope`."
+            f"{file.name} has {len(records)} answers but does not say of which split, while {self.data} has {counts} "
+            "questions; put the split's name into the file's name, or answers of all splits into one file"
         )
-    return found
+
+    def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        """Answers in the order of the questions.
+
+        ``file``: POPE's or LLaVA's records for one split, LLaVA's for all of them (with llava_pope_test.jsonl among the
+        data, or the question in "prompt"), our own, or a folder with a file per split whose name contains the split's.
+        Officially answers count by position; here ids and questions that the records carry must agree with it, and a
+        complete set of ids in another order is put in order. Raises Fault where answers are missing, too many or
+        doubtful.
+        """
+        file, splits = Path(file), _by_split(questions)
+        if file.is_dir():
+            parts = {split: _only_file(file, split) for split in splits}
+            matched = {split: _match(parts[split], _answers(parts[split]), asked) for split, asked in splits.items()}
+        else:
+            records = _answers(file)
+            divided = _divide(file, records, splits) if len(splits) > 1 else dict.fromkeys(splits, records)
+            matched = {split: _match(file, divided[split], asked) for split, asked in splits.items()}
+        return [matched[question.meta["split"]][question.meta["position"]] for question in questions]
+
+    def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+        """What evaluate.py reads for each split, and LLaVA's question and answer files for all splits.
+
+        evaluate.py reads {"question", "answer"}; eval_pope.py takes the others as --question-file and --result-file.
+        """
+        given = {question.id: answer for question, answer in zip(questions, answers, strict=True)}
+        asked_lines, answer_lines = [], []
+        for split, asked in _by_split(questions).items():
+            rows = [{"question": question.meta["question"], "answer": given[question.id]} for question in asked]
+            write_text(folder / f"coco_pope_{split}_answers.json", "".join(json.dumps(row) + "\n" for row in rows))
+            for question in asked:
+                row = {
+                    "question_id": len(asked_lines),
+                    "image": question.meta["image"],
+                    "text": question.text,
+                    "category": split,
+                }
+                asked_lines.append(json.dumps(row))
+                answer_lines.append(
+                    json.dumps(
+                        {
+                            "question_id": row["question_id"],
+                            "prompt": question.text,
+                            "text": given[question.id],
+                            "answer_id": question.id,
+                            "model_id": "povid",
+                            "metadata": {},
+                        }
+                    )
+                )
+        write_text(folder / "llava_pope_test.jsonl", "\n".join(asked_lines) + "\n")
+        return write_text(folder / "llava_answers.jsonl", "\n".join(answer_lines) + "\n")
+
+    def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
+        """Per split accuracy, precision, recall, F1 and yes ratio in percent, and their means over the splits.
+
+        Headline "f1" is the mean of the splits' F1, as LLaVA and POVID report it. Yes is the positive class; a
+        precision or F1 of nothing is 0 where the official script divides by zero. "corrected" holds the same by a
+        parser without the official one's blind spots. Records: split, question_id, image, label, parsed, correct,
+        parsed_corrected.
+        """
+        scores: dict[str, Any] = _all_figures(questions, answers, says_no)
+        scores["corrected"] = _all_figures(questions, answers, says_no_corrected) | {"what": WHAT}
+        records = []
+        for question, answer in zip(questions, answers, strict=True):
+            parsed, label = "no" if says_no(answer) else "yes", question.meta["label"]
+            records.append(
+                {key: question.meta[key] for key in ("split", "question_id", "image", "label")}
+                | {
+                    "parsed": parsed,
+                    "correct": parsed == label,
+                    "parsed_corrected": "no" if says_no_corrected(answer) else "yes",
+                }
+            )
+        return Score(scores, records)
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
     rows, seen = [], set()
     for place, row in read_records(file):
         if not isinstance(row, dict) or not {"question_id", "image", "text", "label"} <= row.keys():
-            raise Fault(f"{place} is no POPE question; each has question_id, image, text and label.")
+            raise Fault(f"{place} is not a POPE question; each has question_id, image, text and label")
         if row["label"] not in ("yes", "no"):
-            raise Fault(f'{place} has label {row["label"]!r}; POPE\'s labels are "yes" and "no".')
+            raise Fault(f'{place} has label {row["label"]!r}; POPE\'s labels are "yes" and "no"')
         if row["question_id"] in seen:
-            raise Fault(f"{place} repeats question_id {row['question_id']!r}; every question of a split has its own.")
+            raise Fault(f"{place} repeats question_id {row['question_id']!r}; every question of a split has its own")
         seen.add(row["question_id"])
         rows.append(row)
     if not rows:
-        raise Fault(f"{file} holds no question; fetch it again.")
+        raise Fault(f"{file} holds no question; download it again")
     return rows
 
 
@@ -93,7 +224,7 @@ def _llava_ids(file: Path) -> dict[str, list[int | str]]:
     ids: dict[str, list[int | str]] = {}
     for place, row in read_records(file):
         if not isinstance(row, dict) or not {"question_id", "category"} <= row.keys():
-            raise Fault(f"{place} has no question_id and category; use LLaVA's own llava_pope_test.jsonl or remove it.")
+            raise Fault(f"{place} has no question_id and category; use LLaVA's own llava_pope_test.jsonl or remove it")
         ids.setdefault(row["category"], []).append(row["question_id"])
     return ids
 
@@ -120,7 +251,7 @@ def _answers(file: Path) -> list[tuple[str, dict[str, Any]]]:
     for place, record in read_records(file):
         key = next((key for key in ("answer", "text") if isinstance(record, dict) and key in record), None)
         if key is None or not isinstance(record[key], str):
-            raise Fault(f'{place} has no answer: "answer" (POPE) or "text" (LLaVA) must be a string.')
+            raise Fault(f'{place} has no answer: "answer" (POPE) or "text" (LLaVA) must be a string')
         found.append((place, record | {"answer": record[key]}))
     return found
 
@@ -147,61 +278,15 @@ def _by_split(questions: Sequence[Question]) -> dict[str, list[Question]]:
     }
 
 
-def answered_splits(file: Path, data: Path) -> list[str]:
-    """Which splits an answer file (or a folder of one file per split) is about; Fault if that cannot be told."""
-    file, there = Path(file), present(data)
-    if file.is_dir():
-        return [split for split in there if any(split in path.name for path in file.iterdir())] or there
-    named = [split for split in there if split in file.name]
-    records = _answers(file)
-    splits = _by_split(load(data))
-    if len(there) == 1 or len(records) == sum(map(len, splits.values())):
-        return there
-    if len(named) == 1:
-        return named
-    fitting = [split for split, asked in splits.items() if _fits(records, asked)]
-    if len(fitting) == 1:
-        return fitting
-    counts = ", ".join(f"{split} {len(asked)}" for split, asked in splits.items())
-    if len(records) not in map(len, splits.values()):
-        raise Fault(
-            f"{file.name} has {len(records)} answers{_old(records)}, but the splits in {data} have {counts} "
-            "questions; every question needs exactly one answer, made with the same version of the questions."
-        )
-    raise Fault(
-        f"{file.name} has {len(records)} answers and does not say of which split, while {data} has {counts} "
-        "questions; put the split's name into the file's name, or answers of all splits into one file."
-    )
-
-
 def _fits(records: Sequence[tuple[str, Mapping[str, Any]]], asked: Sequence[Question]) -> bool:
     objects = [_asks(record) for _, record in records]
     return None not in objects and objects == [_object(question.meta["question"]) for question in asked]
 
 
-def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
-    """Answers in the order of the questions.
-
-    ``file``: POPE's or LLaVA's records for one split, LLaVA's for all of them (with llava_pope_test.jsonl among the
-    data, or the question in "prompt"), our own, or a folder with a file per split whose name contains the split's.
-    Officially answers count by position; here ids and questions that the records carry must agree with it, and a
-    complete set of ids in another order is put in order. Raises Fault where answers are missing, too many or doubtful.
-    """
-    file, splits = Path(file), _by_split(questions)
-    if file.is_dir():
-        parts = {split: _only_file(file, split) for split in splits}
-        matched = {split: _match(parts[split], _answers(parts[split]), asked) for split, asked in splits.items()}
-    else:
-        records = _answers(file)
-        divided = _divide(file, records, splits) if len(splits) > 1 else dict.fromkeys(splits, records)
-        matched = {split: _match(file, divided[split], asked) for split, asked in splits.items()}
-    return [matched[question.meta["split"]][question.meta["position"]] for question in questions]
-
-
 def _only_file(folder: Path, split: str) -> Path:
     files = sorted(path for path in folder.iterdir() if split in path.name and not path.name.startswith("."))
     if len(files) != 1:
-        raise Fault(f"{folder} has {len(files)} files with {split!r} in their names; leave one answer file per split.")
+        raise Fault(f"{folder} has {len(files)} files with {split!r} in their names; leave one answer file per split")
     return files[0]
 
 
@@ -213,7 +298,7 @@ def _divide(
     if len(records) != sum(map(len, splits.values())):
         raise Fault(
             f"{file.name} has {len(records)} answers, but the splits have {counts} questions; "
-            "an answer file made with another version of POPE cannot be scored against these labels."
+            "an answer file made with another version of POPE cannot be scored against these labels"
         )
     home = {
         str(question.meta["llava_id"]): split
@@ -233,8 +318,8 @@ def _divide(
         )
         if found is None:
             raise Fault(
-                f"{rest[0][0]} begins answers whose split cannot be told; put llava_pope_test.jsonl among the "
-                f"data, or score a file of answers per split ({counts} questions)."
+                f"{rest[0][0]} starts answers whose split is unclear; put llava_pope_test.jsonl among the "
+                f"data, or score a file of answers per split ({counts} questions)"
             )
         divided[found], rest = rest[: len(splits[found])], rest[len(splits[found]) :]
     return divided
@@ -251,7 +336,7 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
         raise Fault(
             f"{file.name} has {len(records)} answers, but coco_pope_{split}.json has {len(asked)} questions"
             f"{_old(records, asked)}; every question needs exactly one answer, made with the same version of "
-            "the questions."
+            "the questions"
         )
     if all("question_id" in record for _, record in records):
         ids = [str(record["question_id"]) for _, record in records]
@@ -262,7 +347,7 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
         ]
         if len(set(ids)) < len(ids):
             twice = next(i for i, one in enumerate(ids) if one in ids[:i])
-            raise Fault(f"{records[twice][0]} answers question_id {ids[twice]!r} a second time; keep one answer each.")
+            raise Fault(f"{records[twice][0]} answers question_id {ids[twice]!r} a second time; keep one answer each")
         order = next((order for order in known if set(order) == set(ids)), None)
         if order is not None:
             place = {one: i for i, one in enumerate(order)}
@@ -270,78 +355,21 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
         elif wrong := next((i for i in range(1, len(ids)) if not _rises(ids[i - 1], ids[i])), None):
             raise Fault(
                 f"{records[wrong][0]} has question_id {ids[wrong]!r} after {ids[wrong - 1]!r}, and "
-                f"coco_pope_{split}.json does not know these ids: answers count by position, so write them in "
-                "the order of the questions."
+                f"coco_pope_{split}.json does not have these ids: answers count by position, so write them in "
+                "the order of the questions"
             )
     for (where, record), question in zip(records, asked):
         if _asks(record) is not None and _asks(record) != _object(question.meta["question"]):
             raise Fault(
                 f"{where} answers {record.get('question', record.get('prompt'))!r:.80}, but question "
                 f"{question.meta['question_id']} of coco_pope_{split}.json asks {question.meta['question']!r}; "
-                "write the answers in the order of the questions."
+                "write the answers in the order of the questions"
             )
     return [record["answer"] for _, record in records]
 
 
 def _rises(before: str, after: str) -> bool:
     return before.isdecimal() and after.isdecimal() and int(before) < int(after)
-
-
-def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
-    """Per split what evaluate.py reads ({"question", "answer"}), and LLaVA's question and answer files for all splits.
-
-    eval_pope.py takes the latter two as --question-file and --result-file.
-    """
-    given = {question.id: answer for question, answer in zip(questions, answers, strict=True)}
-    asked_lines, answer_lines = [], []
-    for split, asked in _by_split(questions).items():
-        rows = [{"question": question.meta["question"], "answer": given[question.id]} for question in asked]
-        write_text(folder / f"coco_pope_{split}_answers.json", "".join(json.dumps(row) + "\n" for row in rows))
-        for question in asked:
-            row = {
-                "question_id": len(asked_lines),
-                "image": question.meta["image"],
-                "text": question.text,
-                "category": split,
-            }
-            asked_lines.append(json.dumps(row))
-            answer_lines.append(
-                json.dumps(
-                    {
-                        "question_id": row["question_id"],
-                        "prompt": question.text,
-                        "text": given[question.id],
-                        "answer_id": question.id,
-                        "model_id": "povid",
-                        "metadata": {},
-                    }
-                )
-            )
-    write_text(folder / "llava_pope_test.jsonl", "\n".join(asked_lines) + "\n")
-    return write_text(folder / "llava_answers.jsonl", "\n".join(answer_lines) + "\n")
-
-
-def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
-    """Per split accuracy, precision, recall, F1 and yes ratio in percent, and their means over the splits.
-
-    Headline "f1" is the mean of the splits' F1, as LLaVA and POVID report it. Yes is the positive class; a precision
-    or F1 of nothing is 0 where the official script divides by zero. "corrected" holds the same by a parser without
-    the official one's blind spots. Records: split, question_id, image, label, parsed, correct, parsed_corrected.
-    """
-    scores: dict[str, Any] = _all_figures(questions, answers, says_no)
-    scores["corrected"] = _all_figures(questions, answers, says_no_corrected) | {"what": WHAT}
-    records = []
-    for question, answer in zip(questions, answers, strict=True):
-        parsed, label = "no" if says_no(answer) else "yes", question.meta["label"]
-        records.append(
-            {key: question.meta[key] for key in ("split", "question_id", "image", "label")}
-            | {
-                "parsed": parsed,
-                "correct": parsed == label,
-                "parsed_corrected": "no" if says_no_corrected(answer) else "yes",
-            }
-        )
-    return Score(scores, records)
 
 
 def _all_figures(questions: Sequence[Question], answers: Sequence[str], no: Callable[[str], bool]) -> dict[str, Any]:

@@ -5,55 +5,134 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from povid.benchmarks import llava_format
 from povid.benchmarks.answer_file import read_records
+from povid.benchmarks.benchmark import Benchmark, Column, Source
 from povid.fault import Fault
-from povid.model.question import Decoding, Question, Score
+from povid.model.question import Question, Score
 
-DECODING = Decoding(max_new_tokens=1024)
-OFFICIAL = "haotian-liu/LLaVA llava/eval/eval_science_qa.py"
-FILES = ("problems.json", "pid_splits.json", "images/test/", "llava_test_CQM-A.json (optional: the prompts themselves)")
+if TYPE_CHECKING:
+    from povid.benchmarks.judge import Judge
+
 SUFFIX = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDE"
+GITHUB = "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa"
 
 
-def load(
-    data: Path, images: Path | None = None, *, split: str = "test", image_questions_only: bool = False
-) -> list[Question]:
-    """Questions of a split in its order; prompts from llava_test_CQM-A.json where it lies in ``data``, else built.
+class ScienceQA(Benchmark):
+    """``data`` holds problems.json, pid_splits.json, images/SPLIT/ and, for the very prompts, llava_test_CQM-A.json.
 
-    ``image_questions_only`` leaves out the questions without a picture, which the paper's number does not need.
-
-    Raises Fault for files that are missing or broken and for a split that pid_splits.json does not have.
+    Attributes:
+        split: a split of pid_splits.json.
+        image_questions_only: leave out the questions without an image, which the paper's number does not need.
     """
-    data = Path(data)
-    problems = _object(llava_format.needed(data, ["problems.json"], "science_qa"))
-    splits = _object(llava_format.needed(data, ["pid_splits.json"], "science_qa"))
-    if split not in splits:
-        raise Fault(f"{data / 'pid_splits.json'} has no split {split!r}; choose one of {', '.join(splits)}.")
-    prompts = _prompts(data / f"llava_{split}_CQM-A.json")
-    questions = []
-    for name in splits[split]:
-        if name not in problems:
-            raise Fault(f"{data / 'problems.json'} lacks question {name} of pid_splits.json; fetch both again.")
-        problem = problems[name]
-        picture = problem.get("image")
-        if image_questions_only and not picture:
-            continue
-        image = None
-        if picture:
-            folders = [images, data / "images" / split, data / "images", data / split]
-            image = llava_format.picture(folders, [f"{name}/{picture}"])
-        choices, answer, *_ = llava_format.fields(
-            f"problems.json question {name}", problem, "choices", "answer", "question", "hint"
-        )
-        text = f"{prompts.get(name) or cqm(problem)}\n{SUFFIX}"
-        questions.append(
-            Question(name, image, text, {"choices": choices, "answer": answer, "subject": problem.get("subject", "")})
-        )
-    return questions
+
+    name: ClassVar[str] = "science_qa"
+    official: ClassVar[str] = "haotian-liu/LLaVA llava/eval/eval_science_qa.py"
+    columns: ClassVar[tuple[Column, ...]] = (Column("science_qa.img_accuracy", "SciQA-IMG", "high", 1),)
+    sources: ClassVar[tuple[Source, ...]] = (
+        Source(f"{GITHUB}/problems.json", "problems.json"),
+        Source(f"{GITHUB}/pid_splits.json", "pid_splits.json"),
+        Source("https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip", "test.zip", unpack="images"),
+    )
+    notice: ClassVar[str] = (
+        "The prompts themselves (llava_test_CQM-A.json) are in LLaVA's eval.zip, behind Google Drive: open "
+        "https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy in a browser, download it, and "
+        "put scienceqa/llava_test_CQM-A.json into {data}; without it the prompts are built in that form."
+    )
+
+    split: str = "test"
+    image_questions_only: bool = False
+
+    def questions(self) -> list[Question]:
+        """Questions of the split in its order; prompts from llava_test_CQM-A.json where ``data`` has it, else built.
+
+        Raises Fault for files that are missing or broken and for a split that pid_splits.json does not have.
+        """
+        data, split = self.data, self.split
+        problems = _object(llava_format.needed(self, ["problems.json"]))
+        splits = _object(llava_format.needed(self, ["pid_splits.json"]))
+        if split not in splits:
+            raise Fault(f"{data / 'pid_splits.json'} has no split {split!r}; choose one of {', '.join(splits)}")
+        prompts = _prompts(data / f"llava_{split}_CQM-A.json")
+        questions = []
+        for name in splits[split]:
+            if name not in problems:
+                raise Fault(
+                    f"{data / 'problems.json'} has no question {name}, which pid_splits.json lists; download both again"
+                )
+            problem = problems[name]
+            picture = problem.get("image")
+            if self.image_questions_only and not picture:
+                continue
+            image = None
+            if picture:
+                folders = [self.images, data / "images" / split, data / "images", data / split]
+                image = llava_format.picture(folders, [f"{name}/{picture}"])
+            choices, answer, *_ = llava_format.fields(
+                f"problems.json question {name}", problem, "choices", "answer", "question", "hint"
+            )
+            text = f"{prompts.get(name) or cqm(problem)}\n{SUFFIX}"
+            questions.append(
+                Question(
+                    name, image, text, {"choices": choices, "answer": answer, "subject": problem.get("subject", "")}
+                )
+            )
+        return questions
+
+    def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        """LLaVA's JSON Lines, or the "outputs" of a result file that eval_science_qa.py has written.
+
+        A file that answers only the questions with an image is accepted too: the others count as failed.
+        """
+        file = Path(file)
+        rows = read_records(file)
+        if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("outputs"), dict):
+            found = [(f"{file.name} outputs {name}", name, text) for name, text in rows[0][1]["outputs"].items()]
+        else:
+            found = list(llava_format.texts(file))
+        names, with_image = {name for _, name, _ in found}, [question for question in questions if question.image]
+        if with_image and names == {str(question.id) for question in with_image}:
+            answers = iter(llava_format.in_order(file, found, with_image))
+            return [next(answers) if question.image else "" for question in questions]
+        return llava_format.in_order(file, found, questions)
+
+    def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+        """The JSON Lines that eval_science_qa.py scores; image questions have "<image>" in the saved prompt."""
+        lines = llava_format.records(questions, answers)
+        for line, question in zip(lines, questions):
+            line["prompt"] = f"<image>\n{line['prompt']}" if question.image else line["prompt"]
+        return llava_format.write_jsonl(Path(folder) / "science_qa_answers.jsonl", lines)
+
+    def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
+        """Accuracies in percent: of the questions with an image (the paper's number) and of all.
+
+        The latter is None where only image questions were asked. A letter beyond the number of choices is wrong.
+        "corrected" reads forms of a letter that the official rules miss.
+        """
+        records = []
+        for question, answer in zip(questions, answers, strict=True):
+            letters = LETTERS[: len(question.meta["choices"])]
+            truth = LETTERS[question.meta["answer"]]
+            parsed, corrected = parse(answer), parse_corrected(answer)
+            records.append(
+                {
+                    "id": question.id,
+                    "image": bool(question.image),
+                    "answer": answer,
+                    "parsed": parsed,
+                    "truth": truth,
+                    "correct": parsed == truth and parsed in letters,
+                    "corrected": corrected == truth and corrected in letters,
+                }
+            )
+        scores = _accuracies(records, "correct")
+        scores["failed_to_parse"] = sum(record["parsed"] is None for record in records)
+        if any(record["correct"] != record["corrected"] for record in records):
+            scores["corrected"] = _accuracies(records, "corrected")
+        return Score(scores, records)
 
 
 def cqm(problem: dict[str, Any]) -> str:
@@ -61,32 +140,6 @@ def cqm(problem: dict[str, Any]) -> str:
     options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
     context = problem["hint"].strip() or "N/A"
     return f"Context: {context}\nQuestion: {problem['question']}\nOptions: {options}\n".replace("  ", " ").strip()
-
-
-def read_answers(file: Path, questions: Sequence[Question]) -> list[str]:
-    """LLaVA's JSON Lines, or the "outputs" of a result file that eval_science_qa.py has written.
-
-    A file that answers the image questions alone is taken too: the others count as failed.
-    """
-    file = Path(file)
-    rows = read_records(file)
-    if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("outputs"), dict):
-        found = [(f"{file.name} outputs {name}", name, text) for name, text in rows[0][1]["outputs"].items()]
-    else:
-        found = list(llava_format.texts(file))
-    names, with_image = {name for _, name, _ in found}, [question for question in questions if question.image]
-    if with_image and names == {str(question.id) for question in with_image}:
-        answers = iter(llava_format.in_order(file, found, with_image))
-        return [next(answers) if question.image else "" for question in questions]
-    return llava_format.in_order(file, found, questions)
-
-
-def write_official(questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
-    """The JSON Lines that eval_science_qa.py scores; it tells image questions by "<image>" in the saved prompt."""
-    lines = llava_format.records(questions, answers)
-    for line, question in zip(lines, questions):
-        line["prompt"] = f"<image>\n{line['prompt']}" if question.image else line["prompt"]
-    return llava_format.write_jsonl(Path(folder) / "science_qa_answers.jsonl", lines)
 
 
 def parse(answer: str) -> str | None:
@@ -108,35 +161,6 @@ def parse_corrected(answer: str) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def score(questions: Sequence[Question], answers: Sequence[str]) -> Score:
-    """Accuracies in percent: of the questions with an image (the paper's number) and of all.
-
-    The latter is None where only image questions were asked. A letter beyond the number of choices is wrong.
-    "corrected" reads forms of a letter that the official rules miss.
-    """
-    records = []
-    for question, answer in zip(questions, answers, strict=True):
-        letters = LETTERS[: len(question.meta["choices"])]
-        truth = LETTERS[question.meta["answer"]]
-        parsed, corrected = parse(answer), parse_corrected(answer)
-        records.append(
-            {
-                "id": question.id,
-                "image": bool(question.image),
-                "answer": answer,
-                "parsed": parsed,
-                "truth": truth,
-                "correct": parsed == truth and parsed in letters,
-                "corrected": corrected == truth and corrected in letters,
-            }
-        )
-    scores = _accuracies(records, "correct")
-    scores["failed_to_parse"] = sum(record["parsed"] is None for record in records)
-    if any(record["correct"] != record["corrected"] for record in records):
-        scores["corrected"] = _accuracies(records, "corrected")
-    return Score(scores, records)
-
-
 def _accuracies(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
     right = [record[key] for record in records]
     image = [record[key] for record in records if record["image"]]
@@ -151,7 +175,7 @@ def _accuracies(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
 def _object(file: Path) -> dict[str, Any]:
     found = read_records(file)
     if len(found) != 1 or not isinstance(found[0][1], dict):
-        raise Fault(f"{file} holds no single JSON object; fetch it again.")
+        raise Fault(f"{file} is not a single JSON object; download it again")
     return found[0][1]
 
 

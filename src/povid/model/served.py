@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 from pydantic import Field, Strict
 
@@ -34,8 +34,10 @@ class ServedModel(EndpointSettings):
     max_side: int = Field(1024, ge=16)
     system: str | None = None
 
-    def answerer(self, adapters: Sequence[Path] = (), *, batch_size: int = 1, seed: int = 0) -> Answerer:
-        """An answerer that asks the server. ``batch_size`` and ``seed`` have no effect: the server decides both.
+    def answerer(
+        self, adapters: Sequence[Path] = (), *, batch_size: int = 1, seed: int = 0, device: Any = None
+    ) -> Answerer:
+        """An answerer that asks the server, which knows nothing of ``batch_size``, ``seed`` and ``device``.
 
         Raises:
             Fault: adapters are given, which a server cannot load from here, or the key of the server is missing.

@@ -1,11 +1,13 @@
-"""Measures a model of the embedded world: CHAIR and POPE on a prepared split, greedily."""
+"""Figures of a model in the embedded world: CHAIR and POPE on a prepared split, greedily."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
+from typing import Any
 
-from povid.benchmarks import chair, pope
+from povid.benchmarks.benchmark import Benchmark
+from povid.benchmarks.chair import CHAIR
+from povid.benchmarks.pope import POPE
 from povid.model.generation import Answers
 from povid.model.loading import LocalModel
 from povid.scenes.architecture import FOLDER
@@ -20,15 +22,16 @@ def answers_of(folder: Path = FOLDER) -> Answers:
 
 def measure(answers: Answers, split: Path) -> dict[str, float]:
     """CHAIR_S, CHAIR_I, coverage, POPE F1 (mean and per split) and yes-ratio in percent; words per caption."""
-    questions = chair.load(split)
-    decoding = dataclasses.replace(chair.DECODING, max_new_tokens=LONGEST)
-    said = chair.score(questions, [text for _, text in sorted(answers(questions, decoding))]).scores
-    questions = pope.load(split, suffix="")  # the tiny model knows the bare question
-    decoding = dataclasses.replace(pope.DECODING, max_new_tokens=3)
-    told = pope.score(questions, [text for _, text in sorted(answers(questions, decoding))]).scores
+    said = _scores(CHAIR(data=split, max_new_tokens=LONGEST), answers)
+    answered = _scores(POPE(data=split, suffix="", max_new_tokens=3), answers)  # the tiny model knows the bare question
     return {
         **{key: said[key] for key in ("CHAIR_S", "CHAIR_I", "coverage", "words")},
-        "POPE_F1": told["f1"],
-        "yes_ratio": told["yes_ratio"],
-        **{f"POPE_F1_{name}": told[name]["f1"] for name in ("random", "popular", "adversarial")},
+        "POPE_F1": answered["f1"],
+        "yes_ratio": answered["yes_ratio"],
+        **{f"POPE_F1_{name}": answered[name]["f1"] for name in ("random", "popular", "adversarial")},
     }
+
+
+def _scores(benchmark: Benchmark, answers: Answers) -> dict[str, Any]:
+    questions = benchmark.questions()
+    return benchmark.score(questions, [text for _, text in sorted(answers(questions, benchmark.decoding))]).scores

@@ -1,3 +1,5 @@
+"""Objectives worked out by hand, and held to golden values of the released trainer's own functions."""
+
 from __future__ import annotations
 
 import json
@@ -7,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from povid.method.objective import (
-    LogProbs,
-    most_likely,
-    povid,
-    preferred_only,
-    released,
-    text_dispreference,
-    token_logps,
-)
+from povid.method.noise_dispreferred import most_likely
+from povid.method.objectives import Terms
+from povid.method.objectives.dpo import DPO
+from povid.method.objectives.povid import POVID
+from povid.method.objectives.preferred_only import PreferredOnly
+from povid.method.objectives.released import Released
+from povid.training.scoring import token_logps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "objective.json"
+NO_COUNTS = Terms()
 
 
 def t(*values: float) -> torch.Tensor:
@@ -26,13 +27,10 @@ def t(*values: float) -> torch.Tensor:
 
 def test_policy_equal_to_reference_gives_log_2():
     """All rewards are zero, so each sigmoid is 1/2 and each loss log 2 = 0.693147..., whatever the coefficients."""
-    same = LogProbs(t(-3.0, -8.0), t(-4.0, -9.0), t(-5.0, -1.0))
-    for loss in (
-        text_dispreference(same, same, alpha=0.1).loss_B,
-        povid(same, same, alpha=0.1, beta_text=0.05, beta_noise=0.05).loss_B,
-        released(same, same, beta=0.1, weight_text=0.5, weight_noise=0.5).loss_B,
-    ):
-        torch.testing.assert_close(loss, torch.full((2,), math.log(2), dtype=torch.float64))
+    same = Terms(*(t(-3.0, -8.0) - i for i in range(5)))
+    for objective in (DPO(), POVID(), Released()):
+        loss_B = objective(same, same, NO_COUNTS).loss_B
+        torch.testing.assert_close(loss_B, torch.full((2,), math.log(2), dtype=torch.float64))
 
 
 def test_eq_3_by_hand():
@@ -41,11 +39,11 @@ def test_eq_3_by_hand():
     rewards: 0.1 * (-10 + 12) = 0.2 and 0.1 * (-14 + 13) = -0.1; margin 0.3;
     -log sigmoid(0.3) = log(1 + e^-0.3) = log(1.7408182) = 0.5543552.
     """
-    out = text_dispreference(LogProbs(t(-10), t(-14)), LogProbs(t(-12), t(-13)), alpha=0.1)
-    assert out.reward_preferred_B.item() == pytest.approx(0.2)
-    assert out.reward_text_B.item() == pytest.approx(-0.1)
+    out = DPO(alpha=0.1)(Terms(t(-10), t(-14)), Terms(t(-12), t(-13)), NO_COUNTS)
+    assert {name: reward_B.item() for name, reward_B in out.rewards.items()} == pytest.approx(
+        {"preferred": 0.2, "text": -0.1}
+    )
     assert out.loss_B.item() == pytest.approx(0.5543552, abs=1e-7)
-    assert out.reward_noise_B is None
 
 
 def test_eq_5_by_hand():
@@ -54,12 +52,12 @@ def test_eq_5_by_hand():
     0.1 * 2 - (0.05 * -1 + 0.02 * 5) = 0.2 - 0.05 = 0.15; log(1 + e^-0.15) = log(1.8607080) = 0.6209571.
     Without the text term (ablation noise, beta_1 = 0): 0.2 - 0.1 = 0.1; log(1 + e^-0.1) = 0.6443967.
     """
-    policy, reference = LogProbs(t(-10), t(-14), t(-6)), LogProbs(t(-12), t(-13), t(-11))
-    out = povid(policy, reference, alpha=0.1, beta_text=0.05, beta_noise=0.02)
+    policy, reference = Terms(t(-10), t(-14), t(-6)), Terms(t(-12), t(-13), t(-11))
+    out = POVID(0.1, 0.05, 0.02)(policy, reference, NO_COUNTS)
     assert out.loss_B.item() == pytest.approx(0.6209571, abs=1e-7)
-    assert out.reward_noise_B.item() == pytest.approx(0.1)
-    alone = povid(policy._replace(text=None), reference, alpha=0.1, beta_text=0.05, beta_noise=0.02)
-    zero = povid(policy, reference, alpha=0.1, beta_text=0.0, beta_noise=0.02)
+    assert out.rewards["noise"].item() == pytest.approx(0.1)
+    alone = POVID(0.1, 0.05, 0.02)(policy._replace(text=None), reference, NO_COUNTS)
+    zero = POVID(0.1, 0.0, 0.02)(policy, reference, NO_COUNTS)
     assert alone.loss_B.item() == pytest.approx(0.6443967, abs=1e-7)
     assert alone.loss_B.item() == zero.loss_B.item()
 
@@ -70,17 +68,27 @@ def test_released_variant_by_hand():
     text pair: 0.2 + 0.1 = 0.3 -> 0.5543552; noise pair: 0.2 - 0.5 = -0.3 -> 0.5543552 + 0.3 = 0.8543552;
     mean 0.7043552; the noise pair alone 0.8543552.
     """
-    policy, reference = LogProbs(t(-10), t(-14), t(-6)), LogProbs(t(-12), t(-13), t(-11))
-    out = released(policy, reference, beta=0.1, weight_text=0.5, weight_noise=0.5)
-    assert out.loss_B.item() == pytest.approx(0.7043552, abs=1e-7)
-    alone = released(policy._replace(text=None), reference, beta=0.1, weight_text=0.5, weight_noise=0.5)
+    policy = Terms(t(-10), t(-14), noise_on_clean=t(-6))
+    reference = Terms(t(-12), t(-13), noise_on_clean=t(-11))
+    assert Released()(policy, reference, NO_COUNTS).loss_B.item() == pytest.approx(0.7043552, abs=1e-7)
+    alone = Released()(policy._replace(text=None), reference, NO_COUNTS)
     assert alone.loss_B.item() == pytest.approx(0.8543552, abs=1e-7)
-    assert alone.reward_text_B is None and alone.reward_noise_B.item() == pytest.approx(0.5)
+    assert "text" not in alone.rewards
+    assert alone.rewards["noise"].item() == pytest.approx(0.5)
 
 
 def test_preferred_only_by_hand():
     """-(-10) / 4 tokens = 2.5."""
-    assert preferred_only(LogProbs(t(-10)), LogProbs(t(-9)), tokens_B=t(4)).loss_B.item() == 2.5
+    assert PreferredOnly()(Terms(t(-10)), Terms(t(-9)), Terms(t(4))).loss_B.item() == 2.5
+
+
+def test_an_ablation_leaves_out_what_an_objective_can_do_without():
+    assert POVID().terms({"text", "noise"}) == {"preferred", "text", "noise"}
+    assert POVID().terms({"noise"}) == {"preferred", "noise"}
+    assert Released().terms({"noise"}) == {"preferred", "noise_on_clean"}
+    assert PreferredOnly().terms({"text", "noise"}) == {"preferred"}
+    with pytest.raises(ValueError, match="DPO needs text dispreferences, and this stage has noise"):
+        DPO().terms({"noise"})
 
 
 def test_token_logps_is_log_softmax():
@@ -119,12 +127,11 @@ def test_golden_released(golden):
     for model in ("policy", "reference"):
         noise = summed(golden, f"{model}_preferred_clean", argmax_labels(golden, f"{model}_preferred_noisy"))
         preferred = summed(golden, f"{model}_preferred_clean", w)
-        models.append(LogProbs(preferred, summed(golden, f"{model}_text", l), noise))
+        models.append(Terms(preferred, summed(golden, f"{model}_text", l), noise_on_clean=noise))
     expected = golden["expected_released"]
-    torch.testing.assert_close(models[0].noise, t(*expected["policy_noise"]))
-    torch.testing.assert_close(models[1].noise, t(*expected["reference_noise"]))
-    out = released(*models, beta=0.1, weight_text=0.5, weight_noise=0.5)
-    torch.testing.assert_close(out.loss_B, t(*expected["loss"]))
+    torch.testing.assert_close(models[0].noise_on_clean, t(*expected["policy_noise"]))
+    torch.testing.assert_close(models[1].noise_on_clean, t(*expected["reference_noise"]))
+    torch.testing.assert_close(Released()(*models, NO_COUNTS).loss_B, t(*expected["loss"]))
 
 
 def test_golden_eq_5(golden):
@@ -133,7 +140,7 @@ def test_golden_eq_5(golden):
     tokens = argmax_labels(golden, "policy_preferred_noisy")
     assert [row[1:] for row in tokens] == golden["expected_paper"]["noise_tokens"]
     policy, reference = (
-        LogProbs(
+        Terms(
             summed(golden, f"{model}_preferred_clean", w),
             summed(golden, f"{model}_text", l),
             summed(golden, f"{model}_preferred_noisy", tokens),
@@ -142,5 +149,4 @@ def test_golden_eq_5(golden):
     )
     torch.testing.assert_close(policy.noise, t(*golden["expected_paper"]["policy_noise"]))
     torch.testing.assert_close(reference.noise, t(*golden["expected_paper"]["reference_noise"]))
-    out = povid(policy, reference, alpha=0.1, beta_text=0.05, beta_noise=0.05)
-    torch.testing.assert_close(out.loss_B, t(*golden["expected_paper"]["loss"]))
+    torch.testing.assert_close(POVID()(policy, reference, NO_COUNTS).loss_B, t(*golden["expected_paper"]["loss"]))

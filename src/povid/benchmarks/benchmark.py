@@ -1,0 +1,141 @@
+"""What a benchmark is: its settings, questions, score, columns in tables, official files and where they come from.
+
+A new benchmark is one file with a subclass of :class:`Benchmark` and one YAML that names it as ``_target_``.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Strict
+
+from povid.model.question import Decoding, Question, Score
+
+if TYPE_CHECKING:
+    from povid.benchmarks.judge import Judge
+
+Folder = Annotated[Path, Strict(False)]
+"""A path, which configuration files write as text."""
+
+
+@dataclass(frozen=True)
+class Column:
+    """``key`` is ``benchmark.score`` in results.json; ``better`` the direction, None for what is not a contest."""
+
+    key: str
+    title: str
+    better: Literal["low", "high"] | None
+    decimals: int
+    subscript: str = ""
+
+    @property
+    def heading(self) -> str:
+        return self.title + (f"_{self.subscript}" if self.subscript else "") + self.arrow
+
+    @property
+    def arrow(self) -> str:
+        return {"low": " ↓", "high": " ↑", None: ""}[self.better]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One official file: its address, its name in the data folder, its size (bytes) and sha256 where they are known.
+
+    ``unpack`` is the folder (relative to the data folder, "." for itself) into which an archive is unpacked, or None;
+    with ``only``, just the members whose names end so.
+    """
+
+    url: str
+    file: str
+    size: int | None = None
+    sha256: str | None = None
+    unpack: str | None = None
+    only: tuple[str, ...] = ()
+
+
+class Benchmark(BaseModel, ABC):
+    """A benchmark and its settings. Subclasses add settings of their own as fields with types and bounds.
+
+    Class attributes:
+        name: what errors, official files and the keys of ``columns`` call it.
+        official: the official script whose figures ``score`` reproduces.
+        columns: what tables show of its scores.
+        sources: official files that can be downloaded; notice: what to do by hand, with ``{data}`` for the folder.
+        judged: whether a judge scores it ("always"), helps where it can ("optional") or has no part in it ("never").
+        official_judge, wording: the official judge's model, and the version of our wording of its prompt.
+        decimals: digits after the point when its scores are printed. stop: see ``Decoding``.
+
+    Attributes:
+        data: folder of its official files.
+        images: folder of its images; None for their usual place in ``data``.
+        max_new_tokens, temperature: how answers are generated; temperature 0 is greedy.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: ClassVar[str]
+    official: ClassVar[str]
+    columns: ClassVar[tuple[Column, ...]] = ()
+    sources: ClassVar[tuple[Source, ...]] = ()
+    notice: ClassVar[str] = ""
+    judged: ClassVar[Literal["never", "optional", "always"]] = "never"
+    official_judge: ClassVar[str] = ""
+    wording: ClassVar[str] = ""
+    decimals: ClassVar[int] = 1
+    stop: ClassVar[str | None] = None
+
+    data: Folder
+    images: Folder | None = None
+    max_new_tokens: int = Field(1024, ge=1)
+    temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+
+    _loaded: list[Question] | None = PrivateAttr(default=None)
+
+    @abstractmethod
+    def questions(self) -> list[Question]:
+        """The questions, read from ``data``. Raises Fault for a missing or broken file."""
+
+    @abstractmethod
+    def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
+        """The score of answers in the order of the questions; ``judge`` is None unless ``judged`` asks for one."""
+
+    @abstractmethod
+    def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
+        """Write what the official script reads into ``folder``; return what ``read_answers`` takes."""
+
+    @abstractmethod
+    def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        """The answers of an official file, in the order of the questions. Raises Fault for one that does not fit."""
+
+    def for_answers(self, file: Path) -> Benchmark:
+        """This benchmark, restricted to the questions that an answer file is about; by default all of them."""
+        return self
+
+    def notes(self, score: Score) -> list[str]:
+        """What a reader of a score must know besides its figures, one sentence each."""
+        return []
+
+    @property
+    def decoding(self) -> Decoding:
+        """How its answers are generated."""
+        return Decoding(self.max_new_tokens, self.temperature, self.stop)
+
+    def loaded(self) -> list[Question]:
+        """``questions()``, read once: training may lie between the check before it and the evaluation after it."""
+        if self._loaded is None:
+            self._loaded = self.questions()
+        return self._loaded
+
+    def changed(self, **settings: Any) -> Self:
+        """The same benchmark with other settings."""
+        return type(self)(**dict(self) | settings)
+
+    @classmethod
+    def spelling(cls) -> str:
+        """What ``python -m povid.benchmarks`` calls it: the module's name among ours, otherwise its dotted path."""
+        package, _, module = cls.__module__.rpartition(".")
+        return module if package == __package__ else f"{cls.__module__}.{cls.__qualname__}"
