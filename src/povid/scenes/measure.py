@@ -1,4 +1,4 @@
-"""Measures a model of the embedded world: CHAIR and POPE on a prepared split, greedily."""
+"""Figures of a model in the embedded world: CHAIR and POPE on a prepared split, greedily."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def answers_of(folder: Path = FOLDER) -> Answers:
 def measure(answers: Answers, split: Path) -> dict[str, float]:
     """CHAIR_S, CHAIR_I, coverage, POPE F1 (mean and per split) and yes-ratio in percent; words per caption."""
     said = _scores(CHAIR(data=split, max_new_tokens=LONGEST), answers)
-    told = _scores(POPE(data=split, suffix="", max_new_tokens=3), answers)  # the tiny model knows the bare question
+    answered = _scores(POPE(data=split, suffix="", max_new_tokens=3), answers)  # the tiny model knows the bare question
     return {
         **{key: said[key] for key in ("CHAIR_S", "CHAIR_I", "coverage", "words")},
-        "POPE_F1": told["f1"],
-        "yes_ratio": told["yes_ratio"],
-        **{f"POPE_F1_{name}": told[name]["f1"] for name in ("random", "popular", "adversarial")},
+        "POPE_F1": answered["f1"],
+        "yes_ratio": answered["yes_ratio"],
+        **{f"POPE_F1_{name}": answered[name]["f1"] for name in ("random", "popular", "adversarial")},
     }
 
 
