@@ -44,7 +44,7 @@ def settings(world: Path, *more: str) -> list[str]:
         "stages.1.lr=5e-4",
         "stages.2.lr=5e-4",
         "checkpoint.every_steps=2",
-        "logger=csv",
+        "logger=none",
         "benchmarks=[pope]",
         *more,
     ]

@@ -22,7 +22,7 @@ from servers import ChatServer, Say, Silence, Status
 
 from povid.dispreference.__main__ import run
 from povid.dispreference.gates import Gates
-from povid.dispreference.generate import Sampling, VisionModel, claimed, estimate, folder_of, generate, identity
+from povid.dispreference.generate import Sampling, claimed, estimate, folder_of, generate, identity
 from povid.dispreference.rows import read_rows
 from povid.fault import Fault
 from povid.machine import conf_folder
@@ -307,9 +307,3 @@ def test_every_invalid_setting_is_reported_at_once(tmp_path):
         run(config)
     for key in ("sampling.attempts: found 0", "endpoint.timeout: found -1", "give_up: found 'maybe'"):
         assert key in str(caught.value)
-
-
-def test_training_is_told_to_generate_the_file_first():
-    generator = VisionModel(endpoint={"model": "m"})
-    with pytest.raises(Fault, match="write the dispreferences to a file first"):
-        generator([], seed=0, limit=None, skipped=None)

@@ -59,7 +59,9 @@ def refused(world: Path, tmp_path: Path, *arguments: str) -> str:
     ("arguments", "part"),
     [
         (["ablation=txt"], "Could not find 'ablation/txt' Available options in 'ablation': both noise none text"),
-        (["stage=3"], "stage: found 3; it is 1, 2 or all"),
+        (["stage=3"], "stage: found 3, needed 1, 2 or all"),
+        (["objective.alpha=1"], "objective.alpha has moved; use objective.1.alpha="),
+        (["logger.mode=online"], "logger.mode has moved; use logger.wandb.mode="),
         (["ablation=noise", "stage=1"], "ablation 'noise' has no stage 1"),
         (["stages.1.lrr=1"], "Could not override 'stages.1.lrr'"),
         (
@@ -67,7 +69,7 @@ def refused(world: Path, tmp_path: Path, *arguments: str) -> str:
             "holds no finished stage 1 with this model, data, objective, seed and stage settings: run the same "
             "command with stage=1 first",
         ),
-        (["resume=latest"], "holds no run that has begun and not ended"),
+        (["resume=latest"], "holds no run that was started and not finished"),
         (["model.max_length=20"], "of 20 tokens; shorten it"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -116,7 +118,7 @@ def test_a_broken_picture_is_told_of_or_left_out_and_counted(world, tmp_path, da
         log=tmp_path / "log",
     )
     assert status == 0, printed
-    assert "records are left out (data.skip_bad)" in printed and str(picture) in printed
+    assert "records are skipped (data.skip_bad)" in printed and str(picture) in printed
     used = json.loads((tmp_path / "skipped" / "stage_1" / "stage.json").read_text())["records"]
     assert used == sum(record["image"] != records[5]["image"] for record in records)
 
@@ -137,16 +139,16 @@ def test_one_bad_job_does_not_end_a_sweep(world, tmp_path, data):
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_no_number_stops_the_run(value, world, tmp_path):
     def sabotage() -> None:
-        honest = POVIDModule.loss
+        honest = POVIDModule.outcome
 
-        def loss(self, policy, reference, batch):
-            outcome = honest(self, policy, reference, batch)
+        def sabotaged(self, batch, known_reference=None):
+            outcome, reference = honest(self, batch, known_reference)
             if self._trainer is None or self.trainer.global_step < 4:
-                return outcome
+                return outcome, reference
             print("batch", batch.names)
-            return outcome._replace(loss_B=outcome.loss_B * float(value))
+            return outcome._replace(loss_B=outcome.loss_B * float(value)), reference
 
-        POVIDModule.loss = loss
+        POVIDModule.outcome = sabotaged
 
     assert finish(settings(world), tmp_path / value, sabotage) == 2
     log = (tmp_path / f"{value}.log").read_text()
@@ -164,7 +166,7 @@ def test_a_full_disk_costs_nothing_that_was_done(world, tmp_path):
 
     assert finish(settings(world, "resume=true"), tmp_path / "full", small_files) == 2
     log = (tmp_path / "full.log").read_text()
-    assert f"error: there is no space left to write in {tmp_path}/full; free some and go on with resume=latest" in log
+    assert f"error: there is no space left to write in {tmp_path}/full; free some and resume with resume=latest" in log
     assert "Traceback" not in log[log.index("error: ") :]
     assert finish(settings(world, "resume=true"), tmp_path / "full") == 0
     assert outcome(tmp_path / "full") == outcome(tmp_path / "free")

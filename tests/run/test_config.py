@@ -33,7 +33,9 @@ def options() -> list[tuple[str, str]]:
 
 
 def skip_without_plugin(group: str, option: str) -> None:
-    """Launchers are extras; an option of conf/launcher is named for its plugin, `slurm` is submitit's."""
+    """Launchers and some loggers are extras; an option of conf/launcher is named for its plugin, `slurm` is submitit's."""
+    if group == "logger" and option in ("tensorboard", "mlflow"):
+        pytest.importorskip(option)
     plugin = {"basic": None, "slurm": "submitit", "submitit_local": "submitit"}.get(option, option)
     if group != "launcher" or plugin is None:
         return
@@ -120,7 +122,7 @@ def test_dispreferences_made_from_objects_are_a_row_of_their_own(world, tmp_path
     assert found["cooccurrence"][:2] == ("text_cooccurrence", "cooccurrence")
     assert found["given"][2] != found["cooccurrence"][2]
     assert composed("dispreference=cooccurrence").row == "both_cooccurrence"
-    assert build(composed("dispreference=cooccurrence", "ablation=noise")).dispreference == "given"
+    assert build(composed("dispreference=cooccurrence", "ablation=noise")).dispreference_name == "given"
     assert composed("dispreference=cooccurrence", "ablation=noise").row == "noise"
 
 

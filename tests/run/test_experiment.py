@@ -1,4 +1,4 @@
-"""Runs and sweeps as a whole: interrupted sweeps, requeued cluster jobs, W&B runs that go on, files of a run."""
+"""Runs and sweeps as a whole: interrupted sweeps, requeued cluster jobs, resumed W&B runs, files of a run."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def test_an_interrupted_sweep_goes_on_where_it_was(world, tmp_path):
-    """Killed in the second of three jobs: the first is not run again, the second goes on, the third is begun."""
+def test_an_interrupted_sweep_resumes_where_it_was(world, tmp_path):
+    """Killed in the second of three jobs: the first is not run again, the second resumes, the third starts."""
     common = [*settings(world, f"outputs={tmp_path}"), "benchmarks=[chair,pope]"]
     status, _ = train(
         "-m", *common, "ablation=none,text,noise", log=tmp_path / "log", sabotage=at_step(1, 7, signal.SIGKILL)
@@ -34,7 +34,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(world, tmp_path):
     status, printed = train("resume=latest", f"outputs={tmp_path}", log=tmp_path / "log")
     assert status == 0, printed
     assert "finished already" in printed
-    assert "stage 1 goes on after step 6" in printed
+    assert "stage 1 resumes after step 6" in printed
     assert [folder.name for folder in (tmp_path / "sweeps").iterdir()] == [sweep.name]
     assert (sweep / "0_none_seed0" / "results.json").read_bytes() == first
     for job in ("1_text_seed0", "2_noise_seed0"):
@@ -42,7 +42,7 @@ def test_an_interrupted_sweep_goes_on_where_it_was(world, tmp_path):
     assert (sweep / "tables" / "table3.md").exists()
 
     status, printed = train("-m", "resume=latest", f"outputs={tmp_path}", log=tmp_path / "log")
-    assert status == 2 and "holds no sweep that has begun and not ended" in printed
+    assert status == 2 and "holds no sweep that was started and not finished" in printed
 
 
 def test_a_requeue_signal_saves_and_requeues(world, tmp_path):
@@ -80,11 +80,11 @@ def test_a_requeue_signal_saves_and_requeues(world, tmp_path):
     assert (tmp_path / "told").read_text() == "requeue 42\n"
     assert "stopped: SIGUSR1: saved after step 3 and requeued as job 42" in folder.with_suffix(".log").read_text()
     assert finish(command, folder, on_cluster(SLURM_RESTART_COUNT="1")) == 0
-    assert "stage 1 goes on after step 3" in folder.with_suffix(".log").read_text()
+    assert "stage 1 resumes after step 3" in folder.with_suffix(".log").read_text()
     assert json.loads((folder / "stage_1" / "stage.json").read_text())["steps"] == 10
 
 
-def test_a_resumed_stage_goes_on_in_its_wandb_run(world, tmp_path):
+def test_a_resumed_stage_continues_its_wandb_run(world, tmp_path):
     def offline(then: Callable[[], None] = lambda: None) -> Callable[[], None]:
         return lambda: (os.environ.update(WANDB_MODE="offline"), then())
 

@@ -1,6 +1,6 @@
-"""Runs that are killed and gone on with have the losses and the adapters of the run that was left alone, bit for bit.
+"""Runs that are killed and resumed have the losses and the adapters of an undisturbed run, bit for bit.
 
-Runs are forks of the test's process, so that one takes a second or two; the forks kill themselves where they are told.
+Runs are forks of the test's process, so that one takes a second or two; the forks kill themselves at chosen moments.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import tiny
 from forks import at_step, finish, outcome, run, settings
 
 from povid.fault import Fault
-from povid.run import checkpoint, experiment
+from povid.run import checkpoint
+from povid.run import stage as stage_file
 from povid.run.checkpoint import Checkpoints, checkpoints, newest
 from povid.run.resume import expand
 
@@ -88,7 +89,7 @@ def damaged(folder: Path) -> Path:
     return place
 
 
-def test_a_run_killed_everywhere_goes_on_as_if_nothing_had_been(world, undisturbed):
+def test_a_run_killed_everywhere_ends_as_if_nothing_had_happened(world, undisturbed):
     """One run that dies eight times, by both signals, in both stages and in every kind of place."""
     folder, log = world / "killed", world / "killed.log"
     again = settings(world, "resume=true")
@@ -110,7 +111,7 @@ def test_a_run_killed_everywhere_goes_on_as_if_nothing_had_been(world, undisturb
     place = damaged(folder)
     dies(before_rename, -9)
     assert f"{place} is damaged" in log.read_text()
-    assert "stage 1 goes on after step 6" in log.read_text()
+    assert "stage 1 resumes after step 6" in log.read_text()
     dies(at_step(2, 9, signal.SIGKILL), -9)
     dies(at_step(2, 10, signal.SIGTERM), 143)  # at the very end
     assert finish(again, folder) == 0, log.read_text()
@@ -130,7 +131,7 @@ def test_with_workers_and_with_accumulation(world, undisturbed):
     assert outcome(folder) == undisturbed(*more[1:]), "workers change no number either"
 
 
-def test_one_spoilt_bit_is_noticed(tmp_path):
+def test_one_flipped_bit_is_noticed(tmp_path):
     content = bytearray(os.urandom(1000))
     for step in (4, 6):
         (tmp_path / "draft").write_bytes(content)
@@ -156,7 +157,7 @@ def begun(folder: Path, task: list[str], when: int, *, ended: bool = False, hydr
     return folder
 
 
-def test_latest_is_the_newest_that_did_not_end(tmp_path):
+def test_latest_is_the_newest_unfinished_run(tmp_path):
     begun(tmp_path / "runs" / "a", ["seed=1", "ablation=text"], 100)
     begun(tmp_path / "runs" / "b", ["seed=2", "ablation=noise"], 200)
     begun(tmp_path / "runs" / "c", ["seed=3"], 300, ended=True)
@@ -168,7 +169,7 @@ def test_latest_is_the_newest_that_did_not_end(tmp_path):
         f"hydra.run.dir='{tmp_path}/runs/b'",
     ]
     assert expand(["seed=1", "resume=true"]) == ["seed=1", "resume=true"]
-    with pytest.raises(Fault, match="holds no sweep that has begun and not ended"):
+    with pytest.raises(Fault, match="holds no sweep that was started and not finished"):
         expand(["-m", "resume=latest", f"outputs={tmp_path}"])
 
 
@@ -200,7 +201,7 @@ def test_latest_of_a_sweep_is_the_sweep(tmp_path):
     (sweep / "1" / "results.json").write_text("{}")
     (sweep / "tables").mkdir()
     (sweep / "tables" / "table3.md").write_text("")
-    with pytest.raises(Fault, match="holds no run that has begun and not ended"):
+    with pytest.raises(Fault, match="holds no run that was started and not finished"):
         expand(["resume=latest", f"outputs={tmp_path}"])
 
 
@@ -238,7 +239,7 @@ def test_an_automatic_batch_size_stays_what_it_was(world):
 
     def room(size: int, then: Callable[[], None] = lambda: None) -> Callable[[], None]:
         def sabotage() -> None:
-            experiment.largest_batch = lambda module, data: size
+            stage_file.largest_batch = lambda module, data: size
             then()
 
         return sabotage

@@ -9,7 +9,6 @@ from povid.model.packing import Encoded, pack
 from povid.model.template import pad_to_square
 from povid.training.datamodule import EpochBatches, PreferenceDataModule, PreferenceDataset, collate
 
-
 TERMS = frozenset({"preferred", "text", "noise"})
 
 

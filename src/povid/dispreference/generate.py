@@ -27,7 +27,6 @@ from povid.dispreference.prompts import CAPTIONING, REASONING, prompt
 from povid.dispreference.rows import Made, Row
 from povid.fault import Fault
 from povid.files import write_text
-from povid.preferences.triple import Triple
 from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
 
 log = logging.getLogger(__name__)
@@ -84,17 +83,6 @@ class VisionModel(BaseModel):
         made = generate(rows, endpoint, self.sampling, self.gates, give_up=self.give_up)
         made.figures["model"] = self.endpoint.model
         return made
-
-    def __call__(self, triples: Sequence[Triple], **_: Any) -> list[Triple]:
-        """A run does not wait for a server.
-
-        Raises:
-            Fault: always; says how to generate the file first.
-        """
-        raise Fault(
-            "dispreference=endpoint is not available in training; write the dispreferences to a file first with "
-            "python -m povid.dispreference, and train on that file with data=povid_17k data.root=FOLDER data.file=FILE"
-        )
 
 
 def folder_of(out: Path) -> Path:

@@ -186,7 +186,7 @@ def build(cfg: DictConfig) -> Settings:
     if dispreference is not None and not callable(dispreference):  # it comes with keys of its own command
         problems.append(
             f"dispreference: {tree['dispreference'].get('name')!r} writes its responses to a file first, by python -m "
-            "povid.dispreference; train on that file with data.file="
+            "povid.dispreference; train on that file with data=povid_17k data.root=FOLDER data.file=FILE"
         )
     else:
         problems += [f"{key}: there is no such setting{did_you_mean(key, KEYS)}" for key in tree if key not in KEYS]
