@@ -57,7 +57,7 @@ format: $(VENV)/.extra-lint  ## format the code and apply ruff's safe fixes
 	$(BIN)/ruff format
 
 docs: $(VENV)/.extra-docs  ## build the documentation in site/
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:  ## remove the virtual environment, caches and build results; outputs stay
 	rm -rf $(VENV) .pytest_cache .hypothesis .ruff_cache .mypy_cache site build dist src/*.egg-info

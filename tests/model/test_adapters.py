@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import tiny
@@ -53,30 +54,23 @@ def saved_policy(base, folder, **changes):
     return policy.eval()
 
 
-@pytest.mark.parametrize("projector", [True, False], ids=["projector", "frozen projector"])
-def test_keys_are_those_that_vllm_reads(base, tmp_path, projector):
+def test_keys_are_those_that_vllm_reads(base, tmp_path):
     """vLLM takes ``base_model.model.`` + transformers' name + ``.lora_A.weight`` or ``.lora_B.weight``."""
-    saved_policy(base, tmp_path / "a", train_projector=projector)
-    found = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    prefix = "base_model.model.model"
     layers = {
-        f"base_model.model.model.language_model.layers.{layer}.{name}.lora_{side}.weight"
+        f"{prefix}.language_model.layers.{layer}.{name}.lora_{side}.weight"
         for layer in range(2)
         for name in PROJECTIONS
         for side in "AB"
     }
-    rest = (
-        {
-            f"base_model.model.model.multi_modal_projector.linear_{i}.{kind}"
-            for i in (1, 2)
-            for kind in ("weight", "bias")
-        }
-        if projector
-        else set()
-    )
-    assert set(found) == layers | rest
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(base) and config["r"] == 4 and config["bias"] == "none"
-    assert config["modules_to_save"] == (["multi_modal_projector"] if projector else None)
+    projector = {f"{prefix}.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")}
+    for trained, rest, saved in ((True, projector, ["multi_modal_projector"]), (False, set(), None)):
+        folder = tmp_path / f"projector_{trained}"
+        saved_policy(base, folder, train_projector=trained)
+        assert set(load_file(folder / "adapter_model.safetensors")) == layers | rest
+        config = json.loads((folder / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == str(base) and config["r"] == 4 and config["bias"] == "none"
+        assert config["lora_alpha"] == 8 and config["modules_to_save"] == saved
 
 
 def test_merged_checkpoint_gives_the_same_logits(base, tmp_path, example, capsys):
@@ -88,22 +82,8 @@ def test_merged_checkpoint_gives_the_same_logits(base, tmp_path, example, capsys
         logits(AutoModelForImageTextToText.from_pretrained(tmp_path / "m1"), example), once, rtol=1e-4, atol=1e-4
     )
     second = saved_policy(tmp_path / "m1", tmp_path / "two")
-    assert (
-        main(
-            [
-                "merge",
-                str(tmp_path / "one"),
-                str(tmp_path / "two"),
-                "--base",
-                str(base),
-                "--out",
-                str(tmp_path / "m2"),
-                "--dtype",
-                "float32",
-            ]
-        )
-        == 0
-    )
+    pair = [str(tmp_path / "one"), str(tmp_path / "two")]
+    assert main(["merge", *pair, "--base", str(base), "--out", str(tmp_path / "m2"), "--dtype", "float32"]) == 0
     merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "m2")
     twice = logits(merged, example)
     torch.testing.assert_close(twice, logits(second.network, example), rtol=1e-4, atol=1e-4)
@@ -129,7 +109,7 @@ def test_a_run_folder_is_merged_stage_by_stage(base, tmp_path, example):
 
 
 def original_name(key: str) -> str:
-    """transformers' name as original LLaVA calls it, written the other way round than the converter's."""
+    """The original LLaVA's name for transformers' name: the converter's rules in the other direction."""
     key = key.replace("model.multi_modal_projector.linear_1", "model.mm_projector.0")
     key = key.replace("model.multi_modal_projector.linear_2", "model.mm_projector.2")
     key = key.replace("model.vision_tower.", "model.vision_tower.vision_tower.vision_model.")
@@ -141,7 +121,7 @@ def released(base, tmp_path):
     """Stage one merged and stage two LoRA as the authors' scripts lay them out, and the model that they make."""
     torch.manual_seed(7)
     model = LlavaForConditionalGeneration.from_pretrained(base)
-    words = model.config.image_token_id  # <image> is the first token that original LLaVA lacks
+    words = model.config.image_token_id  # <image> is the first token that the original LLaVA does not have
     for name, parameter in model.named_parameters():
         if "vision_tower" not in name:
             shift = 0.05 * torch.randn_like(parameter)
@@ -190,50 +170,37 @@ def released(base, tmp_path):
     return stage_one, stage_two, model, policy
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["LoRA once", "LoRA's prefix twice, safetensors"])
-def test_released_checkpoints_are_converted(base, tmp_path, released, example, twice):
-    stage_one, stage_two, model, policy = released
-    if twice:
-        lora = torch.load(stage_two / "adapter_model.bin")
-        (stage_two / "adapter_model.bin").unlink()
-        save_file(
-            {f"base_model.model.{key.replace('.weight', '.default.weight')}": value for key, value in lora.items()},
-            stage_two / "adapter_model.safetensors",
-        )
-    out = tmp_path / "converted"
-    assert (
-        main(
-            [
-                "convert",
-                str(stage_one),
-                "--lora",
-                str(stage_two),
-                "--base",
-                str(base),
-                "--out",
-                str(out),
-                "--dtype",
-                "float32",
-            ]
-        )
-        == 0
-    )
-    assert torch.equal(
-        logits(AutoModelForImageTextToText.from_pretrained(out / "model"), example), logits(model, example)
-    )
-
-    assert main(["merge", str(out / "adapter"), "--out", str(tmp_path / "full"), "--dtype", "float32"]) == 0
-    full = AutoModelForImageTextToText.from_pretrained(tmp_path / "full")
-    torch.testing.assert_close(logits(full, example), logits(policy.network, example), rtol=1e-4, atol=1e-4)
-    with policy.reference():
-        assert not torch.allclose(logits(full, example), logits(policy.network, example), atol=1e-2)
+def convert(base, released, out) -> int:
+    stage_one, stage_two = map(str, released[:2])
+    options = ["--lora", stage_two, "--base", str(base), "--out", str(out), "--dtype", "float32"]
+    return main(["convert", stage_one, *options])
 
 
-def test_tokens_that_llava_lacks_keep_their_embeddings(base, tmp_path, released):
-    assert (
-        main(["convert", str(released[0]), "--base", str(base), "--out", str(tmp_path / "c"), "--dtype", "float32"])
-        == 0
-    )
+def test_released_checkpoints_are_converted(base, tmp_path, released, example):
+    """LoRA's prefix once, in adapter_model.bin, then twice and with peft's adapter name, in safetensors."""
+    _, stage_two, model, policy = released
+    for number in (1, 2):
+        if number == 2:
+            lora = torch.load(stage_two / "adapter_model.bin")
+            (stage_two / "adapter_model.bin").unlink()
+            save_file(
+                {f"base_model.model.{key.replace('.weight', '.default.weight')}": value for key, value in lora.items()},
+                stage_two / "adapter_model.safetensors",
+            )
+        out, full = tmp_path / f"converted_{number}", tmp_path / f"full_{number}"
+        assert convert(base, released, out) == 0
+        converted = AutoModelForImageTextToText.from_pretrained(out / "model")
+        assert torch.equal(logits(converted, example), logits(model, example))
+        assert main(["merge", str(out / "adapter"), "--out", str(full), "--dtype", "float32"]) == 0
+        merged = AutoModelForImageTextToText.from_pretrained(full)
+        torch.testing.assert_close(logits(merged, example), logits(policy.network, example), rtol=1e-4, atol=1e-4)
+        with policy.reference():
+            assert not torch.allclose(logits(merged, example), logits(policy.network, example), atol=1e-2)
+
+
+def test_tokens_that_the_original_llava_does_not_have_keep_their_embeddings(base, tmp_path, released):
+    options = ["--base", str(base), "--out", str(tmp_path / "c"), "--dtype", "float32"]
+    assert main(["convert", str(released[0]), *options]) == 0
     assert not (tmp_path / "c" / "adapter").exists()
     ours = AutoModelForImageTextToText.from_pretrained(tmp_path / "c" / "model").get_input_embeddings().weight
     before = AutoModelForImageTextToText.from_pretrained(base).get_input_embeddings().weight
@@ -241,23 +208,19 @@ def test_tokens_that_llava_lacks_keep_their_embeddings(base, tmp_path, released)
     assert torch.equal(ours[first:], before[first:]) and not torch.equal(ours[:first], before[:first])
 
 
-@pytest.mark.parametrize(
-    ("key", "expected"),
-    [
-        ("model.layers.3.mlp.up_proj.weight", "model.language_model.layers.3.mlp.up_proj.weight"),
-        ("model.norm.weight", "model.language_model.norm.weight"),
-        ("lm_head.weight", "lm_head.weight"),
-        ("model.mm_projector.0.bias", "model.multi_modal_projector.linear_1.bias"),
-        ("base_model.model.model.mm_projector.2.weight", "model.multi_modal_projector.linear_2.weight"),
-        (
-            "base_model.model.base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight",
-            "model.language_model.layers.0.self_attn.q_proj.lora_B.weight",
+def test_names():
+    for key, expected in {
+        "model.layers.3.mlp.up_proj.weight": "model.language_model.layers.3.mlp.up_proj.weight",
+        "model.norm.weight": "model.language_model.norm.weight",
+        "lm_head.weight": "lm_head.weight",
+        "model.mm_projector.0.bias": "model.multi_modal_projector.linear_1.bias",
+        "base_model.model.model.mm_projector.2.weight": "model.multi_modal_projector.linear_2.weight",
+        "base_model.model.base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": (
+            "model.language_model.layers.0.self_attn.q_proj.lora_B.weight"
         ),
-        ("model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias", "model.vision_tower.pre_layrnorm.bias"),
-    ],
-)
-def test_names(key, expected):
-    assert transformers_name(key) == expected
+        "model.vision_tower.vision_tower.vision_model.pre_layrnorm.bias": "model.vision_tower.pre_layrnorm.bias",
+    }.items():
+        assert transformers_name(key) == expected
 
 
 def damage(stage_one, stage_two, kind):
@@ -279,44 +242,26 @@ def damage(stage_one, stage_two, kind):
         torch.save(dict(list(torch.load(lora).items())[:5]), lora)
 
 
-@pytest.mark.parametrize(
-    ("kind", "said"),
-    [
-        ("truncated", r"pytorch_model-00001-of-00002.bin cannot be read"),
-        ("half", r"POVID_stage_one_merged: \d+ of the model's tensors are missing"),
-        ("empty", r"POVID_stage_one_merged contains no weights"),
-        ("shape", r"model.norm.weight has the shape \(7,\) and the model's tensor \(32,\)"),
-        ("stranger", r"model.resampler.query: the model has no tensor"),
-        ("config", r"adapter_config.json cannot be read"),
-        ("partial", r"POVID_stage_two_LoRa: \d+ of the adapter's tensors are missing"),
-    ],
-)
-def test_damaged_checkpoints_are_refused_in_a_sentence(base, tmp_path, released, capsys, kind, said):
-    damage(*released[:2], kind)
-    out = tmp_path / "converted"
-    assert (
-        main(
-            [
-                "convert",
-                str(released[0]),
-                "--lora",
-                str(released[1]),
-                "--base",
-                str(base),
-                "--out",
-                str(out),
-                "--dtype",
-                "float32",
-            ]
-        )
-        == 2
-    )
-    told = capsys.readouterr().err.splitlines()[-1]  # progress bars come before it
-    assert told.startswith("error: ") and re.search(said, told)
-    assert not out.exists() and not list(tmp_path.glob(".converted*"))
+def test_damaged_checkpoints_are_refused_in_a_sentence(base, tmp_path, released, capsys):
+    for kind, said in {
+        "truncated": r"pytorch_model-00001-of-00002.bin cannot be read",
+        "half": r"POVID_stage_one_merged: \d+ of the model's tensors are missing",
+        "empty": r"POVID_stage_one_merged contains no weights",
+        "shape": r"model.norm.weight has the shape \(7,\) and the model's tensor \(32,\)",
+        "stranger": r"model.resampler.query: the model has no tensor",
+        "config": r"adapter_config.json cannot be read",
+        "partial": r"POVID_stage_two_LoRa: \d+ of the adapter's tensors are missing",
+    }.items():
+        damaged = [shutil.copytree(folder, tmp_path / kind / folder.name) for folder in released[:2]]
+        damage(*damaged, kind)
+        out = tmp_path / f"{kind}_converted"
+        assert convert(base, damaged, out) == 2, kind
+        printed = capsys.readouterr().err.splitlines()[-1]  # progress bars come before it
+        assert printed.startswith("error: ") and re.search(said, printed), (kind, printed)
+        assert not out.exists() and not list(tmp_path.glob(f".{out.name}*")), kind
 
 
-def test_what_is_there_is_not_written_over(base, tmp_path, capsys):
+def test_an_existing_folder_is_not_overwritten(base, tmp_path, capsys):
     saved_policy(base, tmp_path / "a")
     assert main(["merge", str(tmp_path / "a"), "--out", str(tmp_path)]) == 2
     assert "exists" in capsys.readouterr().err

@@ -2,11 +2,13 @@
 
 import copy
 
+import tiny
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from povid.model.fused import FUSED, fuse
+from povid.model.packing import pack
 
 SIZES = {
     "vocab_size": 30,
@@ -172,3 +174,16 @@ def test_attention_weights_can_still_be_seen():
     assert len(one) == len(other) == SIZES["num_hidden_layers"]
     for ours, theirs in zip(other, one):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_setting_decides_and_changes_no_score(tmp_path):
+    folder = tiny.save_tiny_llava(tmp_path / "tiny")
+    (triple,) = tiny.triples(tmp_path)[1:2]
+    scores = []
+    for fused in (True, False):
+        policy, template = tiny.load(folder, fused=fused)
+        encoded, images = template.encode((triple.preferred, triple.dispreferred), triple.image, triple.id)
+        assert any(type(module) in FUSED.values() for module in policy.modules()) == fused
+        with torch.no_grad():
+            scores.append(policy.eval().predict(pack([encoded[0]], [encoded[1]]), policy.look(images)))
+    torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)

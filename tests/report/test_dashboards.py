@@ -1,4 +1,4 @@
-"""The table of pictures and captions: what is marked, and that W&B takes it."""
+"""The table of pictures and captions: what is marked, and that W&B accepts it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NAMES = {"dog": "dog", "dogs": "dog", "hot dog": "hot dog", "cat": "cat", "kitte
 
 
 def find(text: str) -> list[str]:
-    """Objects of a tiny vocabulary in which two words may be one name, as CHAIR has it."""
+    """Objects of a tiny vocabulary in which two words may form one name, as in CHAIR."""
     words, found = text.lower().replace(".", "").replace(",", "").split(), []
     while words:
         size = 2 if " ".join(words[:2]) in NAMES and len(words) > 1 else 1
@@ -24,7 +24,7 @@ def find(text: str) -> list[str]:
     return found
 
 
-def test_marks_stand_on_mentions_of_what_is_not_there():
+def test_mentions_of_absent_objects_are_marked():
     text = mark("A kitten, a hot dog and <two> Dogs.", {"cat", "dog"}, find)
     assert text == (f'A kitten, a <mark style="{dashboards.STYLE}">hot dog</mark> and &lt;two&gt; Dogs.')
     assert mark("A kitten and a fork.", {"fork"}, find).startswith(f'A <mark style="{dashboards.STYLE}">kitten</mark>')
@@ -68,7 +68,7 @@ def test_marks_by_chairs_own_object_finder():
     assert '">hot dogs</mark>' in text and '">forks</mark>' in text
 
 
-def test_the_page_needs_nothing_else(tmp_path):
+def test_the_page_is_self_contained(tmp_path):
     table = table_rows(
         [{"id": "<7>", "image": Image.new("RGB", (4, 4), "red"), "before": "A fork.", "objects": []}], find
     )
@@ -76,7 +76,7 @@ def test_the_page_needs_nothing_else(tmp_path):
     assert page.count("data:image/png;base64,") == 1 and ">fork</mark>" in page and "&lt;7&gt;" in page
 
 
-def test_wandb_takes_the_table_offline(tmp_path, monkeypatch):
+def test_wandb_accepts_the_table_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):  # else the table's media go to the home
         monkeypatch.setenv(name, str(tmp_path / name.lower()))

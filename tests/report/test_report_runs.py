@@ -1,9 +1,10 @@
-"""Reading run folders, and which of them may be averaged."""
+"""Which run folders are read, and which runs are averaged."""
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
 
@@ -29,44 +30,42 @@ def test_one_run_has_no_spread(write, outputs):
     assert found.mean == 72.0 and math.isnan(found.sd) and math.isnan(found.se)
 
 
-@pytest.mark.parametrize(
-    "row, changes, shown",
-    [
+def test_runs_that_differ_in_more_than_the_seed_are_two_rows(write, outputs):
+    noise = {"schedule": "sigmoid", "step": 500, "space": "normalized"}
+    sampled = {"chair": {"max_new_tokens": 64, "temperature": 0.2}}
+    for row, changes, shown in (
         ("text", {"objective": "released"}, "objective=released"),
-        ("noise", {"noise": {"schedule": "linear", "step": 500, "space": "normalized"}}, "noise.schedule=linear"),
-        ("noise", {"noise": {"schedule": "sigmoid", "step": 600, "space": "normalized"}}, "noise.step=600"),
+        ("noise", {"noise": noise | {"schedule": "linear"}}, "noise.schedule=linear"),
+        ("noise", {"noise": noise | {"step": 600}}, "noise.step=600"),
         ("text", {"stages": {"1": {"steps": 75}}}, "75 steps"),
         ("both", {"experiment": "table3"}, "experiment=table3"),
-        ("text", {"decoding": {"chair": {"max_new_tokens": 64, "temperature": 0.2}}}, "decoding.chair.temperature=0.2"),
+        ("text", {"decoding": sampled}, "decoding.chair.temperature=0.2"),
         ("both", {"stage": 1}, "stage 1 only"),
-    ],
-)
-def test_runs_that_differ_in_more_than_the_seed_are_two_rows(write, outputs, row, changes, shown):
-    write(row, 0)
-    write(row, 1, folder="other", **changes)
-    rows = group(find_runs(outputs))
-    assert [len(found.runs) for found in rows] == [1, 1]
-    assert any(shown in found.difference for found in rows)
+    ):
+        shutil.rmtree(outputs, ignore_errors=True)
+        write(row, 0)
+        write(row, 1, folder="other", **changes)
+        rows = group(find_runs(outputs))
+        assert [len(found.runs) for found in rows] == [1, 1], changes
+        assert any(shown in found.difference for found in rows), changes
 
 
-@pytest.mark.parametrize(
-    "row, changes",
-    [
+def test_what_cannot_affect_a_row_does_not_split_it(write, outputs):
+    for row, changes in (
         ("none", {"objective": "released", "experiment": "controls"}),
         ("text", {"noise": {"schedule": "linear", "step": 900, "space": "pixel"}}),
         ("text", {"stage": 1}),
         ("noise", {"stage": "2"}),
         ("both", {"timings": {"fit": 99.0}, "started": "2027", "versions": {}}),
-    ],
-)
-def test_what_cannot_touch_a_row_does_not_split_it(write, outputs, row, changes):
-    write(row, 0)
-    write(row, 1, folder="other", **changes)
-    (found,) = group(find_runs(outputs))
-    assert len(found.runs) == 2 and not found.difference
+    ):
+        shutil.rmtree(outputs, ignore_errors=True)
+        write(row, 0)
+        write(row, 1, folder="other", **changes)
+        (found,) = group(find_runs(outputs))
+        assert len(found.runs) == 2 and not found.difference, changes
 
 
-def test_the_command_line_tells_runs_apart_where_results_do_not(write, outputs):
+def test_the_command_line_distinguishes_runs_that_results_do_not(write, outputs):
     for seed, override in enumerate(("stages.1.lr=1e-3", "stages.1.lr=1e-4")):
         hydra = write("text", seed) / ".hydra"
         hydra.mkdir()
@@ -85,7 +84,7 @@ def settings(lr=1e-3, alpha=0.1, stages=("1", "2")):
     }
 
 
-def test_settings_are_told_by_the_names_of_the_command_line(write, outputs):
+def test_differences_are_named_as_on_the_command_line(write, outputs):
     write("both", 0, **settings(), adapters=["a/0"])
     write("both", 1, **settings(), adapters=["a/1"])
     write("both", 2, folder="a", **settings(lr=0.01), adapters=["b/2"])
@@ -149,10 +148,13 @@ def test_a_seed_run_twice_counts_once_by_its_newest_run(write, outputs):
     write("text", 0, 3.0, started="2026-02-01", folder="new")
     (row,) = group(find_runs(outputs))
     assert summarise(row, "chair.CHAIR_S").mean == 53.0
-    assert row.remarks == ["1 older run with the same seed and settings left out"]
+    assert row.remarks == ["1 older run with the same seed and settings not counted"]
 
 
-def test_unreadable_results_are_named_and_left_out(write, outputs, capsys):
+COLUMN = {"key": "mine.score", "title": "Mine", "better": "high", "decimals": 1, "subscript": ""}
+
+
+def test_unreadable_results_are_skipped_with_a_warning(write, outputs, capsys):
     write("none", 0)
     for name, text in (
         ("half", '{"row": "text", "bench'),
@@ -160,14 +162,18 @@ def test_unreadable_results_are_named_and_left_out(write, outputs, capsys):
         ("early", '{"row": "text"}'),
         ("nameless", '{"benchmarks": {}}'),
         ("binary", "\x00"),
+        ("columns", '{"row": "text", "benchmarks": {}, "columns": [{"key": "a.b"}]}'),
+        ("better", json.dumps({"row": "text", "benchmarks": {}, "columns": [COLUMN | {"better": "up"}]})),
     ):
         (outputs / name).mkdir()
         (outputs / name / "results.json").write_text(text)
     (outputs / "folder" / "results.json").mkdir(parents=True)
     assert [run.row for run in find_runs(outputs)] == ["none"]
-    said = capsys.readouterr().err
-    assert said.count("warning:") == 6
-    assert "half/results.json is left out: it is not whole JSON" in said
+    printed = capsys.readouterr().err
+    assert printed.count("warning: skipped ") == 8
+    assert "half/results.json: it is not valid JSON" in printed
+    assert "columns/results.json: 'columns' is not a list of table columns" in printed
+    assert "'better' is low, high or null" in printed
 
 
 def test_no_run_is_a_fault(outputs, tmp_path):
@@ -192,20 +198,17 @@ def test_missing_scores_keep_their_reason_and_cure(write, outputs):
     write("none", 0)
     (row,) = group(find_runs(outputs))
     assert summarise(row, "mmhal.score").reason == "mmhal: no judge is set; export POVID_JUDGE_MODEL=..."
-    assert summarise(row, "mm_vet.total").reason == "mm_vet was not asked for; add it to benchmarks="
+    assert summarise(row, "mm_vet.total").reason == "mm_vet was not selected; add it to benchmarks="
 
 
-@pytest.mark.parametrize("value", [None, float("nan"), True, "72"])
-def test_what_is_no_number_is_no_score(write, outputs, value):
-    folder = write("none", 0)
-    found = json.loads((folder / "results.json").read_text())
-    found["benchmarks"]["chair"]["CHAIR_S"] = value
-    (folder / "results.json").write_text(json.dumps(found))
-    summary = summarise(group(find_runs(outputs))[0], "chair.CHAIR_S")
-    assert summary.mean is None and "CHAIR_S" in summary.reason
+def test_only_finite_numbers_are_scores(write, outputs):
+    for value in (None, float("nan"), True, "72"):
+        write("none", 0, benchmarks={"chair": {"CHAIR_S": value}})
+        summary = summarise(group(find_runs(outputs))[0], "chair.CHAIR_S")
+        assert summary.mean is None and "CHAIR_S" in summary.reason, value
 
 
-def test_a_score_that_some_seeds_lack_says_of_how_many_it_is(write, outputs):
+def test_a_score_missing_for_some_seeds_says_how_many_have_it(write, outputs):
     write("none", 0)
     write("none", 1, benchmarks={"chair": {"missing": "no synonyms.txt"}})
     found = summarise(group(find_runs(outputs))[0], "chair.CHAIR_S")
@@ -214,19 +217,26 @@ def test_a_score_that_some_seeds_lack_says_of_how_many_it_is(write, outputs):
 
 
 def test_scores_of_two_judges_or_of_two_sizes_are_not_averaged(write, outputs):
-    for seed, (judge, captions) in enumerate((("gpt-4-0314", 300), ("gpt-4o", 30))):
-        write(
-            "none",
-            seed,
-            benchmarks={"mmhal": {"score": 2.0, "judge": judge}, "chair": {"CHAIR_S": 50.0, "captions": captions}},
-        )
+    """Whatever the benchmark is called, and at any depth of its scores, but not in what is corrected."""
+    for seed, (judge, size) in enumerate((("gpt-4-0314", 300), ("gpt-4o", 30))):
+        benchmarks = {
+            "mine": {"score": 2.0, "judge": judge},
+            "chair": {"CHAIR_S": 50.0, "captions": size},
+            "pope": {"f1": 80.0, "random": {"questions": size}},
+            "mme": {"total": 9.0, "corrected": {"questions": size}},
+        }
+        write("none", seed, benchmarks=benchmarks)
     (row,) = group(find_runs(outputs))
-    assert summarise(row, "mmhal.score").mean is None
-    assert "judge gpt-4-0314 and gpt-4o" in summarise(row, "mmhal.score").reason
-    assert "captions 30 and 300" in summarise(row, "chair.CHAIR_S").reason
+    for score, reason in (
+        ("mine.score", "mine: runs differ in judge gpt-4-0314 and gpt-4o and are not averaged"),
+        ("chair.CHAIR_S", "chair: runs differ in captions 30 and 300 and are not averaged"),
+        ("pope.f1", "pope: runs differ in random questions 30 and 300 and are not averaged"),
+    ):
+        assert (summarise(row, score).mean, summarise(row, score).reason) == (None, reason)
+    assert summarise(row, "mme.total").mean == 9.0
 
 
-def test_mixed_versions_are_said(write, outputs):
+def test_mixed_versions_are_remarked(write, outputs):
     write("none", 0)
     write("none", 1, versions={"torch": "2.12.0"})
     assert group(find_runs(outputs))[0].remarks == [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import os
 import sys
@@ -21,8 +20,9 @@ from povid.bench.arms import Arm, filled_cache, ours, plain, released_code
 from povid.bench.pipeline import waiting
 from povid.bench.subject import SHAPES, Shape, Step, adapt, build_model, build_processor, steps, twin
 from povid.fault import Fault
+from povid.files import write_json
 from povid.machine import keep_freed_memory, versions
-from povid.method.objective import most_likely
+from povid.method.noise_dispreferred import most_likely
 from povid.model.policy import Policy
 
 SAME = {"float32": 1e-5, "bfloat16": 2e-2}  # relative difference of losses that summation order explains
@@ -301,10 +301,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {fault}", file=sys.stderr)
         return 2
     print(table(result))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    draft = options.out.with_name(f".{options.out.name}.part")
-    draft.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(draft, options.out)
+    write_json(options.out, result)
     print(f"\nwritten to {options.out}")
     return 0
 

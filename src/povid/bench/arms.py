@@ -1,8 +1,8 @@
-"""The ways to take one step. Each returns the loss of a batch, with gradients of the adapter computed.
+"""The ways to take one step. Each returns the loss of a batch and computes the adapter's gradients.
 
-Ours is ``povid.training.scoring``. The plain way sends every sequence through the whole model by itself. The released code's
-way is written after what it computes (public repository YiyangZhou/POVID, tool/dpo_trainer_inherent.py): per model
-three forwards and two more vision passes, made only to lay out labels.
+Ours is ``povid.training.scoring``. The plain way sends every sequence through the whole model by itself. The released
+code's way computes what its trainer does (public repository YiyangZhou/POVID, tool/dpo_trainer_inherent.py): three
+forward passes per model, and two more vision passes that only serve to lay out labels.
 """
 
 from __future__ import annotations
@@ -15,15 +15,17 @@ import torch
 from torch import Tensor
 
 from povid.bench.subject import Step
-from povid.method.objective import LogProbs, Objective, povid, released, text_dispreference
+from povid.method.objectives import Objective, Terms
+from povid.method.objectives.dpo import DPO
+from povid.method.objectives.povid import POVID
+from povid.method.objectives.released import Released
 from povid.model.packing import Encoded
 from povid.model.policy import Policy
 from povid.training.datamodule import Example
-from povid.training.module import ObjectiveSettings
 from povid.training.reference_cache import ReferenceCache
 from povid.training.scoring import score
 
-COEFFICIENTS = ObjectiveSettings()
+OBJECTIVES: dict[str, Objective] = {"stage 1": DPO(), "eq5": POVID(), "released": Released()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +40,9 @@ class Arm:
     run: Callable[[Step, Tensor | None], Tensor]
 
 
-def loss_of(task: str, policy: LogProbs, reference: LogProbs) -> Objective:
-    c = COEFFICIENTS
-    if task == "stage 1":
-        return text_dispreference(policy, reference, alpha=c.alpha)
-    if task == "eq5":
-        return povid(policy, reference, alpha=c.alpha, beta_text=c.beta_text, beta_noise=c.beta_noise)
-    return released(policy, reference, beta=c.beta, weight_text=c.weight_text, weight_noise=c.weight_noise)
+def loss_of(task: str, policy: Terms, reference: Terms) -> Tensor:
+    """The mean loss of a batch."""
+    return OBJECTIVES[task](policy, reference, Terms()).loss_B.mean()
 
 
 @contextmanager
@@ -69,10 +67,8 @@ def ours(policy: Policy, task: str, cache: ReferenceCache | None = None) -> Arm:
     def run(step: Step, pinned: Tensor | None = None) -> Tensor:
         batch = step.text if task == "stage 1" else step.both
         known = cache.find(batch) if cache is not None else None
-        logps = score(
-            policy, batch, noise_on_clean_image=task == "released", noise_tokens_N=pinned, known_reference=known
-        )
-        loss = loss_of(task, *logps).loss_B.mean()
+        terms = OBJECTIVES[task].needs
+        loss = loss_of(task, *score(policy, batch, terms, noise_tokens_N=pinned, known_reference=known))
         loss.backward()
         return loss
 
@@ -84,7 +80,7 @@ def filled_cache(policy: Policy, steps: list[Step], folder) -> ReferenceCache:
     cache = ReferenceCache(folder, "bench" * 8)
     for step in steps:
         with torch.no_grad():
-            cache.keep(step.text, score(policy, step.text)[1])
+            cache.keep(step.text, score(policy, step.text, DPO.needs)[1])
     cache.flush()
     return cache
 
@@ -120,8 +116,10 @@ def _choose(logits_TV: Tensor, encoded: Encoded) -> Tensor:
     return logits_TV[:-1].argmax(-1)[mask]
 
 
-def _stacked(rows: list[list[Tensor]]) -> LogProbs:
-    return LogProbs(*(torch.stack(column) for column in zip(*rows)))
+def _stacked(task: str, rows: list[list[Tensor]]) -> Terms:
+    """Rows of [preferred, text] or [preferred, text, noise] as the terms of a task."""
+    names = ("preferred", "text", "noise_on_clean" if task == "released" else "noise")
+    return Terms(**{name: torch.stack(column) for name, column in zip(names, zip(*rows))})
 
 
 def plain(policy: Policy, task: str, *, checkpoint: bool = False) -> Arm:
@@ -145,7 +143,7 @@ def plain(policy: Policy, task: str, *, checkpoint: bool = False) -> Arm:
                 policy_rows.append(terms)
                 with policy.reference():
                     reference_rows.append(sides(example, chosen)[0])
-            loss = loss_of(task, _stacked(policy_rows), _stacked(reference_rows)).loss_B.mean()
+            loss = loss_of(task, _stacked(task, policy_rows), _stacked(task, reference_rows))
             loss.backward()
         return loss
 
@@ -179,7 +177,7 @@ def released_code(policy: Policy, *, checkpoint: bool = False) -> Arm:
                 policy_rows.append(sides(example, part))
                 with policy.reference():
                     reference_rows.append(sides(example, part))
-            loss = loss_of("released", _stacked(policy_rows), _stacked(reference_rows)).loss_B.mean()
+            loss = loss_of("released", *(_stacked("released", rows) for rows in (policy_rows, reference_rows)))
             loss.backward()
         return loss
 

@@ -6,9 +6,10 @@ import time
 from typing import Any
 
 from povid.bench.arms import ours
-from povid.bench.subject import Shape, Step, template_for, triples
+from povid.bench.subject import Shape, Step, paper_noise, template_for, triples
+from povid.method.objectives.povid import POVID
 from povid.model.policy import Policy
-from povid.training.datamodule import NoiseSettings, PreferenceDataModule
+from povid.training.datamodule import PreferenceDataModule
 
 
 def waiting(
@@ -23,8 +24,8 @@ def waiting(
     data = PreferenceDataModule(
         made,
         template_for(processor),
-        noise=NoiseSettings(),
-        text=True,
+        terms=POVID.needs,
+        distortion=paper_noise(),
         packable=True,
         batch_size=1,
         seed=0,

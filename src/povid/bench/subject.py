@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from povid.method.distortions.diffusion import Diffusion
+from povid.method.objectives.povid import POVID
 from povid.model.loading import LocalModel, LoraSettings
 from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
-from povid.training.datamodule import Example, NoiseSettings, PreferenceBatch, PreferenceDataset, collate
+from povid.training.datamodule import Example, PreferenceBatch, PreferenceDataset, collate
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,14 +193,21 @@ class Step:
     both: PreferenceBatch  # stage 2
 
 
+def paper_noise() -> Diffusion:
+    """Eq. 4 with the schedule of appendix A.1."""
+    from diffusers import DDPMScheduler
+
+    return Diffusion(DDPMScheduler(beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3))
+
+
 def steps(shape: Shape, processor: Any, *, count: int, batch_size: int, device: str) -> list[Step]:
     """Batches on the device. The noise draw is the same for every arm."""
-    dataset = PreferenceDataset(triples(shape, count * batch_size), template_for(processor), NoiseSettings(), seed=0)
+    dataset = PreferenceDataset(triples(shape, count * batch_size), template_for(processor), paper_noise(), seed=0)
     made = []
     for start in range(0, len(dataset), batch_size):
         examples = [dataset[i, 0] for i in range(start, start + batch_size)]
         examples = [e._replace(images=_to(e.images, device), noised=_to(e.noised, device)) for e in examples]
-        both = collate(examples, text=True, packable=True, padding_id=2)
+        both = collate(examples, POVID.needs, packable=True, padding_id=2)
         made.append(Step(examples, _to(both._replace(preferred=None, noised=None), device), _to(both, device)))
     return made
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from povid.bench.arms import COEFFICIENTS, Arm
+from povid.bench.arms import OBJECTIVES, Arm
 from povid.bench.subject import Step, twin
 from povid.model.policy import Policy
 
@@ -31,7 +31,7 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
         model=model,
         args=DPOConfig(
             folder,
-            beta=COEFFICIENTS.alpha,
+            beta=OBJECTIVES["stage 1"].alpha,
             gradient_checkpointing=checkpoint,
             bf16=policy.settings.dtype == "bfloat16",
             use_cpu=device.type == "cpu",
@@ -70,7 +70,7 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
 
 
 def inputs_of(step: Step, dtype: torch.dtype) -> dict[str, Tensor]:
-    """TRL's layout: all chosen rows, then all rejected ones, padded on the right; images repeated for the second half."""
+    """TRL's layout: all chosen rows, then all rejected ones, padded on the right, each half with the images."""
     rows = [e.preferred for e in step.examples] + [e.dispreferred for e in step.examples]
     longest = max(len(row.input_ids) for row in rows)
     device = step.text.pairs.input_ids_BT.device

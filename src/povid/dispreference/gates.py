@@ -1,14 +1,15 @@
-"""Quality gates: why a pair is no hallucinated version of its answer. Each reason is counted under its own name."""
+"""Quality gates: why a reply is not a hallucinated version of its answer. Each reason is counted under its name."""
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import asdict, dataclass
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from povid.dispreference.parse import Parsed, Unusable, parse
 from povid.dispreference.rows import Row
-from povid.fault import Fault
 from povid.preferences.differences import FUNCTION, changes, overlap, words
 
 _REFUSAL = re.compile(
@@ -27,28 +28,29 @@ _LEAKS = re.compile(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Gates:
+class Gates(BaseModel):
     """Bounds that a pair must keep.
 
-    Args:
-        least_overlap, most_overlap: share of words in common, in order (0 to 1); below, everything was changed.
+    Attributes:
+        least_overlap, most_overlap: share of words in common and in order, 0 to 1.
         least_length, most_length: words of the dispreferred per word of the preferred.
-        short: answers of at most this many words may change wholly ("Two" for "Three"), so bounds do not hold there.
+        short: answers of at most this many words may change completely ("Two" for "Three"), so bounds do not apply.
     """
 
-    least_overlap: float = 0.25
-    most_overlap: float = 0.995
-    least_length: float = 0.4
-    most_length: float = 2.5
-    short: int = 6
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    def __post_init__(self) -> None:
-        for key, value in asdict(self).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise Fault(f"gates.{key}: found {value!r}, needed a number of at least 0")
-        if self.least_overlap >= self.most_overlap or self.least_length >= self.most_length:
-            raise Fault("gates: each least_ must be smaller than its most_")
+    least_overlap: float = Field(0.25, ge=0)
+    most_overlap: float = Field(0.995, ge=0)
+    least_length: float = Field(0.4, ge=0)
+    most_length: float = Field(2.5, ge=0)
+    short: int = Field(6, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        for least, most in (("least_overlap", "most_overlap"), ("least_length", "most_length")):
+            if getattr(self, least) >= getattr(self, most):
+                raise ValueError(f"{least} must be smaller than {most}")
+        return self
 
 
 def judge(row: Row, reply: str, finish_reason: str, gates: Gates) -> Parsed:
@@ -128,9 +130,9 @@ def _faithful(answer: str, reorganised: str) -> bool:
 
 
 def foreign(expected: str, said: str) -> bool:
-    """Whether ``said`` is in another script or, both being Latin, lacks the English function words of ``expected``.
+    """Whether ``said`` is in another script or, both being Latin, has too few English function words for English.
 
-    The second test needs eight words on both sides and is no language detector: it knows English from the rest.
+    The second test needs eight words on both sides. It only tells English from other languages.
     """
     here, there = _scripts(expected), _scripts(said)
     if there and sum(share for script, share in there.items() if script not in here) > 0.2:

@@ -1,8 +1,8 @@
-"""Asks an endpoint for a dispreferred version of every answer, and asks again where a reply cannot be used.
+"""Asks an endpoint for a dispreferred version of every answer, and asks again when a reply cannot be used.
 
-Everything that a run has learned lies in ``OUT.run``: replies.jsonl (append-only, each reply the moment it arrives),
-run.json (what the run is), rejects.jsonl and the report. A run that was killed goes on where it was when it is started
-again with the same settings; the set it yields depends on the replies alone, not on their order.
+The folder ``OUT.run`` keeps all that a run needs to resume: replies.jsonl (each reply appended the moment it arrives),
+run.json (what identifies the run), rejects.jsonl and the report. A killed run resumes when it is started again with the
+same settings; its result depends on the replies alone, not on their order.
 """
 
 from __future__ import annotations
@@ -11,75 +11,100 @@ import fcntl
 import hashlib
 import json
 import logging
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from povid.dispreference.gates import Gates, judge
 from povid.dispreference.parse import Unusable
 from povid.dispreference.prompts import CAPTIONING, REASONING, prompt
-from povid.dispreference.rows import Row
+from povid.dispreference.rows import Made, Row
 from povid.fault import Fault
-from povid.preferences.formats import write_atomically
+from povid.files import write_text
 from povid.preferences.triple import Triple
-from povid.server.endpoint import Endpoint, NoReply, Request, image_part
+from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(BaseModel):
     """How the endpoint is asked.
 
-    ``attempts`` samples per row at most; pictures of at most ``max_side`` pixels; ``send_seed`` sends the sample's
-    number as ``seed``, so that servers that honour it give the same set again.
+    Attributes:
+        temperature: at least 0.
+        max_tokens: longest reply, in tokens.
+        attempts: samples per row before it is set aside.
+        max_side: pixels of the longer side of the picture that is sent.
+        send_seed: send the number of the sample as ``seed``; servers that honour it then give the same replies again.
     """
 
-    temperature: float = 1.0
-    max_tokens: int = 1024
-    attempts: int = 4
-    max_side: int = 768
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    temperature: float = Field(1.0, ge=0)
+    max_tokens: int = Field(1024, ge=1)
+    attempts: int = Field(4, ge=1)
+    max_side: int = Field(768, ge=16)
     send_seed: bool = True
 
-    def __post_init__(self) -> None:
-        for key, least in (("attempts", 1), ("max_tokens", 1), ("max_side", 16)):
-            value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise Fault(f"sampling.{key}: found {value!r}, needed a whole number of at least {least}")
-        if isinstance(self.temperature, bool) or not isinstance(self.temperature, int | float) or self.temperature < 0:
-            raise Fault(f"sampling.temperature: found {self.temperature!r}, needed a number of at least 0")
 
+class VisionModel(BaseModel):
+    """Dispreferred answers from a vision model behind an OpenAI-compatible server, by Table 6's prompts.
 
-@dataclass(slots=True)
-class Yield:
-    """What became of the rows.
-
-    ``triples`` are in the order of the rows and ``kinds`` beside them; ``rejects`` holds (id, reasons of all tries);
-    ``reasons`` counts every reply that could not be used; ``cost`` and ``tokens`` are those of the whole run.
+    Attributes:
+        give_up: leave out rows that the server never answered, instead of stopping.
+        estimate_only: print what the run would cost at most, and stop.
     """
 
-    triples: list[Triple] = field(default_factory=list)
-    kinds: list[str] = field(default_factory=list)
-    rejects: list[tuple[str, list[str]]] = field(default_factory=list)
-    reasons: Counter[str] = field(default_factory=Counter)
-    replies: int = 0
-    cost: float = 0.0
-    tokens: int = 0
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = "endpoint"
+    endpoint: EndpointSettings
+    sampling: Sampling = Sampling()
+    gates: Gates = Gates()
+    give_up: bool = False
+    estimate_only: bool = False
+
+    def identity(self, seed: int) -> dict[str, Any]:
+        """What the result depends on besides the rows."""
+        model = self.endpoint.model
+        return {"model": model, "sampling": self.sampling.model_dump(), "gates": self.gates.model_dump()}
+
+    def generate(self, rows: Sequence[Row], folder: Path, seed: int) -> Made | None:
+        """Ask for every row, keeping each reply in ``folder``; None if only an estimate was wanted."""
+        endpoint = Endpoint(self.endpoint, folder / "replies.jsonl")
+        print(estimate(rows, endpoint, self.sampling), file=sys.stderr, flush=True)
+        if self.estimate_only:
+            return None
+        made = generate(rows, endpoint, self.sampling, self.gates, give_up=self.give_up)
+        made.figures["model"] = self.endpoint.model
+        return made
+
+    def __call__(self, triples: Sequence[Triple], **_: Any) -> list[Triple]:
+        """A run does not wait for a server.
+
+        Raises:
+            Fault: always; says how to generate the file first.
+        """
+        raise Fault(
+            "dispreference=endpoint is not available in training; write the dispreferences to a file first with "
+            "python -m povid.dispreference, and train on that file with data=povid_17k data.root=FOLDER data.file=FILE"
+        )
 
 
 def folder_of(out: Path) -> Path:
-    """Where a run keeps what it needs to go on."""
+    """The folder in which a run keeps what it needs to resume."""
     return out.with_name(out.name + ".run")
 
 
 @contextmanager
 def claimed(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
-    """Hold ``out`` against other processes and against other runs; yields the run's folder.
+    """Lock ``out`` against other processes and other runs; yields the run's folder.
 
     Raises:
         Fault: another process writes there, or ``out`` exists and is not this run's own.
@@ -94,17 +119,17 @@ def claimed(out: Path, identity: dict[str, Any]) -> Iterator[Path]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Fault(f"another process is writing {out}; wait for its end or choose another out") from None
+            raise Fault(f"another process is writing {out}; wait until it ends or choose another out") from None
         note = folder / "run.json"
         here = json.dumps(identity, sort_keys=True, indent=1)
         if out.exists() and (not note.exists() or note.read_text(encoding="utf-8") != here):
             raise Fault(f"{out} exists and comes from other rows or settings; remove it or choose another out")
-        write_atomically(note, here.encode())
+        write_text(note, here)
         yield folder
 
 
 def identity(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
-    """What makes two runs the same: the rows, both prompts and all ``settings`` that the result depends on."""
+    """What makes two runs the same: the rows, both prompts and the ``settings`` that the result depends on."""
     digest = hashlib.sha256()
     for row in rows:
         image = row.image if isinstance(row.image, bytes) else row.image.name.encode()
@@ -115,11 +140,11 @@ def identity(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
 
 
 def estimate(rows: Sequence[Row], endpoint: Endpoint, sampling: Sampling) -> str:
-    """What the run may take at most, in one sentence, before anything is sent."""
+    """One sentence about what the run can cost at most; nothing is sent."""
     asked = [endpoint.estimate(_request(row, sampling, 0, _NO_PICTURE)) for row in rows]
     tokens, cost = sum(one.tokens for one in asked), sum(one.cost for one in asked)
     money = f" and {cost:,.2f}" if cost else " (give input_price and output_price to see it in money)"
-    spent = f"; {endpoint.total.tokens:,} tokens were spent before" if endpoint.total.tokens else ""
+    spent = f"; {endpoint.total.tokens:,} tokens have been spent before" if endpoint.total.tokens else ""
     return (
         f"{len(rows):,} rows take at most {tokens:,} tokens{money} for one sample each, and at most "
         f"{sampling.attempts} times that if every sample is refused{spent}"
@@ -137,18 +162,19 @@ def generate(
     *,
     give_up: bool = False,
     quiet: bool = False,
-) -> Yield:
-    """Ask for every row until a reply passes the gates or ``attempts`` samples were refused.
+) -> Made:
+    """Ask for every row until a reply passes the gates or ``attempts`` samples have been refused.
 
     A row whose picture cannot be opened is set aside. ``give_up`` also sets aside rows that the server never answered.
 
     Raises:
-        Fault: the budget is reached, or some rows stay without a reply; all replies are kept for the next start.
+        Fault: the budget is reached, or some rows got no reply; all replies are kept for the next start.
     """
-    result, accepted = Yield(), {}
+    result, accepted = Made(), {}
     refused: dict[int, list[str]] = {}
     silent: dict[int, str] = {}
     waiting = list(range(len(rows)))
+    replies = 0
     with tqdm(total=len(rows), desc="dispreferences", unit="row", disable=quiet, smoothing=0.05) as bar:
         for attempt in range(sampling.attempts):
             asked: list[int] = []
@@ -157,14 +183,14 @@ def generate(
                 if isinstance(reply, NoReply):
                     silent[index] = str(reply)
                     continue
-                result.replies += 1
+                replies += 1
                 try:
                     accepted[index] = judge(rows[index], reply.text, reply.finish_reason, gates)
                 except Unusable as reason:
                     refused.setdefault(index, []).append(str(reason))
                 if index in accepted or len(refused.get(index, ())) == sampling.attempts:
                     if reply.cached and not quiet:
-                        bar.initial += 1  # replies from disk say nothing about the server's pace
+                        bar.initial += 1  # replies from disk do not show the server's speed
                     bar.update()
                 bar.set_postfix_str(
                     f"cost {endpoint.total.cost:.2f}, {endpoint.total.tokens:,} tokens, sample {attempt + 1}",
@@ -178,7 +204,7 @@ def generate(
     if silent and not give_up:
         raise Fault(
             f"{len(silent)} of {len(rows)} rows got no reply (first: {next(iter(silent.values()))}); all other "
-            "replies are kept, so start again to ask only these, or set give_up=true to leave them out"
+            "replies are kept: start again to ask only for these, or set give_up=true to leave them out"
         )
     for index in sorted(accepted):
         row, found = rows[index], accepted[index]
@@ -188,7 +214,7 @@ def generate(
     result.reasons.update("no reply" for _ in silent)
     for index in sorted(set(range(len(rows))) - set(accepted)):
         result.rejects.append((rows[index].id, refused.get(index, []) + ["no reply"] * (index in silent)))
-    result.cost, result.tokens = endpoint.total.cost, endpoint.total.tokens
+    result.figures = {"replies": replies, "tokens": endpoint.total.tokens, "cost": endpoint.total.cost}
     return result
 
 
@@ -203,7 +229,7 @@ def _requests(
     asked: list[int],
     refused: dict[int, list[str]],
 ) -> Iterator[Request]:
-    """One request per waiting row; ``asked`` is filled with the rows in the order in which they are sent."""
+    """One request per waiting row; ``asked`` collects the rows in the order in which they are sent."""
     for index in waiting:
         try:
             part = image_part(rows[index].image, sampling.max_side)
@@ -225,8 +251,3 @@ def _request(row: Row, sampling: Sampling, attempt: int, part: dict[str, Any]) -
         f"record {row.id!r}",
         {"seed": attempt} if sampling.send_seed else {},
     )
-
-
-def settings_of(sampling: Sampling, gates: Gates, model: str) -> dict[str, Any]:
-    """The settings that :func:`identity` has to know about."""
-    return {"model": model, "sampling": asdict(sampling), "gates": asdict(gates)}

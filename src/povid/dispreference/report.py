@@ -1,4 +1,4 @@
-"""What a run of dispreferences yielded: figures as JSON and text, and a page of twenty triples."""
+"""The report of a run: figures as JSON and text, and a page of twenty triples."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from povid.dispreference.gates import has_reason
+from povid.files import write_json, write_text
 from povid.preferences.differences import changes, overlap, words
-from povid.preferences.formats import write_atomically
 from povid.preferences.show import bars, write_page
 from povid.preferences.triple import Triple
 
@@ -75,9 +75,9 @@ def write_report(
     rejects: Sequence[tuple[str, Sequence[str]]],
 ) -> None:
     """Write report.json, rejects.jsonl and, if there are triples, report.html into ``folder``."""
-    write_atomically(folder / "report.json", json.dumps(numbers, indent=1, ensure_ascii=False).encode())
+    write_json(folder / "report.json", numbers)
     lines = [json.dumps({"id": id, "reasons": list(tries)}, ensure_ascii=False) for id, tries in rejects]
-    write_atomically(folder / "rejects.jsonl", "".join(line + "\n" for line in lines).encode())
+    write_text(folder / "rejects.jsonl", "".join(line + "\n" for line in lines))
     if triples:
         boxes = "".join(
             (
@@ -104,7 +104,7 @@ def write_report(
 
 
 def summary(numbers: Mapping[str, Any]) -> str:
-    """The figures for a terminal, a line each."""
+    """The figures for a terminal, one line each."""
 
     def listed(key: str, most: int = 8) -> str:
         return ", ".join(f"{name} {count}" for name, count in list(numbers[key].items())[:most]) or "none"

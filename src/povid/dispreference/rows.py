@@ -1,16 +1,18 @@
-"""What dispreferences are made from: LLaVA-Instruct records, or rows of image, question and answer."""
+"""What dispreferences are made from (LLaVA-Instruct records, or rows of image, question and answer) and become."""
 
 from __future__ import annotations
 
+import functools
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from povid.dispreference.prompts import KINDS, Kind, kind_of
 from povid.fault import Fault
-from povid.preferences.formats import conversation_turns
-from povid.preferences.records import gather, mapping, member, name_of, picture, show, text
+from povid.preferences.pictures import find_picture
+from povid.preferences.records import IMAGE_MARKER, gather, member, name_of, number_of, show, text, turns_of
 from povid.preferences.triple import Triple, Turn
 
 
@@ -26,6 +28,7 @@ class Row:
     earlier: tuple[Turn, ...] = ()
 
     def triple(self, preferred: str, dispreferred: str) -> Triple:
+        """The preference record with these two answers."""
         asked = (*self.earlier, Turn("user", self.question))
         return Triple(
             self.id,
@@ -36,56 +39,67 @@ class Row:
         )
 
 
+@dataclass(slots=True)
+class Made:
+    """What became of the rows.
+
+    Attributes:
+        triples: in the order of their rows, with the ``kinds`` of their prompts beside them.
+        rejects: (id, reasons of all attempts) of each row that was set aside.
+        reasons: counts the replies that could not be used, by reason.
+        figures: further figures for the report.
+    """
+
+    triples: list[Triple] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    rejects: list[tuple[str, list[str]]] = field(default_factory=list)
+    reasons: Counter[str] = field(default_factory=Counter)
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
 def read_rows(
     path: Path, images: Path, *, kind: str = "auto", rounds: str = "first", skipped: list[str] | None = None
 ) -> list[Row]:
     """Read JSON, JSON Lines, CSV or parquet.
 
-    A record has ``image`` and either ``conversations`` (LLaVA-Instruct) or ``question`` and ``answer``; ``id`` may be
-    absent from the latter. Its own ``prompt`` (captioning or reasoning) goes before ``kind``, which is one of them or
-    ``auto`` (:func:`kind_of`). ``rounds`` of a conversation: ``first`` takes its first question, ``each`` makes a row
-    of every one, with the turns before it kept. ``skipped`` as in :mod:`povid.preferences.formats`.
+    A record has ``image`` and either ``conversations`` (LLaVA-Instruct) or ``question`` and ``answer``; the latter need
+    no ``id``. A record's own ``prompt`` (captioning or reasoning) takes precedence over ``kind``, which is one of them
+    or ``auto`` (:func:`kind_of`). Of a conversation, ``rounds=first`` takes the first question and ``each`` makes a row
+    of every question, with the turns before it kept. ``skipped`` as in :mod:`povid.preferences.formats`.
 
     Raises:
-        Fault: file, entry, record and key of the first record that cannot be used, or how many pictures are missing.
+        Fault: names file, entry, record and key of the first record that cannot be used, or counts missing pictures.
     """
     if kind != "auto" and kind not in KINDS:
         raise Fault(f"prompt={kind} does not exist; choose auto, captioning or reasoning")
     if rounds not in ("first", "each"):
         raise Fault(f"rounds={rounds} does not exist; choose first or each")
-    if not Path(images).is_dir():
-        raise Fault(f"image folder {images} does not exist; give the folder that holds the pictures of {path}")
-    rows = gather(
-        path,
-        images,
-        skipped,
-        lambda record, place: _rows(mapping(record, "record"), Path(images), place.rpartition(" ")[2], kind, rounds),
-        "set skip_bad=true",
-    )
+    rows = gather(path, Path(images), skipped, functools.partial(_rows, kind=kind, rounds=rounds))
     if not rows:
-        raise Fault(f"{path} holds no record that can be used; mend those that were skipped")
+        raise Fault(f"{path} holds no usable record; fix those that were skipped")
     return rows
 
 
-def _rows(record: Mapping[str, Any], images: Path, number: str, kind: str, rounds: str) -> Iterator[Row]:
+def _rows(record: Mapping[str, Any], images: Path | None, place: str, kind: str, rounds: str) -> Iterator[Row]:
+    number = number_of(place)
     at = f"record {show(record['id'])}" if "id" in record else f"record {number}"
     id = name_of(record["id"], at) if record.get("id") is not None else number
-    image = picture(member(record, "image", at), images, at)
+    image = find_picture(member(record, "image", at), images, at)
     if "conversations" in record:
-        turns = conversation_turns(record["conversations"], at, "conversations")
+        turns = turns_of(record["conversations"], at, "conversations")
         if len(turns) % 2 or any(turn.role != ("user", "assistant")[n % 2] for n, turn in enumerate(turns)):
             raise Fault(
-                f"{at}: conversations must alternate human and gpt and end with gpt; mend the record or remove it"
+                f"{at}: conversations must alternate human and gpt and end with gpt; fix the record or remove it"
             )
     else:
-        asked = text(member(record, "question", at), at, "question").replace("<image>", "").strip()
+        asked = text(member(record, "question", at), at, "question").replace(IMAGE_MARKER, "").strip()
         turns = (
             Turn("user", text(asked, at, "question")),
             Turn("assistant", text(member(record, "answer", at), at, "answer")),
         )
     own = record.get("prompt")
     if own is not None and own not in KINDS:
-        raise Fault(f"{at}: prompt must be captioning or reasoning, found {show(own)}; mend the record")
+        raise Fault(f"{at}: prompt must be captioning or reasoning, found {show(own)}; correct it")
     count = 1 if rounds == "first" else len(turns) // 2
     for turn in range(count):
         question, answer = turns[2 * turn].text, turns[2 * turn + 1].text

@@ -1,4 +1,4 @@
-"""Captions and answers in batches; questions about one image share its prefix, which is computed once.
+"""Captions and answers in batches; the prefix that questions about one image share is computed once.
 
 Shape suffixes: R = rows (questions) of a batch, V = vocabulary.
 """
@@ -28,9 +28,9 @@ log = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class Group:
-    """Questions about one image: their places in the list, token ids of each prompt, and the image's tensors.
+    """Questions about one image: their indices, the token ids of each prompt, and the image's tensors.
 
-    Questions without an image are groups of one with no tensors.
+    A question without an image is a group by itself, without tensors.
     """
 
     indices: list[int]
@@ -39,7 +39,7 @@ class Group:
 
     @property
     def shared(self) -> int:
-        """Length of the beginning (image included) that all prompts share."""
+        """Length of the prefix, image included, that all prompts share."""
         first = self.prompts[0]
         return min(shared_length(first, other) for other in (self.prompts[1:] or [first]))
 
@@ -49,10 +49,14 @@ class Answers:
     """An ``Answerer`` for a loaded policy (see ``povid.model.question``).
 
     Args:
-        policy, template: the model and how it is spoken to.
-        batch_size: rows generated together; on a GPU fewer, where the memory asks for it.
-        seed: of sampling; a question's answer depends on the seed and its id, not on the batch it falls into.
-        share_prefix: compute an image's prefix once for all questions about it (token for token the same answers).
+        policy, template: the model and how it is prompted.
+        batch_size: rows generated together; on a GPU fewer if the memory is short.
+        seed: of sampling. A question's answer depends on seed, id and text, not on its batch.
+        share_prefix: compute an image's prefix once for all questions about it; the answers are the same.
+
+    Raises:
+        Fault: a prompt is longer than the model reads, an image is missing or broken, or a question has no image and
+            the model needs one.
     """
 
     policy: Policy
@@ -61,11 +65,11 @@ class Answers:
     seed: int = 0
     share_prefix: bool = True
 
-    @torch.inference_mode()  # as a decorator it ends at every yield
+    @torch.inference_mode()  # a decorator, since the context manager would stay active between yields
     def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
         self.policy.eval()
         batches = self._batches(questions)
-        with ThreadPoolExecutor(1) as ahead:  # pictures are decoded while the model generates
+        with ThreadPoolExecutor(1) as ahead:  # decodes the next batch's pictures while the model generates
             future = ahead.submit(self._prepare, questions, batches[0]) if batches else None
             for number in range(len(batches)):
                 groups = future.result()
@@ -75,9 +79,9 @@ class Answers:
                     yield from self._answer(questions, part, decoding)
 
     def _batches(self, questions: Sequence[Question]) -> list[list[list[int]]]:
-        """Batches of groups of question numbers: an image's questions together, like lengths together.
+        """Question indices by batch and group: questions of an image together, and then by similar length.
 
-        Questions with and without an image do not mix.
+        A batch holds questions with an image or without one, never both.
         """
         share = self.share_prefix and self.policy.packable and not self.policy.architecture.question_in_image
         by_image: dict[object, list[int]] = {}
@@ -98,7 +102,7 @@ class Answers:
         return batches
 
     def _affordable(self, groups: list[Group], decoding: Decoding) -> int:
-        """Rows whose keys and values fit into two thirds of the GPU's free memory."""
+        """The number of rows whose keys and values fit into two thirds of the GPU's free memory."""
         from povid.model.key_values import bytes_per_token
 
         parameter = next(self.policy.parameters())
@@ -120,8 +124,8 @@ class Answers:
             for i, entry in zip(indices, encoded):
                 if longest and len(entry.input_ids) >= longest:
                     raise Fault(
-                        f"question {questions[i].id!r}: its prompt takes {len(entry.input_ids)} tokens and the "
-                        f"model reads no more than {longest}; shorten or remove the question"
+                        f"question {questions[i].id!r}: its prompt takes {len(entry.input_ids)} tokens, and the "
+                        f"model reads at most {longest}, answer included; shorten or remove the question"
                     )
             groups.append(Group(indices, [entry.input_ids for entry in encoded], images))
         return groups
@@ -131,15 +135,14 @@ class Answers:
     ) -> Iterator[tuple[int, str]]:
         if self.policy.architecture.needs_image and not groups[0].images:
             raise Fault(
-                f"question {questions[groups[0].indices[0]].id!r} has no image and {self.policy.model_type!r} "
-                "models cannot answer without one; leave such questions out"
+                f"question {questions[groups[0].indices[0]].id!r} has no image, and {self.policy.model_type!r} "
+                "models cannot answer without one; remove the question"
             )
         device = next(self.policy.parameters()).device
         images = {key: tensor.to(device) for key, tensor in stack([group.images for group in groups]).items()}
         indices = [index for group in groups for index in group.indices]
-        produced = (self._generate if self.policy.packable else self._generate_plain)(
-            groups, images, decoding, [self._generator(questions[index]) for index in indices]
-        )
+        generate = self._generate if self.policy.packable else self._generate_unpacked
+        produced = generate(groups, images, decoding, [self._generator(questions[index]) for index in indices])
         for row, tokens in produced:
             yield indices[row], self.template.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
@@ -150,9 +153,8 @@ class Answers:
     def _generate(
         self, groups: list[Group], images: dict[str, Tensor], decoding: Decoding, generators: list[torch.Generator]
     ) -> Iterator[tuple[int, list[int]]]:
-        """(row, tokens) as rows come to their end. One forward for the images' prefixes, one for all questions' rests,
-        then one per token."""
-        from povid.model.key_values import key_values  # transformers takes seconds to import
+        """(row, tokens) as rows end: a forward pass for all prefixes, one for all remaining prompts, one per token."""
+        from povid.model.key_values import key_values  # imports transformers, which takes seconds
 
         policy, network = self.policy, self.policy.network
         device = next(policy.parameters()).device
@@ -161,7 +163,7 @@ class Answers:
         ends = _end_tokens(network, self.template)
 
         shared = [group.shared for group in groups]
-        prefix, mask = _left_pad([group.prompts[0][:n] for group, n in zip(groups, shared)], pad, device)
+        prefix, mask = _left_pad([group.prompts[0][:length] for group, length in zip(groups, shared)], pad, device)
         cache = key_values(network.config.get_text_config())
         read = partial(decoder, use_cache=True, **{_cache_name(decoder): cache})
         read(
@@ -173,7 +175,7 @@ class Answers:
         if owners != list(range(len(groups))):
             cache.batch_select_indices(torch.tensor(owners, device=device))
             mask = mask[owners]
-        rests = [prompt[n:] for group, n in zip(groups, shared) for prompt in group.prompts]
+        rests = [prompt[length:] for group, length in zip(groups, shared) for prompt in group.prompts]
         ids, rest_mask = _left_pad(rests, pad, device)
         rows = list(range(len(owners)))
         tokens: list[list[int]] = [[] for _ in rows]
@@ -200,7 +202,7 @@ class Answers:
             if not going:
                 return
             ids, positions = chosen[:, None], positions[:, -1:] + 1
-            if len(going) <= 0.875 * len(rows):  # finished rows are dropped; that copies the cache, so not one by one
+            if len(going) <= 0.875 * len(rows):  # dropping finished rows copies the cache, so it happens seldom
                 keep = torch.tensor(going, device=device)
                 cache.batch_select_indices(keep)
                 ids, positions, mask = ids[keep], positions[keep], mask[keep]
@@ -208,16 +210,16 @@ class Answers:
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
 
     def _stops(self, tokens: list[int], decoding: Decoding) -> bool:
-        """Whether the text of ``decoding.stop`` is complete with the last token."""
+        """Whether the last token completes the text ``decoding.stop``."""
         if decoding.stop is None:
             return False
-        last = tokens[-len(decoding.stop.encode()) - 1 :]  # a token is a byte at least
+        last = tokens[-len(decoding.stop.encode()) - 1 :]  # a token is at least one byte
         return decoding.stop in self.template.processor.tokenizer.decode(last, skip_special_tokens=True)
 
-    def _generate_plain(
+    def _generate_unpacked(
         self, groups: list[Group], images: dict[str, Tensor], decoding: Decoding, generators: list[torch.Generator]
     ) -> Iterator[tuple[int, list[int]]]:
-        """transformers' own generation, for models whose language model needs more than tokens and positions."""
+        """``_generate`` by transformers' own generation, for models whose sequences cannot be packed."""
         network = self.policy.network
         device = next(self.policy.parameters()).device
         pad = self.template.processor.tokenizer.pad_token_id or 0
@@ -256,7 +258,7 @@ class Answers:
 
 
 def split(groups: list[Group], rows: int) -> Iterator[list[Group]]:
-    """Groups in parts of at most ``rows`` questions; a larger group is taken apart."""
+    """Split groups into parts of at most ``rows`` questions each; a larger group is divided."""
     part: list[Group] = []
     for group in groups:
         for i in range(0, len(group.indices), rows):
@@ -269,14 +271,15 @@ def split(groups: list[Group], rows: int) -> Iterator[list[Group]]:
         yield part
 
 
-def _end_tokens(network: torch.nn.Module, template: Template) -> set[int]:
+def _end_tokens(network: nn.Module, template: Template) -> set[int]:
+    """Tokens after which an answer ends."""
     ends = getattr(network.generation_config, "eos_token_id", None)
     ends = ends if isinstance(ends, list) else [ends]
     return {token for token in (*ends, template.processor.tokenizer.eos_token_id) if token is not None}
 
 
 def _cache_name(decoder: nn.Module) -> str:
-    """What a decoder calls its keys and values: ``cache`` since transformers 5.24, where the old name is to go."""
+    """The name of a decoder's key-value argument: ``cache`` from transformers 5.24 on, before ``past_key_values``."""
     return "cache" if "cache" in inspect.signature(decoder.forward).parameters else "past_key_values"
 
 
@@ -289,12 +292,12 @@ def _left_pad(rows: list[list[int]], pad: int, device: torch.device) -> tuple[Te
 
 
 def _choose(logits_RV: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:
-    """Greedy at temperature 0, else a sample, each row from its own generator. [R]"""
+    """A token per row, [R]: greedy at temperature 0, else sampled from the row's own generator."""
     return (_noisy(logits_RV, temperature, generators) if temperature else logits_RV).argmax(-1)
 
 
 def _noisy(logits_RV: Tensor, temperature: float, generators: list[torch.Generator]) -> Tensor:
-    """Logits whose largest entry is a sample of softmax(logits / temperature) (Gumbel-max)."""
+    """Logits [R, V] whose largest entry is a sample of softmax(logits / temperature) (the Gumbel-max trick)."""
     uniform = torch.stack([torch.rand(logits_RV.shape[1], generator=generator) for generator in generators])
     gumbel = -(-uniform.clamp(min=1e-20).log()).clamp(min=1e-20).log()
     return logits_RV.float() / temperature + gumbel.to(logits_RV.device)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens that were read, with room for those to come."""
+"""A key-value cache with room for the tokens to come."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
 
-ROOM = 64  # tokens; transformers' own layer has room for none and copies everything for each
+ROOM = 64  # tokens; transformers' own layer has no room and copies everything for every token
 
 
 class RoomyLayer(DynamicLayer):
-    """One layer's keys and values [B, heads, T, width], copied once in ``ROOM`` tokens."""
+    """One layer's keys and values [B, heads, T, width], which are copied once in ``ROOM`` tokens."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **unused: Any) -> tuple[Tensor, Tensor]:
-        """Append along T; returns all keys and all values."""
+        """Append along T. Returns all keys and all values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self.space: tuple[Tensor, Tensor] | None = None
@@ -45,7 +45,7 @@ class RoomyLayer(DynamicLayer):
 
 
 def key_values(config: Any) -> Cache:
-    """An empty cache for a language model; one whose layers look back a bounded way gets transformers' own."""
+    """An empty cache for a language model; with sliding-window attention it is transformers' own."""
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or getattr(config, "sliding_window", None):
         return DynamicCache(config=config)
@@ -53,7 +53,7 @@ def key_values(config: Any) -> Cache:
 
 
 def bytes_per_token(network: torch.nn.Module) -> int:
-    """Memory of one token's keys and values over all layers."""
+    """Bytes that one token's keys and values take over all layers."""
     config = network.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads

@@ -1,7 +1,7 @@
-"""Token sequences of a batch: packed so that what preferred and dispreferred share is computed once.
+"""A batch's token sequences, packed so that the prefix shared by preferred and dispreferred is computed once.
 
-Shape suffixes: B = examples, T = packed length, U = positions from which some response token is predicted,
-N = response tokens of one side over the whole batch.
+Shape suffixes: B = examples, T = packed length, U = positions that predict a response token, N = response tokens of
+one side over the whole batch.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Encoded:
 class Side(NamedTuple):
     """The response tokens of one side of the pairs.
 
-    ``example_N`` names the example in the batch, ``position_N`` the place among the U predicting positions and
-    ``token_N`` the token that is predicted there. ``weight_N``: the weights of an objective that weights tokens.
+    ``example_N`` is the example's index in the batch, ``position_N`` the index among the U predicting positions, and
+    ``token_N`` the token that is predicted there. ``weight_N``: weights, for an objective that weights tokens.
     """
 
     example_N: Tensor
@@ -38,14 +38,14 @@ class Side(NamedTuple):
 
 
 class Packed(NamedTuple):
-    """Sequences ``[shared | rest of y_w | rest of y_l]``; without a dispreferred side just the preferred one.
+    """Sequences ``[shared | rest of y_w | rest of y_l]``, or without a dispreferred side just the preferred ones.
 
-    Positions of both rests go on from the shared part. The shared part is the longest common beginning, which holds
-    image and prompt and whatever the responses have in common.
+    The shared part is the longest common prefix: image, prompt, and the first tokens that both responses have in
+    common. The positions of both rests continue from it.
 
-    ``example_U`` and ``column_U`` say where response tokens are predicted from; ``columns_BU`` holds the same columns
-    row by row (filled with column 0) and ``slot_U`` the place of each in its row. ``causal``: plain causal attention
-    is all there is to the mask.
+    ``example_U`` and ``column_U`` are the positions that predict response tokens; ``columns_BU`` holds the same columns
+    by example (padded with column 0) and ``slot_U`` the index of each in its row. ``causal``: the mask is plain causal
+    attention.
     """
 
     input_ids_BT: Tensor
@@ -64,7 +64,7 @@ class Packed(NamedTuple):
         return self.input_ids_BT.shape[0]
 
     def attention(self) -> Tensor:
-        """[B, 1, T, T] bool: causal, and y_l does not see y_w. Padding sees itself alone (a row of nothing is NaN)."""
+        """[B, 1, T, T] bool: causal, and y_l does not see y_w. Padding sees itself (softmax of an empty row is NaN)."""
         length = self.segment_BT.shape[1]
         causal_TT = torch.ones(length, length, dtype=torch.bool, device=self.segment_BT.device).tril()
         query, key = self.segment_BT[:, :, None], self.segment_BT[:, None, :]
@@ -73,13 +73,13 @@ class Packed(NamedTuple):
         return (visible | itself)[:, None]
 
     def additive_attention(self, dtype: torch.dtype) -> Tensor:
-        """The same as what is added to attention's scores: 0, or the lowest number where nothing may be seen."""
+        """``attention`` as a term of the attention scores: 0 where visible, elsewhere the dtype's lowest number."""
         mask = self.attention()
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def shared_length(preferred: Sequence[int], dispreferred: Sequence[int]) -> int:
-    """Length of the longest common beginning, at most one less than the shorter sequence."""
+    """Length of the longest common prefix, at most one less than the shorter sequence."""
     limit = min(len(preferred), len(dispreferred)) - 1
     for i in range(limit):
         if preferred[i] != dispreferred[i]:
@@ -88,10 +88,10 @@ def shared_length(preferred: Sequence[int], dispreferred: Sequence[int]) -> int:
 
 
 def pack(preferred: Sequence[Encoded], dispreferred: Sequence[Encoded] | None, *, padding_id: int = 0) -> Packed:
-    """Pack a batch of conversations (right-padded). ``dispreferred=None`` packs the preferred side alone.
+    """Pack a batch of conversations, padded on the right. ``dispreferred=None`` packs the preferred side alone.
 
-    A response token is predicted from the position before it; the first tokens after the shared part are both
-    predicted from the shared part's last position.
+    A response token is predicted at the position before it. The first token of either rest is predicted at the shared
+    part's last position.
     """
     rows: list[tuple[list[int], list[int], list[int]]] = []
     columns: list[list[int]] = []
@@ -118,7 +118,6 @@ def pack(preferred: Sequence[Encoded], dispreferred: Sequence[Encoded] | None, *
         columns.append(sorted(used))
 
     longest = max(len(tokens) for tokens, _, _ in rows)
-
     most = max(map(len, columns))
 
     def padded(values: list[int], filler: int, length: int = longest) -> list[int]:
@@ -151,7 +150,7 @@ def pack(preferred: Sequence[Encoded], dispreferred: Sequence[Encoded] | None, *
 
 
 def stack(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Join the image tensors of several examples; those with fewer tiles than others are filled up with zeros."""
+    """Concatenate the image tensors of several examples; examples with fewer tiles are padded with zeros."""
     joined = {}
     for key in images[0]:
         tensors = [entry[key] for entry in images]

@@ -1,24 +1,21 @@
-"""Data check: what would stop a training run in the middle, found before it starts and listed by record."""
+"""The data check: lists by record what would stop a training run, before it starts."""
 
 from __future__ import annotations
 
-import io
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from povid.preferences.differences import words
-from povid.preferences.records import one_line
+from povid.preferences.pictures import picture_fault
 from povid.preferences.triple import Triple
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One fault of one record. ``kind`` is image, equal, prompt or unreadable; ``text`` is a whole sentence."""
+    """A problem with one record. ``kind`` is image, equal, prompt or unreadable; ``text`` is a whole sentence."""
 
     record: str
     kind: str
@@ -27,7 +24,7 @@ class Finding:
 
 @dataclass(slots=True)
 class Report:
-    """What a check found. ``checked`` of ``records`` were looked at; ``duplicates`` counts ids used more than once."""
+    """What a check of ``checked`` out of ``records`` found; ``duplicates`` counts ids that are used more than once."""
 
     records: int
     checked: int
@@ -36,22 +33,23 @@ class Report:
 
     @property
     def sound(self) -> bool:
+        """Whether nothing was found."""
         return not self.findings
 
     @property
     def bad(self) -> set[str]:
-        """Ids of the records with a fault."""
+        """Ids of the records with a problem."""
         return {finding.record for finding in self.findings}
 
     def lines(self) -> list[str]:
-        """The report for a person: one line per fault, then the counts."""
+        """One line for each problem, then a line of counts."""
         kinds = Counter(finding.kind for finding in self.findings)
         counts = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
-        summary = f"{self.checked} of {self.records} records checked: " + (
-            f"{len(self.findings)} faults ({counts})" if self.findings else "no fault"
-        )
+        number = len(self.findings)
+        found = f"{number} {'problem' if number == 1 else 'problems'} ({counts})" if number else "no problems"
+        summary = f"{self.checked} of {self.records} records checked: {found}"
         if self.duplicates:
-            summary += f"; {self.duplicates} ids are used more than once"
+            summary += f"; ids used more than once: {self.duplicates}"
         return [*(finding.text for finding in self.findings), summary]
 
 
@@ -64,15 +62,16 @@ def check(
     seed: int = 0,
     skipped: Sequence[str] = (),
 ) -> Report:
-    """Look at every record, or at ``sample`` of them drawn by ``seed``.
+    """Check every record, or ``sample`` of them drawn by ``seed``.
+
+    A record has a problem when its picture is missing or cannot be decoded, when its responses differ only in white
+    space, capitals or punctuation, or when its prompt is too long.
 
     Args:
-        tokens: length of a record's prompt in tokens, image tokens included; prompts of ``limit`` tokens or more are
-            faults, since no response would fit behind them. Without it lengths are not checked.
-        skipped: sentences about records that a reader could not read (see :func:`povid.preferences.formats.read`).
-
-    A record has a fault when its picture is missing or cannot be decoded, when its responses differ in nothing but
-    white space, capitals or punctuation, or when its prompt does not fit.
+        tokens: gives the length of a record's prompt in tokens, image tokens included; without it lengths are not
+            checked.
+        limit: prompts of this many tokens or more are too long, since no response would fit after them.
+        skipped: sentences about records that a reader skipped (see :mod:`povid.preferences.formats`).
     """
     chosen = list(triples)
     if sample is not None and sample < len(chosen):
@@ -90,7 +89,7 @@ def check(
             fault = pictures[triple.image]
         if fault:
             report.findings.append(Finding(triple.id, "image", f"record {triple.id!r}: {fault}"))
-        if _alike(triple):
+        if _same_words(triple):
             report.findings.append(
                 Finding(
                     triple.id,
@@ -111,39 +110,7 @@ def check(
     return report
 
 
-def _alike(triple: Triple) -> bool:
-    pairs = zip(triple.preferred, triple.dispreferred)
-    return all(
-        words(good.text) == words(bad.text)
-        and bool(words(good.text)) == bool(words(bad.text))
-        and (words(good.text) or good.text.split() == bad.text.split())
-        for good, bad in pairs
-    )
-
-
-def picture_fault(image: Path | bytes) -> str | None:
-    """Why a picture cannot be used, as half a sentence with the cure; None when it decodes whole.
-
-    A picture with more pixels than Pillow's limit against decompression bombs is a fault and is not decoded.
-    """
-    name = f"picture {image}" if isinstance(image, Path) else f"the picture of {len(image)} bytes"
-    try:
-        if isinstance(image, Path) and not image.is_file():
-            return f"{name} does not exist; put it there or remove the record"
-        source = image if isinstance(image, Path) else io.BytesIO(image)
-        with Image.open(source) as picture:
-            width, height = picture.size
-            if width * height > (Image.MAX_IMAGE_PIXELS or 2**62):
-                return f"{name} has {width} x {height} pixels, too many to decode safely; scale it down"
-            picture.verify()
-        if not isinstance(image, Path):
-            source.seek(0)
-        with Image.open(source) as picture:
-            picture.load()
-    except Image.DecompressionBombError:
-        return f"{name} has far too many pixels to decode safely; scale it down"
-    except MemoryError:
-        return f"{name} needs more memory than there is; scale it down"
-    except Exception as error:  # Pillow's decoders raise whatever the damage leads them into
-        return f"{name} cannot be decoded ({one_line(error)}); replace it or remove the record"
-    return None
+def _same_words(triple: Triple) -> bool:
+    """Whether the responses differ only in white space, capitals or punctuation ("?" and "!" alone do differ)."""
+    pairs = [(good.text, bad.text) for good, bad in zip(triple.preferred, triple.dispreferred)]
+    return all(words(good) == words(bad) and (words(good) or good.split() == bad.split()) for good, bad in pairs)

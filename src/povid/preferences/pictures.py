@@ -1,21 +1,146 @@
-"""Pictures as they are stored: files or encoded bytes."""
+"""Pictures of records: finding, opening and checking them."""
 
 from __future__ import annotations
 
+import base64
+import binascii
+import os
+import re
+from collections.abc import Mapping
 from io import BytesIO
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
 
 from PIL import Image
 
 from povid.fault import Fault
+from povid.preferences.records import MissingPicture, one_line, show, text
+
+SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
 
 
 def open_picture(image: Path | bytes) -> Image.Image:
-    """An RGB picture from a file or from encoded bytes. Raises Fault naming the file when it cannot be decoded."""
+    """An RGB picture from a file or from encoded bytes.
+
+    Raises:
+        Fault: names the file when it is missing or cannot be decoded.
+    """
     name = f"image {image}" if isinstance(image, Path) else f"an image of {len(image)} bytes"
     try:
         return Image.open(image if isinstance(image, Path) else BytesIO(image)).convert("RGB")
     except FileNotFoundError:
-        raise Fault(f"{name} does not exist; mend the path or data.images") from None
+        raise Fault(f"{name} does not exist; correct the path or data.images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise Fault(f"{name} cannot be decoded ({error}); replace the file or remove its record") from None
+
+
+def picture_fault(image: Path | bytes) -> str | None:
+    """Why a picture cannot be used and what to do, as part of a sentence; None if it decodes completely.
+
+    A picture with more pixels than Pillow's limit against decompression bombs is refused without decoding it.
+    """
+    name = f"picture {image}" if isinstance(image, Path) else f"the picture of {len(image)} bytes"
+    try:
+        if isinstance(image, Path) and not image.is_file():
+            return f"{name} does not exist; add the file or remove the record"
+        source = image if isinstance(image, Path) else BytesIO(image)
+        with Image.open(source) as picture:
+            width, height = picture.size
+            if width * height > (Image.MAX_IMAGE_PIXELS or 2**62):
+                return f"{name} has {width} x {height} pixels, too many to decode safely; scale it down"
+            picture.verify()
+        if not isinstance(image, Path):
+            source.seek(0)
+        with Image.open(source) as picture:
+            picture.load()
+    except Image.DecompressionBombError:
+        return f"{name} has far too many pixels to decode safely; scale it down"
+    except MemoryError:
+        return f"{name} needs more memory than there is; scale it down"
+    except Exception as error:  # a damaged file can make Pillow's decoders raise anything
+        return f"{name} cannot be decoded ({one_line(error)}); replace it or remove the record"
+    return None
+
+
+def find_picture(value: Any, images: Path | None, record: str, key: str = "image") -> Path | bytes:
+    """The picture that a record names: a file inside ``images``, or encoded bytes.
+
+    ``value`` is a path, bytes, base64 (with or without a ``data:`` prefix), a ``{"bytes", "path"}`` object, or a list
+    with one of these. A path is looked up in ``images`` as it is, then without its first folder, its first two and so
+    on down to its basename, because released files carry the folders of the machine that wrote them. COCO's pictures
+    are also found under the names of its other years.
+
+    Raises:
+        MissingPicture: there is no such file.
+        Fault: the path leads out of ``images`` (by ``..``, absolute, through a link) or is not a path.
+    """
+    if isinstance(value, list):
+        if len(value) != 1:
+            raise Fault(f"{record}: {key} must hold one picture, found {len(value)}; split the record or remove it")
+        value = value[0]
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if isinstance(value, bytes | bytearray):
+        if not value:
+            raise Fault(f"{record}: {key} is an empty picture; remove the record")
+        return bytes(value)
+    if isinstance(value, str):
+        decoded = _base64(value)
+        if decoded is not None:
+            return decoded
+    return _file(text(value, record, key), images, record, key)
+
+
+def _base64(value: str) -> bytes | None:
+    body = value
+    if value.startswith("data:"):
+        body = value.partition(",")[2]
+    elif len(value) < 64 or not re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value):
+        return None
+    try:
+        decoded = base64.b64decode(body, validate=False)
+    except binascii.Error:
+        return None
+    return decoded if decoded.startswith(SIGNATURES) else None
+
+
+def _file(name: str, images: Path | None, record: str, key: str = "image") -> Path:
+    """The file inside the folder ``images`` that ``name`` means (see :func:`find_picture`)."""
+    if images is None:
+        raise Fault(f"{record}: {key} is the path {show(name)} but no image folder was given; give the folder")
+    if "\0" in name or len(name) > 1024 or name.count("/") > 32:
+        what = "a NUL character" if "\0" in name else f"{len(name):,} characters and {name.count('/')} folders"
+        raise Fault(f"{record}: {key} is a path with {what} ({show(name)}); fix it or remove the record")
+    root = os.path.realpath(images)
+    posix = PurePosixPath(name)
+    outside = ".." in posix.parts or ".." in PureWindowsPath(name).parts or bool(PureWindowsPath(name).drive)
+    if posix.is_absolute():
+        outside = outside or not _within(os.path.realpath(name), root)
+    if outside:
+        raise Fault(f"{record}: {key} {show(name)} leads out of the image folder {images}; give a path inside it")
+    names = [Path(*posix.parts[start:]) for start in range(len(posix.parts))]
+    for candidate in (Path(images) / name for name in names + _other_coco_names(posix.name)):
+        try:
+            there = candidate.is_file()
+        except OSError:  # a part of the name is longer than the file system allows
+            there = False
+        if there:
+            if not _within(os.path.realpath(candidate), root):
+                raise Fault(
+                    f"{record}: {key} {show(name)} is a link that leads out of the image folder {images}; "
+                    "copy the picture into the folder"
+                )
+            return candidate
+    raise MissingPicture(record, name)
+
+
+def _other_coco_names(name: str) -> list[str]:
+    """The same picture of COCO in other years' naming: 2014's names carry the split, 2017's only the number."""
+    match = re.fullmatch(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)", name)
+    if not match:
+        return []
+    return [other + match.group(1) for other in ("COCO_train2014_", "COCO_val2014_", "")]
+
+
+def _within(real: str, root: str) -> bool:
+    return os.path.commonpath([real, root]) == root

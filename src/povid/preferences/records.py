@@ -1,29 +1,26 @@
-"""Records of a JSON, JSON Lines, CSV or parquet file, and the checked values in them.
+"""Records of a JSON, JSON Lines, CSV or parquet file, and checked values from them.
 
-Everything here is about input that somebody else made: each damaged value is a Fault that says what was found.
+Everything here reads files that somebody else made: every invalid value raises a Fault that says what was found.
 """
 
 from __future__ import annotations
 
-import base64
-import binascii
 import csv
 import io
 import json
-import os
-import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any, TypeVar
 
 from povid.fault import Fault
+from povid.preferences.triple import Triple, Turn
 
 Built = TypeVar("Built")
-LONGEST_TEXT = 100_000  # characters in one turn: nothing that a model can read is longer
+IMAGE_MARKER = "<image>"
+LONGEST_TEXT = 100_000  # characters in one turn; no model reads more
 LONGEST_ID = 300
 LARGEST_JSON = 8 << 30  # bytes: a JSON list has to fit in memory, JSON Lines and parquet do not
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 60
@@ -31,8 +28,8 @@ _shown.maxdict = _shown.maxlist = 4
 _shown.maxlevel = 2
 
 
-class MissingImage(Fault):
-    """The picture of a record is not in the image folder; readers gather these into one sentence."""
+class MissingPicture(Fault):
+    """A record's picture is not in the image folder; :func:`gather` reports all of them in one sentence."""
 
     def __init__(self, record: str, name: str):
         super().__init__(f"{record}: the picture {show(name)} is not in the image folder")
@@ -40,38 +37,49 @@ class MissingImage(Fault):
 
 
 def show(value: Any) -> str:
-    """A value as an error message can show it: short, on one line, whatever it is."""
+    """Any value as an error message shows it: short and on one line."""
     return _shown.repr(value).encode("utf-8", "backslashreplace").decode()
 
 
 def gather(
-    path: Path, images: Path | None, skipped: list[str] | None, build: Callable[[Any, str], Iterable[Built]], cure: str
+    path: Path,
+    images: Path | None,
+    skipped: list[str] | None,
+    build: Callable[[Mapping[str, Any], Path | None, str], Iterable[Built]],
 ) -> list[Built]:
-    """``build(record, place)`` of every record of a file.
+    """Collect what ``build(record, images, place)`` makes of every record of a file.
 
-    A bad record raises its Fault, or adds its sentence to ``skipped`` if that is a list; missing pictures are counted
-    first, and the Fault that names them ends with ``cure``.
+    Args:
+        path: a .json, .jsonl, .csv or .parquet file, or a folder of parquet shards.
+        images: folder of the pictures; None if the records carry their pictures.
+        skipped: takes one sentence for each record that cannot be used; None raises the first one instead, or, once
+            the file is read, a sentence that counts the missing pictures.
+
+    Raises:
+        Fault: the file or the image folder cannot be read, or, without ``skipped``, a record cannot be used.
     """
+    if images is not None and not Path(images).is_dir():
+        raise Fault(f"image folder {images} does not exist; give the folder that holds the pictures of {path}")
     built: list[Built] = []
     missing: list[str] = []
     for place, record in records(path):
         try:
             if isinstance(record, Fault):
                 raise record
-            built.extend(build(record, place))
+            built.extend(build(mapping(record, "record"), images, place))
         except Fault as fault:
             sentence = str(fault) if str(fault).startswith(place) else f"{place}: {fault}"
             if skipped is not None:
                 skipped.append(sentence)
-            elif isinstance(fault, MissingImage):
+            elif isinstance(fault, MissingPicture):
                 missing.append(fault.name)
             else:
                 raise Fault(sentence) from None
     if missing:
         first = ", ".join(show(name) for name in missing[:3])
         raise Fault(
-            f"{path}: {len(missing)} pictures are not in {images} (first: {first}); put them there, give "
-            f"another image folder, or {cure}"
+            f"{path}: {len(missing)} {'picture is' if len(missing) == 1 else 'pictures are'} not in {images} (first: "
+            f"{first}); add the missing files, give another image folder, or skip such records (skip_bad)"
         )
     return built
 
@@ -79,11 +87,11 @@ def gather(
 def records(path: Path) -> Iterator[tuple[str, Any]]:
     """Yield (place, record) for every record of ``path``, a file by its suffix or a folder of parquet shards.
 
-    ``place`` names the file and the entry (lists: counted from 0; lines: from 1). A line that is not JSON comes as the
-    Fault that describes it, so that a reader may skip it.
+    ``place`` names the file and the entry (list entries count from 0, lines from 1). A line that is not JSON is yielded
+    as the Fault that describes it, so that a reader can skip it.
 
     Raises:
-        Fault: the file is missing, empty, of another kind, or damaged as a whole.
+        Fault: the file is missing, empty, of an unknown kind or unreadable.
     """
     path = Path(path)
     if not path.exists():
@@ -105,24 +113,24 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
             found = True
             yield place, record
     if not found:
-        raise Fault(f"{path} holds no records; give a file that has some")
+        raise Fault(f"{path} holds no records; give a file with at least one")
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
     if path.stat().st_size > LARGEST_JSON:
         raise Fault(
-            f"{path} has {path.stat().st_size:,} bytes, too many for one JSON list; turn it into JSON Lines "
+            f"{path} has {path.stat().st_size:,} bytes, too many for one JSON list; convert it to JSON Lines "
             "(.jsonl) or parquet"
         )
     value = parse_json(path)
     if not isinstance(value, list):
-        raise Fault(f"{path} must be a JSON list of records, found {_kind(value)}; put the records into one list")
+        raise Fault(f"{path} must be a JSON list of records, found {_kind(value)}; put the records in one list")
     for index, record in enumerate(value):
         yield f"{path}, entry {index}", record
 
 
 def parse_json(path: Path) -> Any:
-    """What a JSON file holds. Raises Fault when it cannot be read."""
+    """The value in a JSON file. Raises Fault when it cannot be read."""
     return _parse(_decode(_bytes(path), str(path)), str(path))
 
 
@@ -138,7 +146,7 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
                 except Fault as fault:
                     yield place, fault
     except OSError as error:
-        raise Fault(f"{path} cannot be read ({error.strerror}); check the file and its rights") from None
+        raise Fault(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
@@ -148,7 +156,7 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
         for index, row in enumerate(rows):
             yield f"{path}, row {index}", {key: value for key, value in row.items() if key is not None and value}
     except csv.Error as error:
-        raise Fault(f"{path} is not a CSV table ({error}); mend it or write JSON Lines instead") from None
+        raise Fault(f"{path} is not a CSV table ({error}); fix it or use JSON Lines instead") from None
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
@@ -163,14 +171,14 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
                 yield f"{path}, row {index}", record
                 index += 1
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        raise Fault(f"{path} is not a sound parquet file ({one_line(error)}); fetch or write it again") from None
+        raise Fault(f"{path} is not a valid parquet file ({one_line(error)}); download or write it again") from None
 
 
 _READERS = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
 
 
 def one_line(error: Exception) -> str:
-    """The message of another library's exception on one line."""
+    """Another library's error message on one line, at most 160 characters."""
     return " ".join(str(error).split())[:160] or type(error).__name__
 
 
@@ -178,7 +186,7 @@ def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise Fault(f"{path} cannot be read ({error.strerror}); check the file and its rights") from None
+        raise Fault(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
 
 
 def _decode(raw: bytes, place: str) -> str:
@@ -195,12 +203,12 @@ def _parse(text: str, place: str) -> Any:
     except json.JSONDecodeError as error:
         where = f"{error.msg} at line {error.lineno} column {error.colno}"
         lines = error.msg == "Extra data"
-        cure = "if it holds a record per line, name it .jsonl" if lines else "mend it or fetch it again"
+        cure = "if it holds one record per line, name it .jsonl" if lines else "fix it or download it again"
         raise Fault(f"{place} is not valid JSON ({where}); {cure}") from None
     except RecursionError:
-        raise Fault(f"{place} nests lists or objects too deeply to be records; mend it or fetch it again") from None
+        raise Fault(f"{place} nests lists or objects too deeply to be records; fix it or download it again") from None
     except ValueError as error:  # NaN and Infinity from _no_constant, integers of thousands of digits from Python
-        raise Fault(f"{place} holds a number that JSON does not allow ({one_line(error)}); mend it") from None
+        raise Fault(f"{place} holds a number that JSON does not allow ({one_line(error)}); replace it") from None
 
 
 def _no_constant(name: str) -> None:
@@ -212,7 +220,7 @@ def _kind(value: Any) -> str:
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 
-# --- checked values of one record; every Fault starts with `record`, the name the reader gave it ---
+# --- checked values of one record; `record` is what a Fault calls it ---
 
 
 def mapping(value: Any, record: str, key: str = "") -> Mapping[str, Any]:
@@ -220,7 +228,7 @@ def mapping(value: Any, record: str, key: str = "") -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise Fault(
             f"{record}: {key or 'the record'} must be an object, found {_kind(value)} {show(value)}; "
-            "mend the record or remove it"
+            "fix the record or remove it"
         )
     return value
 
@@ -229,7 +237,7 @@ def listing(value: Any, record: str, key: str) -> list[Any]:
     """``value`` as a list with at least one entry."""
     if not isinstance(value, list) or not value:
         found = "an empty list" if value == [] else f"{_kind(value)} {show(value)}"
-        raise Fault(f"{record}: {key} must be a list with entries, found {found}; mend the record or remove it")
+        raise Fault(f"{record}: {key} must be a list with entries, found {found}; fix the record or remove it")
     return value
 
 
@@ -245,9 +253,9 @@ def member(value: Mapping[str, Any], key: str, record: str, inside: str = "") ->
 
 
 def text(value: Any, record: str, key: str, *, empty: bool = False) -> str:
-    """``value`` as text that can be encoded, is not absurdly long and, unless ``empty``, says something."""
+    """``value`` as text: valid Unicode, at most :data:`LONGEST_TEXT` characters and, unless ``empty``, not blank."""
     if not isinstance(value, str):
-        raise Fault(f"{record}: {key} must be text, found {_kind(value)} {show(value)}; mend the record or remove it")
+        raise Fault(f"{record}: {key} must be text, found {_kind(value)} {show(value)}; fix the record or remove it")
     if len(value) > LONGEST_TEXT:
         raise Fault(
             f"{record}: {key} has {len(value):,} characters, more than the {LONGEST_TEXT:,} that a turn may "
@@ -257,16 +265,16 @@ def text(value: Any, record: str, key: str, *, empty: bool = False) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError:
         raise Fault(
-            f"{record}: {key} holds half a surrogate pair ({show(value)}), which is not text; mend it or "
+            f"{record}: {key} holds half a surrogate pair ({show(value)}), which is not text; fix it or "
             "remove the record"
         ) from None
     if not empty and not value.strip():
-        raise Fault(f"{record}: {key} is empty; write one or remove the record")
+        raise Fault(f"{record}: {key} is empty; fill it in or remove the record")
     return value
 
 
 def name_of(value: Any, record: str, key: str = "id") -> str:
-    """An id given as text or as a whole number."""
+    """An id, given as text or as a whole number."""
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if len(text(value, record, key)) > LONGEST_ID:
@@ -274,85 +282,58 @@ def name_of(value: Any, record: str, key: str = "id") -> str:
     return value
 
 
-def picture(value: Any, images: Path | None, record: str, key: str = "image") -> Path | bytes:
-    """The picture that a record points at: a file inside ``images``, or encoded bytes.
+def label(record: Mapping[str, Any], key: str = "id") -> str:
+    """What error messages call a record."""
+    return f"record {show(record[key])}" if record.get(key) is not None else f"record without {key}"
 
-    Takes a path, bytes, base64 (with or without a ``data:`` prefix), a ``{"bytes", "path"}`` object, or a list with
-    one of these. A path is looked for in ``images`` as it is and then without its first folder, its first two and so
-    on down to its basename, because released files carry the folders of the machine that wrote them; COCO's pictures
-    are also found under the names of its other years.
 
-    Raises:
-        MissingImage: no such file.
-        Fault: the path leaves ``images`` (``..``, absolute, through a link) or is not a path at all.
+def number_of(place: str) -> str:
+    """The number of an entry or a line, which stands in for a missing id."""
+    return place.rpartition(" ")[2]
+
+
+# --- conversations ---
+
+
+def turns_of(value: Any, record: str, key: str, *, placeholder: bool = False) -> tuple[Turn, ...]:
+    """LLaVA's ``[{"from": "human" | "gpt", "value": text}]`` as turns without image markers.
+
+    With ``placeholder`` the last value may be empty.
     """
-    if isinstance(value, list):
-        if len(value) != 1:
-            raise Fault(f"{record}: {key} must hold one picture, found {len(value)}; split the record or remove it")
-        value = value[0]
-    if isinstance(value, Mapping):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes | bytearray):
-        if not value:
-            raise Fault(f"{record}: {key} is an empty picture; remove the record")
-        return bytes(value)
-    if isinstance(value, str):
-        decoded = _base64(value)
-        if decoded is not None:
-            return decoded
-    return image_file(text(value, record, key), images, record, key)
+    turns = []
+    value = listing(value, record, key)
+    for number, turn in enumerate(value):
+        place = f"{key}[{number}]"
+        turn = mapping(turn, record, place)
+        speaker = member(turn, "from", record, place)
+        if speaker not in ("human", "gpt"):
+            raise Fault(
+                f"{record}: {place}.from must be 'human' or 'gpt', found {show(speaker)}; fix the record or remove it"
+            )
+        last = number == len(value) - 1
+        said = text(member(turn, "value", record, place), record, f"{place}.value", empty=placeholder and last)
+        turns.append(
+            Turn("user", without_marker(said, record, f"{place}.value"))
+            if speaker == "human"
+            else Turn("assistant", said.replace(IMAGE_MARKER, ""))
+        )
+    return tuple(turns)
 
 
-def _base64(value: str) -> bytes | None:
-    body = value
-    if value.startswith("data:"):
-        body = value.partition(",")[2]
-    elif len(value) < 64 or not re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value):
-        return None
-    try:
-        decoded = base64.b64decode(body, validate=False)
-    except binascii.Error:
-        return None
-    return decoded if decoded.startswith(SIGNATURES) else None
+def without_marker(question: str, record: str, key: str) -> str:
+    """A question without the image marker."""
+    if IMAGE_MARKER in question:
+        question = question.replace(IMAGE_MARKER, "").strip()
+    if not question.strip():
+        raise Fault(f"{record}: {key} is empty apart from the image marker; write a question or remove the record")
+    return question
 
 
-def image_file(name: str, images: Path | None, record: str, key: str = "image") -> Path:
-    """The file that ``name`` means inside the folder ``images`` (see :func:`picture`)."""
-    if images is None:
-        raise Fault(f"{record}: {key} is the path {show(name)} but no image folder was given; give one")
-    if "\0" in name or len(name) > 1024 or name.count("/") > 32:
-        what = "a NUL character" if "\0" in name else f"{len(name):,} characters and {name.count('/')} folders"
-        raise Fault(f"{record}: {key} is a path with {what} ({show(name)}); mend it or remove the record")
-    root = os.path.realpath(images)
-    posix = PurePosixPath(name)
-    outside = ".." in posix.parts or ".." in PureWindowsPath(name).parts or bool(PureWindowsPath(name).drive)
-    if posix.is_absolute():
-        outside = outside or not _within(os.path.realpath(name), root)
-    if outside:
-        raise Fault(f"{record}: {key} {show(name)} leads out of the image folder {images}; give a path inside it")
-    names = [Path(*posix.parts[start:]) for start in range(len(posix.parts))]
-    for candidate in (Path(images) / name for name in names + _other_coco_names(posix.name)):
-        try:
-            there = candidate.is_file()
-        except OSError:  # a part of the name is longer than the file system allows
-            there = False
-        if there:
-            if not _within(os.path.realpath(candidate), root):
-                raise Fault(
-                    f"{record}: {key} {show(name)} is a link that leads out of the image folder {images}; "
-                    "copy the picture into the folder"
-                )
-            return candidate
-    raise MissingImage(record, name)
-
-
-def _other_coco_names(name: str) -> list[str]:
-    """The same picture of COCO in other years' naming: 2014's names carry the split, 2017's only the number."""
-    match = re.fullmatch(r"(?:COCO_(?:train|val)2014_)?(\d{12}\.jpg)", name)
-    if not match:
-        return []
-    return [other + match.group(1) for other in ("COCO_train2014_", "COCO_val2014_", "")]
-
-
-def _within(real: str, root: str) -> bool:
-    return os.path.commonpath([real, root]) == root
+def one_round(
+    id: str, image: Path | bytes, question: str, preferred: str, dispreferred: str, source: str, meta: Mapping[str, Any]
+) -> Triple:
+    """A triple of one question and its two answers."""
+    asked = Turn("user", question)
+    return Triple(
+        id, image, (asked, Turn("assistant", preferred)), (asked, Turn("assistant", dispreferred)), source, meta
+    )

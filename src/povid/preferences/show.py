@@ -1,6 +1,7 @@
 """A page to look at preference triples: picture, noised pictures, differing words marked, statistics.
 
-The page is one file: pictures are scaled down and embedded, so that it can be sent to somebody.
+The page is one file with its pictures inside, so that it can be sent to somebody. The noised pictures are those that a
+run with the same seed trains on in its first epoch under ``noise.space=pixel`` (sigmoid schedule, appendix A.1).
 """
 
 from __future__ import annotations
@@ -17,12 +18,13 @@ from pathlib import Path
 from PIL import Image
 
 from povid.fault import Fault
+from povid.files import write_text
 from povid.preferences.differences import changes, overlap, segments, words
-from povid.preferences.formats import write_atomically
+from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 
 NOISE_STEPS = (250, 500, 750)  # of 1000; the paper trains at 500 (Table 5)
-SIDE = 320  # pixels of an embedded picture's longer side
+SIDE = 320  # pixels of the longer side; larger pictures are scaled down
 KINDS = ("object", "count", "attribute", "relation")
 
 STYLE = """
@@ -72,19 +74,24 @@ def write_page(
     noise_steps: Sequence[int] = NOISE_STEPS,
     extra: str = "",
 ) -> None:
-    """Write the page for ``triples``: statistics over all, ``count`` of them drawn by ``seed`` in full.
+    """Write the page for ``triples``.
 
-    ``extra`` is HTML that goes between statistics and records.
+    Args:
+        triples: all records that a run would read, in its order; the statistics cover all of them.
+        count: how many records are shown in full, drawn by ``seed``.
+        seed: of the drawn records and of the noise.
+        noise_steps: steps k of Eq. 4, 0 to 999; one noised picture for each.
+        extra: HTML between statistics and records.
 
     Raises:
-        Fault: there are no records, or ``out`` cannot be written.
+        Fault: there are no records.
     """
     if not triples:
         raise Fault(f"there is no record to show on {out}; check the data file")
-    shown = list(triples)
+    shown: Sequence[int] = range(len(triples))
     if count < len(shown):
         shown = random.Random(seed).sample(shown, max(count, 0))
-    cards = "\n".join(_card(triple, noise_steps, number) for number, triple in enumerate(shown))
+    cards = "\n".join(_card(triples[record], noise_steps, seed, record) for record in shown)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body><main>
@@ -97,7 +104,7 @@ def write_page(
 {cards}
 </main></body></html>
 """
-    write_atomically(Path(out), page.encode("utf-8"))
+    write_text(Path(out), page)
 
 
 def marked(preferred: str, dispreferred: str) -> tuple[str, str]:
@@ -163,7 +170,7 @@ def _statistics(triples: Sequence[Triple]) -> str:
     )
 
 
-def _card(triple: Triple, noise_steps: Sequence[int], number: int) -> str:
+def _card(triple: Triple, noise_steps: Sequence[int], seed: int, record: int) -> str:
     first, second = _responses(triple.preferred), _responses(triple.dispreferred)
     found = changes(first, second)
     tags = "".join(f'<span class="tag">{kind}</span>' for kind in KINDS if kind in found.kinds)
@@ -177,41 +184,40 @@ def _card(triple: Triple, noise_steps: Sequence[int], number: int) -> str:
     return (
         f"<article><header><b>{escape(triple.id)}</b>{tags}<span class='dim'>overlap {overlap(first, second):.2f}, "
         f"{len(words(first))} → {len(words(second))} words</span></header>"
-        f'<div class="pictures">{_pictures(triple, noise_steps, number)}</div>{"".join(rounds)}</article>'
+        f'<div class="pictures">{_figures(triple, noise_steps, seed, record)}</div>{"".join(rounds)}</article>'
     )
 
 
-def _pictures(triple: Triple, noise_steps: Sequence[int], number: int) -> str:
-    source = triple.image if isinstance(triple.image, Path) else io.BytesIO(triple.image)
+def _figures(triple: Triple, noise_steps: Sequence[int], seed: int, record: int) -> str:
     try:
-        with Image.open(source) as picture:
-            picture.draft("RGB", (SIDE, SIDE))
-            small = picture.convert("RGB")
-            small.thumbnail((SIDE, SIDE))
-    except Exception as error:  # a page about data has to show damage, whatever Pillow raises
-        what = triple.image if isinstance(triple.image, Path) else f"picture of {len(triple.image)} bytes"
-        return f'<div class="gone">{escape(str(what))} cannot be decoded ({escape(type(error).__name__)})</div>'
-    shown = [(small, "picture")]
-    shown += [(_noised(small, step, number), f"noised, step {step}") for step in noise_steps]
+        picture = open_picture(triple.image)
+    except Fault as fault:  # a page about data shows what is wrong with them
+        return f'<div class="gone">{escape(str(fault))}</div>'
+    shown = [(picture, "picture")]
+    shown += [(_noised(picture, step, seed, record), f"noised, step {step}") for step in noise_steps]
     return "".join(
         f'<figure><img alt="{escape(name)}" src="{_embedded(image)}"><figcaption>{escape(name)}</figcaption></figure>'
         for image, name in shown
     )
 
 
-def _noised(picture: Image.Image, step: int, number: int) -> Image.Image:
-    """Eq. 4 on the picture in [0, 1], as the released code adds it; what leaves the range is clamped."""
-    import numpy as np
-    import torch
+def _noised(picture: Image.Image, step: int, seed: int, record: int) -> Image.Image:
+    """Eq. 4 on the picture's pixels, as training applies it to this record in its first epoch."""
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler  # takes seconds to import
 
-    from povid.method import noise
+    from povid.method.distortions import distort_picture, generator
+    from povid.method.distortions.diffusion import Diffusion
 
-    x = torch.from_numpy(np.array(picture)).float() / 255
-    eps = noise.draw(tuple(x.shape), seed=0, epoch=0, record=number)
-    return Image.fromarray(noise.to_bytes(noise.distort(x, eps, step=step), wrap_around=False).numpy())
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3)
+    distortion = Diffusion(scheduler, step, space="pixel")
+    return distort_picture(distortion, picture, generator(seed=seed, epoch=0, record=record))
 
 
 def _embedded(picture: Image.Image) -> str:
+    """A data URL: small pictures as they are, larger ones scaled down."""
+    small = picture.copy()
+    small.thumbnail((SIDE, SIDE))
+    kind = "PNG" if small.size == picture.size else "JPEG"
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    small.save(buffer, kind, quality=82)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

@@ -29,7 +29,7 @@ class Triple:
     The image belongs in front of the first user turn. ``image`` is a file or an encoded picture (JPEG, PNG ...).
 
     Raises:
-        Fault: names ``id`` and the key at fault when one of these rules is broken.
+        Fault: names the record and the key that breaks one of these rules.
     """
 
     id: str
@@ -46,7 +46,7 @@ class Triple:
             if not turns or len(turns) % 2 or roles != ["user", "assistant"] * (len(turns) // 2):
                 raise Fault(
                     f"record {self.id!r}: {key} must alternate user and assistant and end with the assistant, "
-                    f"found {roles or 'no turn'}; mend the record or remove it"
+                    f"found {roles or 'no turn'}; fix the record or remove it"
                 )
             for number, turn in enumerate(turns):
                 if turn.role == "assistant" and not turn.text.strip():
@@ -66,12 +66,26 @@ class Triple:
                     "both must answer the same question"
                 )
         if self.preferred == self.dispreferred:
-            raise Fault(
-                f"record {self.id!r}: preferred and dispreferred are equal, so there is nothing to prefer; "
-                "remove the record"
-            )
+            raise Fault(f"record {self.id!r}: preferred and dispreferred are equal; remove the record")
 
     @property
     def question(self) -> str:
         """Text of the first user turn."""
         return self.preferred[0].text
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Keeps the data's own text dispreferences (``dispreference=given``).
+
+    What makes others instead is called in the same way: with all triples that were read, the run's seed, the number of
+    triples wanted (None: all) and the list that takes a sentence for each skipped record (None: raise a Fault).
+    """
+
+    name: str = "given"
+
+    def __call__(
+        self, triples: list[Triple], seed: int = 0, limit: int | None = None, skipped: list[str] | None = None
+    ) -> list[Triple]:
+        """The first ``limit`` triples as they are."""
+        return triples[:limit]

@@ -1,4 +1,4 @@
-"""``python -m povid.report OUTPUTS``: the paper's tables with ours beside them, from run folders, at any time."""
+"""``python -m povid.report OUTPUTS``: the paper's tables with our runs beside the printed rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from povid.report.command import write_tables
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the tables, print Table 3 (or the one asked for) and where the files are; 0, or 2 after a fault."""
+    """Write the tables and print them with the paths of all files. Returns the exit status: 0, or 2 after an error."""
     parser = argparse.ArgumentParser(prog="python -m povid.report", description=__doc__)
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
     parser.add_argument(
@@ -19,10 +19,10 @@ def main(arguments: list[str] | None = None) -> int:
         type=int,
         choices=(1, 2, 3, 4),
         action="append",
-        help="only this table; may be given again (default: all that the runs belong to)",
+        help="only this table; repeatable (default: all tables that runs belong to)",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: OUTPUTS/tables)")
-    parser.add_argument("--no-pictures", action="store_true", help="only Markdown, CSV and LaTeX")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: OUTPUTS/tables)")
+    parser.add_argument("--no-pictures", action="store_true", help="skip the PNG files")
     options = parser.parse_args(arguments)
     try:
         files = write_tables(options.outputs, options.out, tuple(options.table or ()), not options.no_pictures)

@@ -1,21 +1,22 @@
-"""What training did to what the model says: pictures, responses, and captions with their hallucinations marked."""
+"""Pictures, responses, and captions before and after training with their hallucinations marked."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from povid.files import write_text
+
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 Finder = Callable[[str], list[str]]
-"""The objects that a text mentions, in order (``povid.benchmarks.chair.objects`` with its synonyms filled in)."""
+"""Returns the objects that a text mentions, in order (``chair_words.objects`` with its synonyms bound)."""
 
 PICTURES = ("picture", "noised picture")
 TEXTS = ("preferred", "dispreferred", "before", "after")
@@ -24,12 +25,12 @@ STYLE = "background:#ffd5d0;color:#8c1d18"
 
 
 def table_rows(records: Sequence[Mapping[str, Any]], find: Finder | None = None) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of the table, without W&B.
+    """Return the column names and the rows of the table.
 
-    Each record holds ``id``, ``image`` and ``noised`` (a PIL picture, encoded bytes or a file; None for none),
-    ``question``, ``preferred``, ``dispreferred``, the captions ``before`` and ``after`` training, and ``objects``, what
-    is in the picture. The four texts come back as HTML in which mentions of anything else stand in <mark>; the last two
-    columns list the hallucinated objects of the captions. Without ``find`` or without ``objects`` nothing is marked.
+    Each record holds ``id``, ``image`` and ``noised`` (a PIL picture, encoded bytes, a file or None), ``question``,
+    ``preferred``, ``dispreferred``, the captions ``before`` and ``after`` training, and ``objects``, the objects in the
+    picture. The four texts are returned as HTML with mentions of other objects in <mark>; the last two columns list the
+    objects hallucinated in each caption. Without ``find`` or ``objects``, nothing is marked.
     """
     rows = []
     for record in records:
@@ -52,19 +53,19 @@ def table_rows(records: Sequence[Mapping[str, Any]], find: Finder | None = None)
 
 
 def hallucinated(text: str, truth: Collection[str], find: Finder) -> list[str]:
-    """Objects that ``text`` mentions and that are not in ``truth``, each once, in order of mention."""
+    """Return the objects that ``text`` mentions and ``truth`` does not hold, each once, in order of mention."""
     return list(dict.fromkeys(thing for thing in find(text) if thing not in truth))
 
 
 def mark(text: str, truth: Collection[str], find: Finder) -> str:
-    """``text`` as HTML with every mention of an object that is not in ``truth`` in <mark>."""
+    """Return ``text`` as HTML with every mention of an object that ``truth`` does not hold in <mark>."""
     absent = set(hallucinated(text, truth, find))
     words = list(re.finditer(r"[\w'-]+", text))
     out, end, place = [], 0, 0
     while place < len(words):
         span = words[place : place + 1]
         pair = words[place : place + 2]
-        # Two words are one name where together they mention something else than one after the other (hot dog).
+        # Two words form one name if they mention something else together than one by one (hot dog).
         if len(pair) == 2 and find(_between(text, pair)) != find(pair[0].group()) + find(pair[1].group()):
             span = pair
         if absent.intersection(find(_between(text, span))):
@@ -82,7 +83,7 @@ def _between(text: str, words: Sequence[re.Match[str]]) -> str:
 
 
 def log_table(run: Any, table: tuple[Sequence[str], Sequence[Sequence[Any]]], name: str = "preferences") -> None:
-    """Log what ``table_rows`` gave to the W&B ``run`` under ``name``: pictures as images, marked texts as HTML."""
+    """Log a table made by ``table_rows`` to a W&B ``run``: pictures as images, marked texts as HTML."""
     import wandb
 
     columns, rows = table
@@ -110,7 +111,7 @@ def _picture(value: Any) -> Image:
 
 
 def write_page(table: tuple[Sequence[str], Sequence[Sequence[Any]]], file: Path) -> Path:
-    """The same table as one HTML file that needs nothing else, for whoever has no W&B."""
+    """Write a table made by ``table_rows`` as one self-contained HTML file; return ``file``."""
     columns, rows = table
     body = []
     for row in rows:
@@ -130,10 +131,7 @@ def write_page(table: tuple[Sequence[str], Sequence[Sequence[Any]]], file: Path)
         "img{width:150px;image-rendering:auto}</style>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>\n"
     )
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(page, encoding="utf-8")
-    os.replace(temporary, file)
-    return file
+    return write_text(file, page)
 
 
 def _encoded(value: Any) -> str:

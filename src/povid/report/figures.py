@@ -1,4 +1,4 @@
-"""Figures from run folders: hallucination against coverage, and the training curves of every row."""
+"""Figures from run folders: hallucination against coverage, and the training curves of each row."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from povid.files import draft
 from povid.report.runs import PAPER_ROWS, Row, Run, group, is_number, lookup
 from povid.report.tables import COLLAPSE
 
@@ -20,55 +21,29 @@ COLORS = {"none": "#4d4d4d", "noise": "#1b6ca8", "text": "#c8553d", "both": "#2a
 MORE = ("#8e5aa8", "#b08800", "#00798c", "#a3416b", "#6b705c", "#5c4d7d")
 MARKERS = {"none": "s", "noise": "^", "text": "v", "both": "o"}
 
-# Panels from top to bottom: title, then (legend, names of the column in metrics.csv, ink).
-TEXT, NOISE, PREFERRED = "#c8553d", "#1b6ca8", "#2a7f4f"
+# Panels from top to bottom: title and beginning of the names in metrics.csv, which end with the name of a response.
 PANELS = (
-    ("loss", (("loss", ("train/loss",), "#1a1a1a"),)),
-    (
-        "reward",
-        (
-            ("preferred", ("train/reward/preferred", "train/reward_preferred"), PREFERRED),
-            ("text dispreferred", ("train/reward/text", "train/reward_text"), TEXT),
-            ("noise dispreferred", ("train/reward/noise", "train/reward_noise"), NOISE),
-        ),
-    ),
-    (
-        "margin",
-        (
-            ("over text", ("train/margin/text", "train/margin_text"), TEXT),
-            ("over noise", ("train/margin/noise", "train/margin_noise"), NOISE),
-        ),
-    ),
-    (
-        "share with margin > 0",
-        (
-            ("text", ("train/accuracy/text", "train/accuracy_text"), TEXT),
-            ("noise", ("train/accuracy/noise", "train/accuracy_noise"), NOISE),
-        ),
-    ),
-    (
-        "loss of each pair",
-        (
-            ("text", ("train/loss/text", "train/loss_text"), TEXT),
-            ("noise", ("train/loss/noise", "train/loss_noise"), NOISE),
-        ),
-    ),
+    ("loss", "train/loss"),
+    ("reward", "train/reward_"),
+    ("margin over", "train/margin_"),
+    ("share with margin > 0", "train/accuracy_"),
 )
-SMOOTH = 200  # points of a curve; more are averaged in bins, so that a long run shows its course and not its jitter
+LOSS = "#1a1a1a"
+RESPONSES = {"preferred": "#2a7f4f", "text": "#c8553d", "noise": "#1b6ca8"}
+SMOOTH = 200  # points of a curve; a longer one is averaged in bins to remove jitter
 
 
 def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
     """CHAIR_I (percent, lower is better) over coverage (percent, higher is better), one panel per model and data.
 
-    A small dot per seed, a large mark with standard errors per row, and the way there for runs that hold ``curve``, a
-    list of {"step", "CHAIR_I", "coverage"}. The shaded side is more than ten points of coverage below the base.
-    None when no run has both figures.
+    Each seed is a small dot, each row a large mark with its standard errors. The shaded side is more than ten points of
+    coverage below the base. Returns None if no run has both scores.
     """
     shown = [row for row in group(runs) if _points(row)]
     every = sorted({row.world for row in shown})
     if not every:
         return None
-    # A single row has nothing to be compared with.
+    # a single row has nothing to be compared with
     worlds = [world for world in every if sum(row.world == world for row in shown) > 1] or every
     across = min(2, len(worlds))
     down = -(-len(worlds) // across)
@@ -97,26 +72,17 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
                 transform=axes.get_xaxis_transform(),
             )
             axes.set_xlim(left, right)
-        axes.set_xlabel("coverage: true objects that are named, % (higher is better)")
-        axes.set_ylabel("CHAIR$_I$: mentions that are hallucinated, % (lower is better)")
+        axes.set_xlabel("coverage: true objects mentioned, % (higher is better)")
+        axes.set_ylabel("CHAIR$_I$: hallucinated mentions, % (lower is better)")
         axes.set_title(f"model {world[0]}, data {world[1]}", fontsize=10)
         axes.grid(alpha=0.25)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
-    figure.suptitle("Hallucination at equal coverage: better is lower right", fontsize=12)
+    figure.suptitle("Hallucination against coverage: lower right is better", fontsize=12)
     return _save(figure, file)
 
 
 def _draw_row(axes: Axes, row: Row, ink: str) -> None:
     points = _points(row)
-    for run in row.runs:
-        curve = run.results.get("curve")
-        way = (
-            [(step.get("coverage"), step.get("CHAIR_I")) for step in curve if isinstance(step, dict)]
-            if isinstance(curve, list)
-            else []
-        )
-        way = [(x, y) for x, y in way if is_number(x) and is_number(y)]
-        axes.plot([x for x, _ in way], [y for _, y in way], color=ink, alpha=0.45, lw=1, marker=".", ms=3, zorder=1)
     axes.scatter([x for x, _ in points], [y for _, y in points], s=14, color=ink, alpha=0.45, lw=0, zorder=2)
     x, y = _mean([x for x, _ in points]), _mean([y for _, y in points])
     label = row.label + (f" (n = {len(points)})" if len(points) > 1 else "")
@@ -146,8 +112,8 @@ def _points(row: Row) -> list[tuple[float, float]]:
 def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
     """Loss, rewards and margins over the steps, one column per row and stage, a thin line per seed and their mean.
 
-    Read from ``run_folder/stage_*/**/metrics.csv``; a panel whose columns nobody logged is left out. None when no run
-    logged any.
+    Read from ``run_folder/stage_*/**/metrics.csv``. Rewards may belong to any response that an objective names; a panel
+    for which nothing was logged is omitted. Returns None if no run logged any.
     """
     columns: list[tuple[str, list[dict[str, list[tuple[float, float]]]]]] = []
     rows = group(runs)
@@ -162,16 +128,15 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
         where = f"\n{row.world[0]}, {row.world[1]}" if several else ""
         columns += [(f"{row.label}, stage {stage}{where}", found) for stage, found in sorted(stages.items())]
     logged = {name for _, found in columns for series in found for name in series}
-    panels = [panel for panel in PANELS if any(_column(names, logged) for _, names, _ in panel[1])]
+    panels = [(title, names) for title, prefix in PANELS if (names := _lines(prefix, logged))]
     if not panels:
         return None
     figure = _figure(max(3.3 * len(columns), 5.0), 2.15 * len(panels) + 0.7)
     grid = figure.subplots(len(panels), len(columns), squeeze=False, sharey="row", sharex="col")
-    for down, (title, lines) in enumerate(panels):
+    for down, (title, names) in enumerate(panels):
         for across, (heading, found) in enumerate(columns):
             axes = grid[down][across]
-            for legend, names, ink in lines:
-                name = _column(names, {name for series in found for name in series})
+            for name, (legend, ink) in names.items():
                 _draw_series(axes, [series[name] for series in found if name in series], legend, ink)
             if down == 0:
                 axes.set_title(heading, fontsize=10)
@@ -183,7 +148,7 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
                 axes.text(0.5, 0.5, "not in this stage", transform=axes.transAxes, ha="center", color="#757575")
                 axes.grid(False)
                 continue
-            if len(lines) > 1:
+            if any(legend for legend, _ in names.values()):
                 axes.legend(fontsize=8, frameon=False)
             axes.grid(alpha=0.25)
     return _save(figure, file)
@@ -198,7 +163,7 @@ def _draw_series(axes: Axes, seeds: list[list[tuple[float, float]]], legend: str
             by_step[step].append(value)
         if len(seeds) > 1:
             axes.plot(*zip(*_binned(points)), color=ink, alpha=0.25, lw=0.8)
-    # A seed that logged other steps, or stopped early, would make the mean jump: only steps that all seeds share.
+    # the mean would jump at a step that only some seeds logged
     mean = [(step, _mean(values)) for step, values in sorted(by_step.items()) if len(values) == len(seeds)]
     if mean:
         axes.plot(*zip(*_binned(mean)), color=ink, lw=1.8, label=legend, marker="o" if len(mean) == 1 else "")
@@ -212,7 +177,7 @@ def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def _metrics(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Series by name from the newest metrics.csv below a stage's folder: (step, value), blanks and NaN skipped."""
+    """Series of (step, value) by name from the newest metrics.csv below a stage's folder, without blanks and NaN."""
     files = sorted(folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)
     series: dict[str, dict[float, float]] = defaultdict(dict)
     if files:
@@ -234,9 +199,15 @@ def _float(text: object) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _column(names: Sequence[str], logged: set[str]) -> str | None:
-    """The logged name; Lightning adds ``_step`` where a value is logged by step and by epoch."""
-    return next((found for name in names for found in (name, f"{name}_step") if found in logged), None)
+def _lines(prefix: str, logged: set[str]) -> dict[str, tuple[str, str]]:
+    """Legend and colour of each logged name of a panel, those of the paper's responses first."""
+    if not prefix.endswith("_"):
+        return {prefix: ("", LOSS)} if prefix in logged else {}
+    found = sorted(name.removeprefix(prefix) for name in logged if name.startswith(prefix))
+    others = iter(MORE * (len(found) + 1))
+    inks = {response: ink for response, ink in RESPONSES.items() if response in found}
+    inks |= {response: next(others) for response in found if response not in RESPONSES}
+    return {prefix + response: (response, ink) for response, ink in inks.items()}
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -244,7 +215,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _error(values: Sequence[float]) -> float:
-    """Standard error of the mean; 0 for a single value, which has no bar."""
+    """Standard error of the mean; 0, which draws no bar, for a single value."""
     if len(values) < 2:
         return 0.0
     mean = _mean(values)
@@ -252,7 +223,7 @@ def _error(values: Sequence[float]) -> float:
 
 
 def _inks(rows: Sequence[Row]) -> list[str]:
-    """The four rows keep their colours; a second setting of one, and controls, take the next free ones."""
+    """One colour per row: the paper's four rows have their own; a second setting of one and controls take the next."""
     more, used, inks = iter(MORE * (len(rows) + 1)), set(), []
     for row in rows:
         ink = COLORS[row.name] if row.name in PAPER_ROWS and row.name not in used else next(more)
@@ -271,7 +242,6 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, file: Path) -> Path:
-    temporary = file.with_name(f".{file.name}.part")
-    figure.savefig(temporary, format="png", facecolor="white")
-    temporary.replace(file)
+    with draft(file) as beside:
+        figure.savefig(beside, format="png", facecolor="white")
     return file

@@ -68,8 +68,8 @@ TABLE_1 = (
     _row(1, "povid", "POVID", EIGHT, (31.8, 5.4, 86.90, 2.69, 68.8, 31.8, 64.9, 68.7), remarks={"pope.f1": POPE_TWICE}),
 )
 
-# The second half of Table 2 lacks its POVID row in the text at hand: Table 1's POVID values stand there, which Table 2
-# repeats, and its average rank is not compared.
+# The POVID row is missing from the second half of Table 2 in the text at hand; Table 1's values, which Table 2 repeats,
+# stand in for it, and its average rank is not compared.
 LOST_ROW = (
     "paper, Table 2: POVID's comprehensive row is not in the text at hand; Table 1's values stand in for it "
     "and its printed rank is not compared"
@@ -165,8 +165,6 @@ TABLE_4 = (
     _row(4, "rlhf_v", "+ RLHF-V", BREAKDOWN, (55.8, 56.1, 80.3, 65.4)),
     _row(4, "povid", "POVID", BREAKDOWN, (55.9, 60.1, 81.5, 68.7)),
 )
-
-TABLES = {1: TABLE_1, 2: TABLE_2, 3: TABLE_3, 4: TABLE_4}
 
 GENERAL = {
     1: (

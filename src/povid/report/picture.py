@@ -1,10 +1,11 @@
-"""A table as a picture: widths measured from the text itself, so that nothing overlaps."""
+"""Draw a table as a picture, with column widths measured from the text."""
 
 from __future__ import annotations
 
 import textwrap
 from pathlib import Path
 
+from povid.files import draft
 from povid.report.render import DAGGER, Notes
 from povid.report.tables import Line, Table
 
@@ -16,7 +17,7 @@ INK, PALE, RULE, WARN = "#1a1a1a", "#757575", "#444444", "#b3261e"
 
 
 def draw(table: Table, file: Path) -> Path:
-    """Write ``table`` as a PNG (160 dots per inch) to ``file``."""
+    """Draw ``table`` into the PNG ``file`` (160 dots per inch); return ``file``."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -124,9 +125,8 @@ def draw(table: Table, file: Path) -> Path:
     for line in prose:
         put(MARGIN, y, line, fontsize=SIZE - 1, color=WARN if line.startswith(DAGGER) else PALE)
         y += 0.17
-    temporary = file.with_name(f".{file.name}.part")
-    figure.savefig(temporary, format="png", facecolor="white")
-    temporary.replace(file)
+    with draft(file) as beside:
+        figure.savefig(beside, format="png", facecolor="white")
     return file
 
 

@@ -1,4 +1,4 @@
-"""A table as Markdown, CSV and LaTeX (booktabs). Pure text in, text out."""
+"""Render a table as Markdown, plain text, CSV and LaTeX (booktabs)."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ DAGGER = "†"
 
 
 class Notes:
-    """Footnotes of a table in order of first mention; one text has one mark, and a row that says less a dagger.
+    """Footnotes of a table in order of first mention, one mark per text; a row that says less gets a dagger.
 
-    Marks are letters: a raised figure behind a score would read as an exponent.
+    Marks are letters, because a raised digit after a score would read as an exponent.
     """
 
     def __init__(self, table: Table) -> None:
@@ -42,7 +42,7 @@ def _letters(place: int) -> str:
 
 
 def markdown(table: Table) -> str:
-    """GitHub Markdown: one table per block, then the footnotes."""
+    """Render as GitHub Markdown: one table per block, then the footnotes."""
     notes = Notes(table)
     parts = [f"## Table {table.number}. {table.title}"]
     for block in table.blocks:
@@ -88,7 +88,7 @@ def _sup(marks: str) -> str:
 
 
 def plain(table: Table) -> str:
-    """For a terminal: aligned columns, best with *, second best with _, columns that none of ours fills left out."""
+    """Render for a terminal: aligned columns, * for best, _ for second best, no column in which ours are empty."""
     notes = Notes(table)
     parts = [f"Table {table.number}. {table.title}"]
     for block in table.blocks:
@@ -99,10 +99,7 @@ def plain(table: Table) -> str:
         rows = [
             [
                 *table.lead,
-                *(
-                    column.title + (f"_{column.subscript}" if column.subscript else "") + column.arrow
-                    for column in columns
-                ),
+                *(column.heading for column in columns),
             ]
         ]
         for line in block.lines:
@@ -129,7 +126,7 @@ def _plain_cell(cell: Cell, column: Column) -> str:
 
 
 def comma_separated(table: Table) -> str:
-    """CSV for programs: unrounded mean, sd, se and n per score (empty where there is none), notes in words."""
+    """Render as CSV: unrounded mean, sd, se and n per score (empty if missing), and notes in words."""
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
     spread = ("", ".sd", ".se", ".n")
@@ -211,12 +208,12 @@ LATEX = {
 
 
 def latex_escape(text: str) -> str:
-    """Plain text as LaTeX: every special character and every symbol of these tables."""
+    """Escape every special character and every symbol of these tables for LaTeX."""
     return "".join(LATEX.get(letter, letter) for letter in " ".join(text.split()))
 
 
 def latex(table: Table) -> str:
-    """A ``table*`` that needs the packages booktabs, amssymb (check marks) and graphicx (fitted to the line)."""
+    """Render as a ``table*`` that needs the packages booktabs, amssymb (check marks) and graphicx (line width)."""
     notes = Notes(table)
     width = len(table.lead) + len(table.columns)
     head = [*map(latex_escape, table.lead), *map(_latex_heading, table.columns)]

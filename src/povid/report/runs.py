@@ -1,7 +1,7 @@
-"""Run folders in, rows of runs that may be averaged out.
+"""Read run folders and group the runs into rows whose scores may be averaged.
 
-A row is the set of runs that differ in nothing but the seed. What distinguishes two rows of one name is found by
-comparing everything that a run records about itself, and is put into their labels.
+The runs of a row differ in the seed alone. What distinguishes two rows of the same name is found by comparing
+everything that a run records about itself, and becomes part of their labels.
 """
 
 from __future__ import annotations
@@ -17,41 +17,15 @@ from typing import Any
 
 import yaml
 
+from povid.benchmarks.benchmark import Column
 from povid.fault import Fault
 
 PAPER_ROWS = ("none", "text", "noise", "both")
 LAST_STAGE = {"text": "1", "noise": "2", "both": "2"}
 RECORDED = ("objective", "noise", "model", "data", "experiment", "decoding")
-# Of what a stage records, the settings; the rest (losses, times, folders) differs between seeds and says nothing.
-STAGE_SETTINGS = {
-    "steps",
-    "max_steps",
-    "epochs",
-    "lr",
-    "learning_rate",
-    "projector_lr",
-    "batch",
-    "batch_size",
-    "effective_batch",
-    "accumulate",
-    "accumulate_grad_batches",
-    "precision",
-    "alpha",
-    "beta",
-    "beta1",
-    "beta2",
-    "records",
-    "triples",
-    "examples",
-    "dispreference",
-    "dispreferences",
-    "lora",
-    "warmup",
-    "weight_decay",
-    "objective",
-    "settings",
-}
-# Overrides that results.json repeats, or that cannot change what is learnt or scored.
+# The settings among the keys of a stage in results.json; the other keys (times, folders) differ between seeds.
+STAGE_SETTINGS = ("steps", "records", "batch_size")
+# Overrides that results.json repeats, or that cannot change what is learned or scored.
 OVERRIDES_ELSEWHERE = {
     "seed",
     "row",
@@ -74,7 +48,7 @@ OVERRIDES_ELSEWHERE = {
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
 }
-LONG = 60  # letters of a difference that still fit into a label
+LONG = 60  # characters of a difference that fit into a label
 GROUPS_ELSEWHERE = {"hydra", "logger", "launcher", "judge"}
 
 
@@ -86,8 +60,9 @@ class Run:
     row: str
     seed: Any
     started: str
-    settings: dict[str, str]  # flat, as text: everything but the seed that may set this run apart
+    settings: dict[str, str]  # dotted name to text: everything but the seed that may distinguish this run
     results: dict[str, Any]
+    columns: tuple[Column, ...] = ()  # what its benchmarks say about their scores
 
     @property
     def folder(self) -> Path:
@@ -99,16 +74,16 @@ class Run:
 
     @property
     def world(self) -> tuple[str, str]:
-        """(model, data): rows are only ever compared within one."""
+        """(model, data): only rows of the same world are compared."""
         return tuple(self.settings.get(key) or self.settings.get(f"{key}.name", "?") for key in ("model", "data"))
 
 
 @dataclass
 class Row:
-    """Runs that differ in the seed alone, newest per seed, and the ``settings`` that they share.
+    """Runs that differ in the seed alone, the newest of each seed, and the ``settings`` that they share.
 
-    ``difference`` sets it apart from rows of the same name; ``label`` is its name with the difference, or with a number
-    that a remark explains where the difference is long.
+    ``difference`` distinguishes it from rows of the same name; ``label`` is its name with the difference, or with a
+    number that a remark explains if the difference is long.
     """
 
     name: str
@@ -124,22 +99,22 @@ class Row:
 
     @property
     def steps(self) -> int:
-        """Optimisation steps over all stages; 0 where a run does not say."""
+        """Optimizer steps over all stages; 0 if the run does not record them."""
         stages = self.runs[0].results.get("stages")
         found = [stage.get("steps") for stage in stages.values()] if isinstance(stages, dict) else []
         return sum(steps for steps in found if isinstance(steps, int))
 
     @property
     def whole(self) -> bool:
-        """Whether this is the row that its name says: all stages of its ablation, and no adapter merged before."""
+        """Whether its runs trained all stages of the ablation that names the row, and started from no other adapter."""
         return "stage" not in self.settings and "adapters" not in self.settings
 
 
 def find_runs(outputs: Path) -> list[Run]:
-    """Every run below ``outputs``, at any depth; an unreadable results.json is named on stderr and left out.
+    """Find every run below ``outputs``, at any depth; an unreadable results.json is skipped with a warning on stderr.
 
     Raises:
-        Fault: ``outputs`` is no folder, or holds no readable results.json.
+        Fault: ``outputs`` is not a folder or holds no readable results.json.
     """
     outputs = Path(outputs)
     if not outputs.is_dir():
@@ -150,10 +125,10 @@ def find_runs(outputs: Path) -> list[Run]:
         try:
             runs.append(_read(file))
         except (OSError, ValueError) as error:
-            print(f"warning: {file} is left out: {error}", file=sys.stderr)
+            print(f"warning: skipped {file}: {error}", file=sys.stderr)
     if not runs:
         found = f"{len(files)} results.json, none of them readable" if files else "no results.json"
-        raise Fault(f"{outputs} holds {found}; train first (python train.py) or name another folder")
+        raise Fault(f"{outputs} holds {found}; run python train.py first or name another folder")
     return runs
 
 
@@ -161,17 +136,29 @@ def _read(file: Path) -> Run:
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"it is not whole JSON ({error}); run that run again") from error
+        raise ValueError(f"it is not valid JSON ({error}); start that run again") from error
     if not isinstance(results, dict) or not isinstance(results.get("benchmarks"), dict):
-        raise ValueError("it has no 'benchmarks', so it is not (yet) a finished run's results")
+        raise ValueError("'benchmarks' is missing, so the run has not finished")
     if not isinstance(results.get("row"), str) or not results["row"]:
-        raise ValueError("it has no 'row' that says which row of the table it belongs to")
-    row = results["row"]
-    return Run(file, row, results.get("seed"), str(results.get("started", "")), _settings(row, results, file), results)
+        raise ValueError("'row', the row of the table that the run belongs to, is missing")
+    row, started = results["row"], str(results.get("started", ""))
+    settings, columns = _settings(row, results, file), _columns(results.get("columns", []))
+    return Run(file, row, results.get("seed"), started, settings, results, columns)
+
+
+def _columns(entries: Any) -> tuple[Column, ...]:
+    try:
+        columns = tuple(Column(**entry) for entry in entries)
+    except TypeError as error:
+        raise ValueError(f"'columns' is not a list of table columns ({error})") from error
+    for column in columns:
+        if column.better not in ("low", "high", None) or not isinstance(column.decimals, int):
+            raise ValueError(f"'columns' has {column}; 'better' is low, high or null, and 'decimals' a whole number")
+    return columns
 
 
 def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
-    """Everything a run records that may set it apart, less what cannot touch its row (noise in a run without noise)."""
+    """Everything recorded that may distinguish a run, except what cannot affect its row, such as unused noise."""
     flat: dict[str, str] = {}
     for key in RECORDED:
         _flatten(results.get(key), key, flat)
@@ -194,7 +181,7 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
         if name not in OVERRIDES_ELSEWHERE and name.split(".")[0] not in GROUPS_ELSEWHERE:
             flat.setdefault(name, value)
     ablation = str(results.get("ablation", row))
-    if ablation == "none":  # a trained run's adapters are its own; one that was only evaluated is somebody else's
+    if ablation == "none":  # nothing was trained, so adapters come from another run
         _flatten(results.get("adapters"), "adapters", flat)
     if ablation == "both" and isinstance(stages, dict) and "2" in stages and "1" not in stages:
         flat["stage 1"] = "of another run"
@@ -214,7 +201,7 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
 
 
 def _flatten(value: Any, key: str, into: dict[str, str]) -> None:
-    """Leaves as text under their dotted names; null and empty lists, which mean "not set", are left out."""
+    """Add leaves as text under their dotted names, except null and empty lists, which mean "not set"."""
     if isinstance(value, dict):
         for name, inner in value.items():
             _flatten(inner, f"{key}.{name}", into)
@@ -223,7 +210,7 @@ def _flatten(value: Any, key: str, into: dict[str, str]) -> None:
 
 
 def _overrides(folder: Path) -> list[str]:
-    """Hydra's record of the command line, where the run has one."""
+    """Hydra's record of the command line, if the run has one."""
     file = folder / ".hydra" / "overrides.yaml"
     try:
         found = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -233,9 +220,9 @@ def _overrides(folder: Path) -> list[str]:
 
 
 def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
-    """Rows of runs that agree in name and in every setting but those named in ``ignore``.
+    """Group runs that agree in their row's name and in every setting except those in ``ignore``.
 
-    A seed that was run twice with the same settings counts once, by its newest run, and the row says so.
+    A seed that was run twice with the same settings counts once, by its newest run, with a remark on the row.
     """
     groups: dict[tuple, list[Run]] = defaultdict(list)
     runs = list(runs)
@@ -253,7 +240,7 @@ def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
 
 
 def _only_some(key: str, run: Run, runs: list[Run]) -> bool:
-    """Whether runs of the same row lack this setting: one that answered fewer benchmarks decoded nothing otherwise."""
+    """Whether runs of the same row are without this setting: they answered fewer benchmarks, and do not disagree."""
     return any(key not in other.settings for other in runs if (other.row, other.world) == (run.row, run.world))
 
 
@@ -266,7 +253,7 @@ def _row(name: str, runs: list[Run], settings: dict[str, str]) -> Row:
         newest[key] = run
     row = Row(name, sorted(newest.values(), key=lambda run: (str(run.seed).zfill(12), str(run.file))), settings)
     if older:
-        row.remarks.append(f"{older} older run{'s' * (older > 1)} with the same seed and settings left out")
+        row.remarks.append(f"{older} older run{'s' * (older > 1)} with the same seed and settings not counted")
     versions: dict[str, set[str]] = defaultdict(set)
     for run in row.runs:
         found = run.results.get("versions")
@@ -281,7 +268,7 @@ def _row(name: str, runs: list[Run], settings: dict[str, str]) -> Row:
 
 
 def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
-    """Name in each row what sets it apart from the other rows of its name and world."""
+    """Set ``difference`` and ``label`` of each row by comparing it with the other rows of its name and world."""
     siblings: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
         siblings[row.name, row.world if "data" not in ignore else row.world[0]].append(row)
@@ -315,8 +302,9 @@ def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True)
 class Summary:
-    """One score over the seeds of a row: ``mean``, sample standard deviation ``sd`` and standard error ``se`` (NaN for
-    a single run), ``n`` runs that have it. ``mean`` is None where there is none, and ``reason`` then says why."""
+    """One score over the seeds of a row: its ``mean``, sample standard deviation ``sd`` and standard error ``se`` (both
+    NaN for a single run) over the ``n`` runs that have it. ``mean`` is None if it is missing, for the given ``reason``.
+    """
 
     mean: float | None
     sd: float = math.nan
@@ -326,31 +314,24 @@ class Summary:
     remark: str = ""
 
 
-# A score is averaged only over runs that agree in these: who judged, and how much was asked.
-SAME_TEST = {
-    "chair": ("captions",),
-    "mmhal": ("judge",),
-    "mm_vet": ("judge",),
-    "llava_bench": ("judge",),
-    "mmbench": ("judge",),
-    "pope": ("questions", "random.questions", "popular.questions", "adversarial.questions"),
-}
+# Scores are averaged only over runs that agree in these keys of a benchmark, at any depth.
+SAME_TEST = ("judge", "captions", "questions")
 
 
 def lookup(scores: Any, path: str) -> Any:
-    """``scores["a"]["b"]`` for the path ``a.b``; None where a part is absent."""
+    """``scores["a"]["b"]`` for the path ``a.b``; None if a part is missing."""
     for part in path.split("."):
         scores = scores.get(part) if isinstance(scores, dict) else None
     return scores
 
 
 def summarise(row: Row, score: str, corrected: bool = False) -> Summary:
-    """Mean and spread over the seeds of ``row`` of the score named ``benchmark.score`` (its place in results.json).
+    """Mean and spread over the seeds of ``row`` of the score ``benchmark.score`` (its path in results.json).
 
-    ``corrected``: by the rule without the official script's mistake, which a run holds where it makes a difference.
+    ``corrected``: use the score without the official script's mistake, which a run records if it differs.
     """
     benchmark, _, key = score.partition(".")
-    values, reasons, tests = [], [], defaultdict(set)
+    values, reasons, tests = [], [], []
     for run in row.runs:
         found = run.benchmarks.get(benchmark)
         value = lookup(found, key)
@@ -358,15 +339,15 @@ def summarise(row: Row, score: str, corrected: bool = False) -> Summary:
             value = lookup(found, f"corrected.{key}")
         if is_number(value):
             values.append(float(value))
-            for part in SAME_TEST.get(benchmark, ()):
-                tests[part].add(str(lookup(found, part)))
             decoding = lookup(run.results, f"decoding.{benchmark}")
-            tests["decoding"].add(json.dumps(decoding, sort_keys=True))
+            tests.append(_test(found) | {"decoding": json.dumps(decoding, sort_keys=True)})
         else:
             reasons.append(_reason(benchmark, key, found, value))
-    apart = [
-        f"{part.replace('.', ' ')} {' and '.join(sorted(kinds))}" for part, kinds in tests.items() if len(kinds) > 1
-    ]
+    apart = []
+    for part in dict.fromkeys(part for test in tests for part in test):
+        kinds = {test.get(part, "unknown") for test in tests}
+        if len(kinds) > 1:
+            apart.append(f"{part} {' and '.join(sorted(kinds))}")
     if apart:
         return Summary(None, reason=f"{benchmark}: runs differ in {'; '.join(apart)} and are not averaged")
     reasons = sorted(set(reasons))
@@ -378,16 +359,27 @@ def summarise(row: Row, score: str, corrected: bool = False) -> Summary:
     return Summary(mean, sd, sd / math.sqrt(len(values)), len(values), remark=remark)
 
 
+def _test(scores: dict[str, Any], path: str = "") -> dict[str, str]:
+    """The entries of SAME_TEST among the scores of a benchmark, by path."""
+    found = {}
+    for key, value in scores.items():
+        if key in SAME_TEST:
+            found[path + key] = str(value)
+        elif isinstance(value, dict) and key != "corrected":
+            found |= _test(value, f"{path}{key} ")
+    return found
+
+
 def is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _reason(benchmark: str, key: str, found: Any, value: Any) -> str:
     if found is None:
-        return f"{benchmark} was not asked for; add it to benchmarks="
+        return f"{benchmark} was not selected; add it to benchmarks="
     if isinstance(found, dict) and "missing" in found:
         cure = f"; {found['cure']}" if found.get("cure") else ""
         return f"{benchmark}: {str(found['missing']).rstrip('.')}{cure}"
     if value is None:
-        return f"{benchmark}: results.json has no {key}"
-    return f"{benchmark}: {key} is {value!r}, which is no number"
+        return f"{benchmark}: {key} is missing from results.json"
+    return f"{benchmark}: {key} is {value!r}, which is not a finite number"

@@ -1,4 +1,4 @@
-"""Hydra callback: the table over all jobs, when a sweep ends."""
+"""Hydra callback that makes the tables when a sweep ends."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from omegaconf import DictConfig
 
 
 class TableAfterSweep(Callback):
-    """Writes the tables of a sweep's folder and prints Table 3.
+    """Write the tables of a sweep's folder and print Table 3.
 
-    Hydra calls this in the parent process, and not at all when a job failed; ``python -m povid.report FOLDER`` makes
-    the same tables at any time.
+    Hydra calls this in the parent process, and not at all if a job failed; ``python -m povid.report FOLDER`` makes the
+    same tables at any time.
     """
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         from povid.fault import Fault
-        from povid.report import write_tables
+        from povid.report.command import write_tables
 
         folder = Path(config.hydra.sweep.dir)
         try:
             files = write_tables(folder)
         except Fault as fault:
-            print(f"no table: {fault}")
+            print(f"No tables were made: {fault}")
             return
         for file in files:
             if file.name == "table3.txt":

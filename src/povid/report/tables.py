@@ -1,4 +1,7 @@
-"""The paper's Tables 1 to 4 with ours beside the printed rows, as data; render.py and picture.py write them out."""
+"""The paper's Tables 1 to 4 with our rows beside the printed ones, as data for render.py and picture.py.
+
+Tables 1 and 3 show the paper's eight scores, then BESIDE, then the columns of any other benchmark that was run.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from povid.benchmarks.benchmark import Column
 from povid.report import paper
 from povid.report.paper import PaperRow
 from povid.report.runs import PAPER_ROWS, Row, Run, Summary, group, summarise
@@ -15,25 +19,6 @@ COLLAPSE = 10.0  # points of coverage below the base
 CHAIR = ("chair.CHAIR_S", "chair.CHAIR_I")
 REAL = "llava_1_5_7b"
 OTHER_DATA = ("vlfeedback", "human_preference", "rlhf_v")
-
-
-@dataclass(frozen=True)
-class Column:
-    """``key`` is ``benchmark.score`` in results.json; ``better`` the direction, None for what is not a contest."""
-
-    key: str
-    title: str
-    better: Literal["low", "high"] | None
-    decimals: int
-    subscript: str = ""
-
-    @property
-    def heading(self) -> str:
-        return self.title + (f"_{self.subscript}" if self.subscript else "") + self.arrow
-
-    @property
-    def arrow(self) -> str:
-        return {"low": " ↓", "high": " ↑", None: ""}[self.better]
 
 
 COLUMNS = {
@@ -58,12 +43,12 @@ BREAKDOWN = tuple(
     Column(key, title, "high", 1)
     for key, title in zip(paper.BREAKDOWN, ("Convo", "Captioning", "Reasoning", "Overall"))
 )
-BESIDE = ("chair.coverage", "chair.words", "pope.yes_ratio")
+BESIDE = ("chair.coverage", "chair.words", "pope.yes_ratio")  # explain a score; the paper prints none of them
 
 
 @dataclass
 class Cell:
-    """One score of one row. ``place`` 1 is best, 2 second best of its kind in its column; ``notes`` are footnotes."""
+    """One score of one row. ``place`` is 1 for the best in its column, 2 for the second best. ``notes``: footnotes."""
 
     summary: Summary
     place: int = 0
@@ -81,7 +66,7 @@ class Cell:
 
 @dataclass
 class Line:
-    """One printed line of the row ``name``: ``lead`` the cells before the scores; ``says_less`` a fall in coverage."""
+    """One line, of the row ``name``: ``lead`` holds the cells before the scores, ``says_less`` a warning or ""."""
 
     name: str
     kind: Literal["ours", "paper", "control", "difference"]
@@ -93,7 +78,7 @@ class Line:
 
 @dataclass
 class Block:
-    """Lines that may be compared with each other; ``warnings`` say what they must not be compared with."""
+    """Lines that may be compared with each other; ``warnings`` state what they must not be compared with."""
 
     title: str
     lines: list[Line]
@@ -112,8 +97,15 @@ class Table:
 
 
 def table(number: int, runs: Sequence[Run]) -> Table | None:
-    """Table ``number`` (1 to 4) made from ``runs``; None where no run belongs to it."""
+    """Make Table ``number`` (1 to 4) from ``runs``; None if no run belongs to it."""
     return {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}[number](runs)
+
+
+def _all_columns(runs: Iterable[Run]) -> tuple[Column, ...]:
+    """The columns of Tables 1 and 3: the paper's, BESIDE, and those of further benchmarks that ``runs`` answered."""
+    known = {column.key for column in (*COLUMNS.values(), *BREAKDOWN)}
+    further = {column.key: column for run in runs for column in run.columns if column.key not in known}
+    return (*(COLUMNS[key] for key in paper.EIGHT + BESIDE), *further.values())
 
 
 # Table 3: the ablation ------------------------------------------------------------------------------------------------
@@ -122,12 +114,11 @@ MARKS = {"none": ("✗", "✗"), "text": ("✓", "✗"), "noise": ("✗", "✓")
 
 
 def _table_3(runs: Sequence[Run]) -> Table:
-    columns = tuple(COLUMNS[key] for key in paper.EIGHT + BESIDE)
     blocks = []
     rows = group(runs)
     every = sorted({row.world for row in rows})
-    # A base model alone is a row of Table 2, and other preference data are rows of Table 1: they stand here only when
-    # there is nothing else.
+    # A base model alone belongs to Table 2, and other preference data to Table 1: without other runs, they are shown
+    # here.
     trained = [
         world
         for world in every
@@ -135,7 +126,8 @@ def _table_3(runs: Sequence[Run]) -> Table:
     ]
     worlds = trained or [world for world in every if world[1] not in OTHER_DATA] or every
     elsewhere = "; ".join(f"{model}, {data}" for model, data in every if (model, data) not in worlds)
-    left_out = [f"left out here, see Tables 1 and 2 (model, data): {elsewhere}"] if elsewhere else []
+    omitted = [f"omitted (model, data): {elsewhere}; see Tables 1 and 2"] if elsewhere else []
+    columns = _all_columns(run for run in runs if run.world in worlds)
     for world in worlds:
         here = [row for row in rows if row.world == world]
         bases = _bases(here)
@@ -159,7 +151,7 @@ def _table_3(runs: Sequence[Run]) -> Table:
         ("Text disprefer", "Image distortion", "row"),
         columns,
         blocks,
-        _general(3) + left_out,
+        _general(3) + omitted,
     )
 
 
@@ -167,8 +159,8 @@ def _comparable(world: tuple[str, str]) -> list[str]:
     model, data = world
     if data.startswith("scenes") or model.startswith("scenes"):
         return [
-            f"These numbers come from the embedded scenes (data={data}, model={model}): painted pictures and a "
-            "tiny model, with their own vocabulary. Their level cannot be compared with the paper's rows, which "
+            f"These numbers come from the embedded world (data={data}, model={model}): painted pictures and a "
+            "tiny model with a vocabulary of its own. Their level cannot be compared with the paper's rows, which "
             "are LLaVA-1.5-7B on COCO; only the order of the rows can."
         ]
     if model != REAL or data != "povid_17k":
@@ -180,9 +172,10 @@ def _comparable(world: tuple[str, str]) -> list[str]:
 
 
 def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list[Block]:
-    """Every row less the base, and less the control that is fine-tuned on the preferred responses alone.
+    """Every row minus the base, and minus the control that is fine-tuned on the preferred responses alone.
 
-    The error of a difference is the root of both rows' squared standard errors; bold is better by more than two of it.
+    The standard error of a difference is the root of the sum of both rows' squared standard errors. A row is marked as
+    better if the difference exceeds two of its standard errors.
     """
     blocks = []
     bases = _bases(rows)
@@ -193,13 +186,13 @@ def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list
             warning, against = _says_less(row, bases), _nearest(row, candidates)
             cells = {column.key: _difference(row, against, column, bool(warning)) for column in columns}
             if any(cell.summary.mean is not None for cell in cells.values()):
-                lead = (*MARKS.get(row.name, ("", "")), f"{row.label} less {against.label}")
+                lead = (*MARKS.get(row.name, ("", "")), f"{row.label} − {against.label}")
                 lines.append(Line(row.name, "difference", lead, cells, says_less=warning))
         if lines:
             blocks.append(
                 Block(
                     f"difference from {name} ± its standard error over seeds (bold: better by more than "
-                    f"two of it): {title}",
+                    f"two standard errors): {title}",
                     lines,
                 )
             )
@@ -207,31 +200,31 @@ def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list
 
 
 def _difference(row: Row, against: Row, column: Column, says_less: bool) -> Cell:
-    mine, theirs = summarise(row, column.key), summarise(against, column.key)
-    if mine.mean is None or theirs.mean is None:
+    own, other = summarise(row, column.key), summarise(against, column.key)
+    if own.mean is None or other.mean is None:
         return Cell(Summary(None))
-    gap, error = mine.mean - theirs.mean, math.hypot(mine.se, theirs.se)
+    gap, error = own.mean - other.mean, math.hypot(own.se, other.se)
     better = {"low": -gap, "high": gap, None: -math.inf}[column.better]
-    # NaN, the error of a single run, compares false: one run is never shown to be better.
+    # the error of a single run is NaN, which compares false, so one run is never shown to be better
     won = better > 2 * error and not (says_less and column.key in CHAIR)
-    return Cell(Summary(gap, se=error, n=min(mine.n, theirs.n)), place=int(won), difference=True)
+    return Cell(Summary(gap, se=error, n=min(own.n, other.n)), place=int(won), difference=True)
 
 
 def _order(lines: list[tuple[Row, Line]]) -> list[str]:
-    """The order of the rows in CHAIR, ours and the paper's, where all four rows stand there once."""
+    """Sentences on the order of the four rows in CHAIR, ours and the paper's, if each of ours is there once."""
     if sorted(row.name for row, _ in lines) != sorted(PAPER_ROWS):
         return []
-    said = []
+    sentences = []
     for key in CHAIR:
         ours = {row.name + " †" * bool(line.says_less): line.cells[key].summary.mean for row, line in lines}
         if None in ours.values():
             continue
-        theirs = {row.key: row.scores[key] for row in paper.TABLE_3}
-        said.append(
+        printed = {row.key: row.scores[key] for row in paper.TABLE_3}
+        sentences.append(
             f"{COLUMNS[key].heading.split()[0]}, from worst to best: ours {_descending(ours)}; "
-            f"paper {_descending(theirs)}."
+            f"paper {_descending(printed)}."
         )
-    return said
+    return sentences
 
 
 def _descending(scores: dict[str, float]) -> str:
@@ -246,8 +239,7 @@ def _no_base(bases: list[Row]) -> list[str]:
     if bases:
         return []
     return [
-        "No base row (ablation=none) for this model and data: whether a row says less than the base could not be "
-        "checked."
+        "No base row (ablation=none) for this model and data, so rows that say less than the base could not be found."
     ]
 
 
@@ -255,7 +247,7 @@ def _no_base(bases: list[Row]) -> list[str]:
 
 
 def _table_1(runs: Sequence[Run]) -> Table | None:
-    columns = tuple(COLUMNS[key] for key in paper.EIGHT + BESIDE)
+    columns = _all_columns(run for run in runs if _in_table_1(run))
     return _by_data(1, "Preference data sets", paper.TABLE_1, columns, runs)
 
 
@@ -267,21 +259,23 @@ def _table_4(runs: Sequence[Run]) -> Table | None:
 def _by_data(
     number: int, title: str, printed: Sequence[PaperRow], columns: tuple[Column, ...], runs: Sequence[Run]
 ) -> Table | None:
-    belongs = [run for run in runs if run.world[1] != "scenes" and _data_row(run)]
+    belongs = [run for run in runs if _in_table_1(run)]
     models = sorted({run.world[0] for run in belongs if run.row != "none" or run.world[0] == REAL})
     blocks = []
     for model in models:
         here = [run for run in belongs if run.world[0] == model]
-        # What the base model scores does not depend on the data set that it was not trained on.
+        # the scores of the base model do not depend on the data set of its run, on which it was not trained
         rows = group((run for run in here if run.row == "none"), ignore=("data",))
         rows += group(run for run in here if run.row != "none")
         bases = _bases(rows)
-        theirs = _paper_lines(printed, columns, lambda row: (row.name,))
-        lines = [(row, _ours(row, columns, (theirs[_data_row(row.runs[0])].lead[0],), bases)) for row in rows]
+        paper_lines = _paper_lines(printed, columns, lambda row: (row.name,))
+        lines = [(row, _ours(row, columns, (paper_lines[_data_row(row.runs[0])].lead[0],), bases)) for row in rows]
         _rank([line for _, line in lines], columns)
         shown: list[Line] = []
         for paper_row in printed:
-            shown += [line for row, line in lines if _data_row(row.runs[0]) == paper_row.key] + [theirs[paper_row.key]]
+            shown += [line for row, line in lines if _data_row(row.runs[0]) == paper_row.key] + [
+                paper_lines[paper_row.key]
+            ]
         warnings = (
             []
             if model == REAL
@@ -294,8 +288,12 @@ def _by_data(
     return Table(number, title, ("Method", "row"), columns, blocks, _general(number)) if blocks else None
 
 
+def _in_table_1(run: Run) -> bool:
+    return run.world[1] != "scenes" and _data_row(run) is not None
+
+
 def _data_row(run: Run) -> str | None:
-    """The row of Tables 1 and 4 that a run belongs to: the base, POVID in full, or another data set's preferences."""
+    """The row of Tables 1 and 4 that a run belongs to: the base, full POVID or another preference data set."""
     if run.row not in PAPER_ROWS or "stage" in run.settings or "adapters" in run.settings:
         return None
     if run.row == "none":
@@ -324,7 +322,7 @@ def _table_2(runs: Sequence[Run]) -> Table | None:
         return None
     rows = group((run for run in belongs if run.row == "none"), ignore=("data",))
     rows += group(run for run in belongs if run.row != "none")
-    theirs = _paper_lines(paper.TABLE_2, columns, lambda row: (row.name, row.vision, row.language))
+    paper_lines = _paper_lines(paper.TABLE_2, columns, lambda row: (row.name, row.vision, row.language))
     parts = {row.key: (row.name, row.vision, row.language) for row in paper.TABLE_2}
     lines = [
         (
@@ -339,21 +337,21 @@ def _table_2(runs: Sequence[Run]) -> Table | None:
         for row in rows
     ]
     _average_ranks([line for _, line in lines])
-    _average_ranks(list(theirs.values()))
+    _average_ranks(list(paper_lines.values()))
     for paper_row in paper.TABLE_2:
         for key, printed in zip(ranks, paper_row.ranks or ()):
-            cell = theirs[paper_row.key].cells[key]
+            cell = paper_lines[paper_row.key].cells[key]
             if printed is not None and cell.summary.mean is not None and round(cell.summary.mean, 2) != printed:
                 cell.notes.append(
                     f"paper, Table 2 prints {printed:.2f} for {paper_row.name}; "
                     f"its own scores give {cell.summary.mean:.2f}"
                 )
-    for members in ([line for _, line in lines], list(theirs.values())):
+    for members in ([line for _, line in lines], list(paper_lines.values())):
         _rank(members, columns)
     shown: list[Line] = []
     for paper_row in paper.TABLE_2:
-        shown += [line for key, line in lines if key == paper_row.key] + [theirs[paper_row.key]]
-    shown += [line for key, line in lines if key not in theirs]
+        shown += [line for key, line in lines if key == paper_row.key] + [paper_lines[paper_row.key]]
+    shown += [line for key, line in lines if key not in paper_lines]
     return Table(
         2,
         "Vision-language models",
@@ -375,11 +373,11 @@ def _model_row(row: Row) -> str:
 
 
 def _average_ranks(lines: Sequence[Line]) -> None:
-    """Mean place over four benchmarks among the rows that have all four; equal scores share their places' mean."""
+    """Mean rank over four benchmarks among the rows that have all four; ties get the mean of their ranks."""
     for name, keys in (("rank.hallucination", paper.HALLUCINATION), ("rank.comprehensive", paper.COMPREHENSIVE)):
         whole = [line for line in lines if all(line.cells[key].summary.mean is not None for key in keys)]
         for line in lines:
-            reason = "average rank: only rows that have all four scores are ranked"
+            reason = "average rank: only rows with all four scores are ranked"
             line.cells[name] = Cell(Summary(None, reason=reason), notes=[reason])
         if len(whole) < 2:
             continue
@@ -414,7 +412,7 @@ def _ours(
 
 
 def _corrected(row: Row, column: Column, summary: Summary) -> list[str]:
-    """Where the official rule is a plain mistake, what the corrected rule gives, if that shows."""
+    """The score under the corrected rule, where the official rule is a plain mistake, if it differs as shown."""
     if summary.mean is None or column.better is None:
         return []
     benchmark = column.key.partition(".")[0]
@@ -425,7 +423,7 @@ def _corrected(row: Row, column: Column, summary: Summary) -> list[str]:
 
 
 def _says_less(row: Row, bases: list[Row]) -> str:
-    """The warning that a row earns by naming fewer of the true objects than the base, or ""."""
+    """The warning that a row mentions fewer of the true objects than the base by more than COLLAPSE points, or ""."""
     if row in bases or not bases:
         return ""
     base = _nearest(row, bases)
@@ -434,13 +432,13 @@ def _says_less(row: Row, bases: list[Row]) -> str:
         return ""
     return (
         f"{row.label} says less: coverage fell by "
-        f"{before.mean - after.mean:.1f} points (from {before.mean:.1f} to {after.mean:.1f}), so its CHAIR is no "
-        "gain by itself and is not ranked"
+        f"{before.mean - after.mean:.1f} points (from {before.mean:.1f} to {after.mean:.1f}), so a lower CHAIR is not "
+        "an improvement by itself and is not ranked"
     )
 
 
 def _nearest(row: Row, candidates: list[Row]) -> Row:
-    """The candidate that was trained for as many steps and shares most settings with ``row``."""
+    """The candidate trained for as many steps, if any, that shares the most settings with ``row``."""
     return max(
         candidates,
         key=lambda other: (
@@ -471,9 +469,9 @@ def _shown(cell: Cell, column: Column) -> float:
 
 
 def _rank(lines: Sequence[Line], columns: Iterable[Column]) -> None:
-    """Best and second best by the value as shown; equal values share a place. A row that says less has no CHAIR place.
+    """Mark best and second best by the value as shown; ties share a place. A row that says less is not ranked in CHAIR.
 
-    One value alone, or many that are equal, is no best, and the last of two no second best.
+    Nothing is marked if all values are equal, and no second best if there are only two values.
     """
     for column in columns:
         if column.better is None:
@@ -496,13 +494,12 @@ def _rank(lines: Sequence[Line], columns: Iterable[Column]) -> None:
 
 def _general(number: int) -> list[str]:
     return [
-        "ours: mean ± standard deviation over n seeds; bold is best and underlined second best among ours, and "
-        "among the paper's rows, by the mean as shown; the spread over seeds leaves out the chance in which "
-        "pictures were asked about",
+        "ours: mean ± standard deviation over n seeds; by the mean as shown, bold is best and underlined second best, "
+        "among our rows and among the paper's; the spread over seeds does not include the sampling of the pictures",
         *(
             (
-                "coverage: true objects that the captions name; words: mean length of a caption; yes %: share of yes "
-                "among the POPE answers; the paper prints none of them",
+                "coverage: share of the true objects that the captions mention; words: mean length of a caption; "
+                "yes %: share of yes among the POPE answers; the paper reports none of them",
             )
             if number in (1, 3)
             else ()

@@ -7,28 +7,22 @@ with its key before anything is made.
 
 from __future__ import annotations
 
-import difflib
 import enum
 import functools
 import inspect
 import os
 import pkgutil
 import re
-import types
 import typing
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, create_model
 
+from povid.fault import sentences, spelled
+
 Kind = TypeVar("Kind", bound=BaseModel)
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
-
-
-def did_you_mean(name: str, known: Collection[str], kind: str = "settings") -> str:
-    """The end of a sentence about a name that does not exist: the nearest one, or all of them."""
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean {near[0]!r}?" if near else f"; the {kind} are {', '.join(known)}"
 
 
 def target(node: Mapping[str, Any], key: str, problems: list[str]) -> Callable | None:
@@ -75,7 +69,7 @@ def build(node: Mapping[str, Any], key: str, problems: list[str]) -> Any:
     try:
         return make(node)
     except ValidationError as error:
-        problems += _sentences(error.errors(), key, BaseModel)
+        problems += sentences(error.errors(), key, BaseModel)
     except (ValueError, TypeError, ImportError) as error:
         named = re.match(r"(\w+): ", str(error))  # our own targets name the argument at fault
         problems.append(f"{key}.{error}" if named and named[1] in arguments else f"{key}: {error}")
@@ -165,56 +159,12 @@ def _problems(
             for detail in error.errors()
             if detail["type"] != "missing" or detail["loc"][0] not in {*optional, *arguments}
         ]
-        return _sentences(details, key, model, path)
+        return sentences(details, key, model, path)
     return [
-        f"{key}.{name}: found {value!r}, needed {_spelled(model.model_fields[name].annotation)}"
+        f"{key}.{name}: found {value!r}, needed {spelled(model.model_fields[name].annotation)}"
         for name, value in plain.items()
         if _coerced(value, getattr(validated, name, value))
     ]
-
-
-def _sentences(details: list[Any], key: str, model: type[BaseModel], path: str = "") -> list[str]:
-    """``KEY: found ..., needed ...`` for pydantic's errors; the members of a union share one sentence."""
-    found: dict[str, str] = {}
-    for detail in details:
-        place = detail["loc"]
-        name = ".".join([key, *(str(part) for part in place)])
-        if not place:
-            found[name] = f"{key}: {_reason(detail)}"
-        elif detail["type"] == "extra_forbidden":
-            what = f"{path} takes no such argument" if path else "there is no such setting"
-            known = model.model_fields if len(place) == 1 else _fields_at(model, place[:-1])
-            found[name] = f"{name}: {what}{did_you_mean(str(place[-1]), known)}"
-        elif detail["type"] == "missing":
-            found[name] = f"{name}: missing; give it a value"
-        else:
-            field = model.model_fields.get(str(place[0]))
-            union = field is not None and _members(field.annotation)
-            if union and len(place) == 2 and not isinstance(place[1], int):
-                name = f"{key}.{place[0]}"
-                bound = detail["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal")
-                either = f"found {_shown(detail['input'])}, needed {_spelled(field.annotation)}"
-                if name not in found or bound:
-                    found[name] = f"{name}: {_reason(detail) if bound else either}"
-            else:
-                found[name] = f"{name}: {_reason(detail)}"
-    return list(found.values())
-
-
-def _fields_at(model: type[BaseModel], place: tuple[Any, ...]) -> Collection[str]:
-    """The names of the settings that a nested model has."""
-    for part in place:
-        field = model.model_fields.get(str(part))
-        kinds = (_members(field.annotation) or (field.annotation,)) if field else ()
-        nested = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not nested:
-            return ()
-        model = nested[0]
-    return model.model_fields
-
-
-def _members(hint: Any) -> tuple[Any, ...]:
-    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else ()
 
 
 def _holds_node(value: Any) -> bool:
@@ -232,49 +182,3 @@ def _coerced(value: Any, validated: Any) -> bool:
     if isinstance(value, int) and isinstance(validated, float):
         return False
     return not (isinstance(value, str) and isinstance(validated, (os.PathLike, enum.Enum)))
-
-
-_NEEDED = {
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "int_parsing": "a whole number",
-    "float_type": "a number",
-    "float_parsing": "a number",
-    "finite_number": "a finite number",
-    "string_type": "text",
-    "bool_type": "true or false",
-    "bool_parsing": "true or false",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a mapping",
-    "path_type": "a path",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "at least {ge}",
-    "less_than": "less than {lt}",
-    "less_than_equal": "at most {le}",
-    "literal_error": "{expected}",
-}
-
-
-def _reason(detail: Mapping[str, Any]) -> str:
-    needed = _NEEDED.get(detail["type"])
-    if needed is None:
-        return detail["msg"].removeprefix("Value error, ")
-    needed = needed.format(**detail.get("ctx", {})).replace("'", "")
-    return f"found {_shown(detail['input'])}, needed {needed}"
-
-
-def _shown(value: Any) -> str:
-    return "nothing" if value is None else repr(value)
-
-
-def _spelled(hint: Any) -> str:
-    """A type in words."""
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", types.NoneType: "null"}
-    if _members(hint):
-        return " or ".join(_spelled(option) for option in _members(hint))
-    if typing.get_origin(hint) is typing.Annotated:
-        return _spelled(typing.get_args(hint)[0])
-    if typing.get_origin(hint) is typing.Literal:
-        return " or ".join(map(str, typing.get_args(hint)))
-    return names.get(hint, getattr(hint, "__name__", str(hint)))

@@ -92,7 +92,7 @@ def _moved(arguments: list[str]) -> str | None:
 
 
 def main() -> int:
-    """Run ``sys.argv``. Returns the exit status: 0, 2 for what the user can mend, 143 for a run that was told to stop."""
+    """Run ``sys.argv``. Returns 0, 2 for what the user can mend, or 143 for a run that was told to stop."""
     from povid.run.resume import expand
 
     try:

@@ -39,9 +39,9 @@ CHECKED_AT_START = 32  # records; the others are checked while the first epoch t
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the stages that a configuration asks for, answer its benchmarks, write ``folder/results.json``.
 
-    With ``resume`` a run in ``folder`` is resumed: what is finished there stays, and an interrupted stage continues from
-    its newest checkpoint. Returns what results.json holds; in the further processes of a run on several devices, which
-    only train, nothing.
+    With ``resume`` a run in ``folder`` is resumed: what is finished there stays, and an interrupted stage continues
+    from its newest checkpoint. Returns what results.json holds; in the further processes of a run on several devices,
+    which only train, nothing.
 
     Raises:
         Fault: everything that a user can mend; a finished stage stays in its folder whatever happens after it.

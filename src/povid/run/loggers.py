@@ -67,7 +67,7 @@ class MetricsFile(L.Callback):
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a logger may want to know of the run: ``job`` is stage_1, stage_2 or evaluate; ``group`` the sweep's name."""
+    """What a logger may want to know of a run; ``job`` is stage_1, stage_2 or evaluate, ``group`` the sweep's name."""
 
     folder: Path
     job: str

@@ -78,8 +78,8 @@ def _overrides(folder: Path) -> Iterator[str]:
 def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[float, Path]]:
     """(when last started, folder) of the sweeps and runs that were started and not finished.
 
-    A run is started when its config.yaml is written and finished with its results.json; a sweep is finished when all its
-    jobs have and its table is there.
+    A run is started when its config.yaml is written and finished with its results.json; a sweep is finished when all
+    its jobs are and its table is there.
     """
     for note in outputs.rglob("multirun.yaml"):
         jobs = [child for child in note.parent.iterdir() if (child / ".hydra").is_dir()]

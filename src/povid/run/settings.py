@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field
 
 from povid.benchmarks.benchmark import Benchmark
-from povid.fault import Fault
+from povid.fault import Fault, did_you_mean
 from povid.method.distortions import Distortion
 from povid.method.objectives import ON_DISTORTED, Objective
 from povid.run import build as building
@@ -174,9 +174,7 @@ def build(cfg: DictConfig) -> Settings:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise Fault(f"configuration: {reason}; give {error.full_key or 'that key'} a value") from None
-    problems: list[str] = []
-    for key in [key for key in tree if key not in KEYS]:
-        problems.append(f"{key}: there is no such setting{building.did_you_mean(key, KEYS)}")
+    problems = [f"{key}: there is no such setting{did_you_mean(key, KEYS)}" for key in tree if key not in KEYS]
     plain = building.settings(Plain, {k: tree[k] for k in Plain.model_fields if k in tree}, "", problems)
     ablation = building.settings(Ablation, tree.get("ablation"), "ablation", problems)
     data = building.settings(DataSettings, tree.get("data"), "data", problems)
@@ -184,7 +182,7 @@ def build(cfg: DictConfig) -> Settings:
     generation = building.settings(Generation, tree.get("generation"), "generation", problems)
     model = _node(tree, "model", problems)
     distortion = _node(tree, "noise", problems)
-    dispreference = _node(tree, "dispreference", problems, without=("name",))
+    dispreference = _node(tree, "dispreference", problems)
     trainer = dict(tree.get("trainer") or {})
     size = trainer.pop("batch_size", None)  # of every stage; ours and not lightning.Trainer's
     stages = _stages(tree, size, problems)
@@ -253,21 +251,18 @@ GROUPS = (
     "ablation", "benchmarks", "callbacks", "checkpoint", "data", "dispreference", "generation", "judge", "logger",
     "model", "noise", "objective", "optimizer", "schedule", "stages", "trainer",
 )  # fmt: skip
-KEYS = (*Plain.model_fields, *GROUPS)
+KEYS = (*Plain.model_fields, *GROUPS, "launcher")
 GIVEN_TO_LOGGERS = ("run",)
 
 
-def _node(
-    tree: Mapping[str, Any], name: str, problems: list[str], prefix: str = "", without: tuple[str, ...] = ()
-) -> Any:
+def _node(tree: Mapping[str, Any], name: str, problems: list[str], prefix: str = "") -> Any:
     """The node ``name`` built; None after a problem."""
     node = tree.get(name)
     if not is_node(node):
-        problems.append(
-            f"{prefix}{name}: found {node!r}, needed a _target_; choose a file of conf/{prefix or name}".rstrip(".")
-        )
+        group = prefix.rstrip(".") or name
+        problems.append(f"{prefix}{name}: found {node!r}, needed a _target_; choose a file of conf/{group}")
         return None
-    return building.build({k: v for k, v in node.items() if k not in without}, f"{prefix}{name}", problems)
+    return building.build(node, f"{prefix}{name}", problems)
 
 
 def _checked(node: Any, key: str, problems: list[str], given: tuple[str, ...] = ()) -> None:
@@ -292,7 +287,7 @@ def _stages(tree: Mapping[str, Any], size: Any, problems: list[str]) -> dict[int
 def _objective_nodes(node: Any) -> dict[str, dict[str, Any]]:
     """The objective of each stage: one for all, or one under each stage's number."""
     if is_node(node):
-        return dict.fromkeys(STAGES, {k: v for k, v in node.items() if k != "name"})
+        return {key: {k: v for k, v in node.items() if k != "name"} for key in STAGES}
     return {str(k): v for k, v in (node or {}).items() if str(k) in STAGES and is_node(v)}
 
 
@@ -363,7 +358,7 @@ def _rules(
             "save adapters in pieces: use trainer=fsdp2 to split weights"
         )
     if isinstance(strategy, str) and strategy.startswith("deepspeed_stage_3"):
-        yield f"trainer.strategy: found {strategy}, which would save adapters in pieces; use trainer=fsdp2 to split weights"
+        yield f"trainer.strategy: found {strategy}, which saves adapters in pieces; use trainer=fsdp2 to split weights"
     for number, stage in stages.items():
         if stage is not None and stage.batch_size == "auto":
             if trainer.get("devices") != 1:

@@ -1,4 +1,4 @@
-"""``python -m povid.scenes``: writes the embedded world, or makes its base model anew."""
+"""``python -m povid.scenes``: write the embedded world, or train its base model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from povid.scenes.world import prepare
 
 
 def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns 0, or 2 after an error."""
     parser = argparse.ArgumentParser("python -m povid.scenes", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     settings = commands.add_parser("prepare", help="write preferences, pictures, CHAIR and POPE files to a folder")
-    settings.add_argument("folder", type=Path, help="written unless it is complete already")
+    settings.add_argument("folder", type=Path, help="written unless it is complete")
     for name, parameter in inspect.signature(prepare).parameters.items():
         if parameter.kind is parameter.KEYWORD_ONLY:
             kind = float if parameter.default is None else type(parameter.default)
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
         if given.pop("command") == "prepare":
             print(prepare(given.pop("folder"), **given))
         else:
-            from povid.scenes import build as making  # torch is not needed to prepare
+            from povid.scenes import build as making  # imports torch, which prepare does not need
 
             making.build(given["folder"], given["seed"])
     except Fault as fault:

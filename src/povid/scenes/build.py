@@ -1,10 +1,8 @@
-"""Makes the base model anew, saves it as it is shipped, and measures it beside the shipped one."""
+"""Trains the base model, saves it in the form that is shipped, and compares its figures with the shipped model's."""
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import torch
 
 from povid.fault import Fault
+from povid.files import draft, write_json
 from povid.machine import keep_freed_memory
 from povid.scenes.architecture import FOLDER, make_model, make_processor
 from povid.scenes.measure import answers_of, measure
@@ -23,7 +22,7 @@ PICTURES = 300  # of each split that is measured
 
 
 def build(folder: Path, seed: int = 0, course: Course | None = None) -> dict[str, dict[str, float]]:
-    """Trains the base model, writes it with its figures to ``folder`` (which must not exist) and prints them.
+    """Train the base model, write it with its figures to ``folder`` (which must not exist) and print them.
 
     Returns the figures on the tuning split (``tuning``) and on new scenes of the kind it learnt from (``habitual``).
     """
@@ -37,16 +36,11 @@ def build(folder: Path, seed: int = 0, course: Course | None = None) -> dict[str
     for _ in teach(processor, model, seed, course or Course(), lambda line: print(line, flush=True)):
         pass
     print(f"trained in {(time.monotonic() - started) / 60:.1f} minutes")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        save(model, processor, draft)
-        figures = measure_base(draft)
-        (draft / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-        draft.chmod(0o755)
-        os.rename(draft, folder)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+    with draft(folder) as beside:
+        beside.mkdir()
+        save(model, processor, beside)
+        figures = measure_base(beside)
+        write_json(beside / "figures.json", figures)
     shipped = json.loads((FOLDER / "figures.json").read_text(encoding="utf-8"))
     for split, values in figures.items():
         print(f"{split:12} {'made':>8} {'shipped':>8}")
@@ -57,7 +51,7 @@ def build(folder: Path, seed: int = 0, course: Course | None = None) -> dict[str
 
 
 def save(model: torch.nn.Module, processor, folder: Path) -> None:
-    """Writes model and processor, the weights rounded to float16; whoever loads them gets float32."""
+    """Write model and processor, the weights rounded to float16; they load as float32."""
     rounded = {name: weight.half() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     model.config.dtype = torch.float32
     model.save_pretrained(folder, state_dict=rounded)
@@ -66,7 +60,7 @@ def save(model: torch.nn.Module, processor, folder: Path) -> None:
 
 
 def measure_base(folder: Path) -> dict[str, dict[str, float]]:
-    """Figures of a saved model: on the tuning split and on as many scenes with the partners it is used to."""
+    """Figures of a saved model on the tuning split and on as many scenes with the partners that it learnt."""
     answers = answers_of(folder)
     with tempfile.TemporaryDirectory() as worlds:
         figures = {}

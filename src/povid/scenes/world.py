@@ -1,4 +1,4 @@
-"""Writes the embedded world as ordinary files: POVID preferences, CHAIR and POPE files, pictures.
+"""The embedded world as ordinary files: POVID preferences, CHAIR and POPE files, pictures.
 
     folder/preferences.json, images/                      800 records <image, preferred, dispreferred>
     folder/habits.json                          objects of 2000 pictures such as the base model learnt from
@@ -6,55 +6,75 @@
     folder/{tuning,evaluation}/objects.json, synonyms.txt                         CHAIR
     folder/{tuning,evaluation}/coco_pope_{random,popular,adversarial}.json        POPE
 
-Everything is drawn from one seed, every split from a stream of its own; the same settings give the same bytes.
+Everything is drawn from one seed, every split from its own stream; the same settings give the same bytes.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
-from povid.fault import Fault
-from povid.scenes.hallucination import draw_answer_pair, draw_caption_pair
+from povid.dispreference.causes import Share
+from povid.fault import Fault, validated
+from povid.files import remove, write_json, write_text
+from povid.scenes.hallucination import WorldShares, draw_answer_pair, draw_caption_pair
 from povid.scenes.language import CAPTION_PROMPT, question
 from povid.scenes.painter import paint
 from povid.scenes.scene import BASE_PARTNER, HARD_PARTNER, Scene, draw_scene
 from povid.scenes.vocabulary import NAMES, synonyms_file
 
-VERSION = 1  # of what is drawn from a seed
+VERSION = 1  # raised when a seed no longer gives the same bytes
+Whole = Annotated[int, Field(ge=0)]
 _STREAMS = {"preferences": 1, "tuning": 2, "evaluation": 3, "habits": 4}
 HABITS = 2000  # pictures
 POPE_SPLITS = ("random", "popular", "adversarial")
 
 
+class World(WorldShares):
+    """The settings of :func:`prepare`."""
+
+    seed: Whole
+    preferences: Whole
+    tuning: Whole
+    evaluation: Whole
+    yes_no_share: Share
+    partner: Share
+    preference_partner: Share | None
+
+
 def prepare(
     folder: Path | str,
     *,
-    seed: int = 0,
-    preferences: int = 800,
-    tuning: int = 300,
-    evaluation: int = 500,
-    yes_no_share: float = 0.25,
-    swap_share: float = 0.7,
-    partner: float = HARD_PARTNER,
-    preference_partner: float | None = None,
+    seed: Whole = 0,
+    preferences: Whole = 800,
+    tuning: Whole = 300,
+    evaluation: Whole = 500,
+    yes_no_share: Share = 0.25,
+    object_share: Share = 0.7,
+    swap_share: Share = 0.7,
+    two_objects_share: Share = 0.5,
+    stranger_share: Share = 0.7,
+    any_object_share: Share = 0.3,
+    partner: Share = HARD_PARTNER,
+    preference_partner: Share | None = None,
 ) -> Path:
-    """Writes the world to ``folder`` unless it is there already, and returns ``folder``.
+    """Write the world to ``folder`` unless it is there already, and return ``folder``.
 
     Args:
         seed: of all draws; at least 0.
-        preferences: number of preference records; ``tuning`` and ``evaluation``: numbers of pictures, 6 POPE
-            questions each and split.
+        preferences: number of preference records; ``tuning`` and ``evaluation``: numbers of pictures, each with 6 POPE
+            questions for every split of POPE.
         yes_no_share: share of the records that ask a yes/no question, in [0, 1].
-        swap_share: share of co-occurrence hallucinations that swap a true object for an absent one, in [0, 1]; with 1
-            preferred and dispreferred always have the same number of words.
+        object_share, swap_share, two_objects_share, stranger_share, any_object_share: how hallucinations are drawn, see
+            :class:`povid.scenes.hallucination.WorldShares`.
         partner: P(partner | anchor) in all three splits, in [0, 1].
         preference_partner: P(partner | anchor) in the preferences, if it is to differ. The nearer to 0.95, the nearer
             the preferred captions are to what the base model has learnt already, and the less they teach alone.
@@ -63,7 +83,7 @@ def prepare(
         Fault: a setting is out of range, ``folder`` holds something else, or the disk cannot be written.
     """
     folder = Path(folder)
-    settings = {
+    settings: dict[str, Any] = {
         "version": VERSION,
         "seed": seed,
         "preferences": preferences,
@@ -72,47 +92,33 @@ def prepare(
         "yes_no_share": yes_no_share,
         "swap_share": swap_share,
         "partner": partner,
+        "preference_partner": preference_partner,
     }
-    if preference_partner is not None:
-        settings["preference_partner"] = preference_partner
-    for key in ("seed", "preferences", "tuning", "evaluation"):
-        if settings[key] < 0:
-            raise Fault(f"{key} of the embedded world is {settings[key]}; it must not be negative")
-    for key in ("yes_no_share", "swap_share", "partner", "preference_partner"):
-        if key in settings and not 0 <= settings[key] <= 1:
-            raise Fault(f"{key} of the embedded world is {settings[key]}; it must lie between 0 and 1")
+    shares = {
+        "object_share": object_share,
+        "two_objects_share": two_objects_share,
+        "stranger_share": stranger_share,
+        "any_object_share": any_object_share,
+    }
+    world = validated(World, {key: settings[key] for key in settings if key != "version"} | shares, "embedded world")
+    # settings that came later enter the manifest only where they differ, so that older folders are recognised
+    settings |= {key: value for key, value in shares.items() if value != World.model_fields[key].default}
+    if preference_partner is None:
+        del settings["preference_partner"]
     try:
         if _complete(folder, settings):
-            if not (folder / "habits.json").exists():  # written before there was such a file
-                draft = folder / f".habits-{os.getpid()}.part"
-                _write_habits(draft, seed)
-                os.replace(draft, folder / "habits.json")
+            if not (folder / "habits.json").exists():  # written before this file existed
+                _write_habits(folder / "habits.json", seed)
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
         try:
-            _write_preferences(
-                draft,
-                _scenes(
-                    seed, "preferences", preferences, partner if preference_partner is None else preference_partner
-                ),
-                np.random.default_rng([seed, _STREAMS["preferences"], 1]),
-                yes_no_share,
-                swap_share,
-            )
-            for split, number in (("tuning", tuning), ("evaluation", evaluation)):
-                _write_benchmarks(
-                    draft / split,
-                    split,
-                    _scenes(seed, split, number, partner),
-                    np.random.default_rng([seed, _STREAMS[split], 1]),
-                )
-            _write_habits(draft / "habits.json", seed)
-            _write_json(draft / "manifest.json", settings)
+            _write(draft, world)
+            write_json(draft / "manifest.json", settings)
             draft.chmod(0o755)
             _settle(draft, folder, settings)
         finally:
-            shutil.rmtree(draft, ignore_errors=True)
+            remove(draft)
     except OSError as error:
         raise Fault(
             f"the embedded world cannot be written to {folder}: {error.strerror or error}; free space or "
@@ -121,11 +127,22 @@ def prepare(
     return folder
 
 
+def _write(folder: Path, world: World) -> None:
+    partner = world.partner if world.preference_partner is None else world.preference_partner
+    scenes = _scenes(world.seed, "preferences", world.preferences, partner)
+    _write_preferences(folder, scenes, np.random.default_rng([world.seed, _STREAMS["preferences"], 1]), world)
+    for split, number in (("tuning", world.tuning), ("evaluation", world.evaluation)):
+        scenes = _scenes(world.seed, split, number, world.partner)
+        _write_benchmarks(folder / split, split, scenes, np.random.default_rng([world.seed, _STREAMS[split], 1]))
+    _write_habits(folder / "habits.json", world.seed)
+
+
 def _settle(draft: Path, folder: Path, settings: dict) -> None:
+    """Name the draft ``folder``. A folder that another process has completed meanwhile stays: it may be in use."""
     try:
         os.rename(draft, folder)
     except OSError:
-        if not _complete(folder, settings):  # else another process was faster, with the same bytes
+        if not _complete(folder, settings):
             raise
 
 
@@ -155,18 +172,14 @@ def _scenes(seed: int, split: str, number: int, partner: float) -> list[Scene]:
     return [draw_scene(rng, partner) for _ in range(number)]
 
 
-def _write_json(file: Path, content: object) -> None:
-    file.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
 def _write_habits(file: Path, seed: int) -> None:
-    """What goes with what where the base model learnt: what ``dispreference=cooccurrence`` learns from."""
+    """The objects of scenes that the base model learnt from, for ``dispreference=cooccurrence`` to learn from."""
     scenes = _scenes(seed, "habits", HABITS, BASE_PARTNER)
-    _write_json(file, {f"habits_{number:06d}": sorted(scene.names) for number, scene in enumerate(scenes, start=1)})
+    write_json(file, {f"habits_{number:06d}": sorted(scene.names) for number, scene in enumerate(scenes, start=1)})
 
 
 def _write_pictures(folder: Path, split: str, scenes: Sequence[Scene]) -> list[str]:
-    """Paints the scenes into ``folder`` and returns their file names."""
+    """Paint the scenes into ``folder`` and return their file names."""
     folder.mkdir(parents=True)
     files = [f"{split}_{number:06d}.png" for number in range(1, len(scenes) + 1)]
     for file, scene in zip(files, scenes):
@@ -174,16 +187,14 @@ def _write_pictures(folder: Path, split: str, scenes: Sequence[Scene]) -> list[s
     return files
 
 
-def _write_preferences(
-    folder: Path, scenes: Sequence[Scene], rng: np.random.Generator, yes_no_share: float, swap_share: float
-) -> None:
+def _write_preferences(folder: Path, scenes: Sequence[Scene], rng: np.random.Generator, world: World) -> None:
     records = []
-    questions = set(rng.permutation(len(scenes))[: round(yes_no_share * len(scenes))].tolist())
+    questions = set(rng.permutation(len(scenes))[: round(world.yes_no_share * len(scenes))].tolist())
     for number, (file, scene) in enumerate(zip(_write_pictures(folder / "images", "preferences", scenes), scenes)):
         pair = (
-            draw_answer_pair(rng, scene)
+            draw_answer_pair(rng, scene, world)
             if number in questions
-            else draw_caption_pair(rng, scene, CAPTION_PROMPT, swap_share)
+            else draw_caption_pair(rng, scene, CAPTION_PROMPT, world)
         )
         asked = {"from": "human", "value": f"<image>\n{pair.prompt}"}
         records.append(
@@ -197,20 +208,18 @@ def _write_preferences(
                 "objects": list(scene.names),
             }
         )
-    _write_json(folder / "preferences.json", records)
+    write_json(folder / "preferences.json", records)
 
 
 def _write_benchmarks(folder: Path, split: str, scenes: Sequence[Scene], rng: np.random.Generator) -> None:
     files = _write_pictures(folder / "images", split, scenes)
-    _write_json(folder / "objects.json", {Path(file).stem: sorted(scene.names) for file, scene in zip(files, scenes)})
-    (folder / "synonyms.txt").write_text(synonyms_file(), encoding="utf-8")
+    write_json(folder / "objects.json", {Path(file).stem: sorted(scene.names) for file, scene in zip(files, scenes)})
+    write_text(folder / "synonyms.txt", synonyms_file())
     asked = [rng.permutation(sorted(scene.names))[:3].tolist() for scene in scenes]
     known = [draw_scene(rng, BASE_PARTNER).names for _ in range(1000)]
     for pope in POPE_SPLITS:
         rows = pope_rows(rng, files, [scene.names for scene in scenes], asked, known, pope)
-        (folder / f"coco_pope_{pope}.json").write_text(
-            "".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8"
-        )
+        write_text(folder / f"coco_pope_{pope}.json", "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def pope_rows(

@@ -44,8 +44,8 @@ def generator(*, seed: int, epoch: int, record: int) -> torch.Generator:
 def distort_picture(distortion: Distortion, picture: Image.Image, source: torch.Generator) -> Image.Image:
     """The distorted 8-bit RGB picture: exactly what a ``pixel`` distortion trains on.
 
-    A ``normalized`` distortion trains on the resized tensor; here it is applied to the picture's own pixels, which shows
-    a person what it does.
+    A ``normalized`` distortion trains on the resized tensor; here it is applied to the picture's own pixels, to show a
+    person what it does.
     """
     x = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1).float() / 255
     return Image.fromarray(distortion.to_bytes(distortion(x, source)).permute(1, 2, 0).numpy())

@@ -1,8 +1,8 @@
 """Objectives: pure functions of log-probabilities, one file each.
 
-An objective says what must be scored (``needs``) and turns scores into a loss; scoring finds the fewest passes. What can
-be scored are the fields of :class:`Terms`. Shape suffix: B = examples of a batch. y_w is the preferred response, y_l^t
-the text dispreferred one, y_l^n what the policy itself would say of the distorted image x^n.
+An objective names what must be scored (``needs``, fields of :class:`Terms`) and turns scores into a loss; scoring finds
+the fewest passes. y_w is the preferred response, y_l^t the text dispreferred one, y_l^n what the policy itself would
+say of the distorted image x^n. Shape suffix: B = examples of a batch.
 """
 
 from __future__ import annotations

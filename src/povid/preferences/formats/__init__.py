@@ -1,0 +1,52 @@
+"""Formats of preference data, one file each.
+
+A format is a module with ``read(preferences, images=None, skipped=None) -> list[Triple]`` and, where data can be
+written in it, ``write(triples, preferences, images)``:
+
+- ``preferences`` is a .json, .jsonl or .parquet file, or a folder of parquet shards;
+- ``images`` is the folder of the pictures (``None`` if the records carry them);
+- ``skipped`` decides about records that cannot be used: ``None`` raises a Fault, a list takes a sentence for each.
+
+A run names the reader as a node, ``data.format: {_target_: povid.preferences.formats.trl.read, _partial_: true}``, and
+calls it with these three arguments, so that a function in anybody's own package works as well.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+from povid.fault import Fault
+
+
+def names(function: str = "read") -> list[str]:
+    """Names of the formats in this folder that have ``function``: read or write."""
+    found = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    return [name for name in found if hasattr(importlib.import_module(f"{__name__}.{name}"), function)]
+
+
+def find(name: str, function: str = "read") -> Callable[..., Any]:
+    """The ``function`` (read or write) of a format.
+
+    ``name`` is a module of this folder (``trl``), or the dotted path of a module or a function elsewhere
+    (``my_package.my_format``).
+
+    Raises:
+        Fault: there is no such format, or it has no such function.
+    """
+    known = names(function)
+    try:
+        found = pkgutil.resolve_name(f"{__name__}.{name}" if name in known else name)
+    except (ImportError, AttributeError, ValueError) as error:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}, or the dotted path of your own"
+        raise Fault(f"format {name!r} of preference data does not exist ({error}); {hint}") from None
+    if isinstance(found, ModuleType):
+        found = getattr(found, function, None)
+    if not callable(found):
+        raise Fault(f"format {name!r} of preference data has no function {function!r}; use {', '.join(known)}")
+    return found
