@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -12,15 +13,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from shared import shared
 
-from povid.dispreference import cooccurrence
-from povid.dispreference.cooccurrence import hallucinate, instead, key_of, learn, read_objects
+from povid.dispreference.annotations import key_of, read_objects
+from povid.dispreference.causes import learn
+from povid.dispreference.cooccurrence import CoOccurrence
+from povid.dispreference.rewriting import Rewriting, hallucinate
 from povid.dispreference.rows import Row, read_rows
 from povid.fault import Fault
 from povid.preferences.check import check
-from povid.preferences.differences import changes, mentions, objects, plural, words
-from povid.preferences.formats import read
+from povid.preferences.differences import changes, objects, plural, words
+from povid.preferences.formats import povid
 from povid.preferences.triple import Triple, Turn
 from povid.scenes.hallucination import HABITS
 from povid.scenes.scene import BASE_PARTNER, draw_scene
@@ -34,10 +38,11 @@ PRESENT = {str(n): ["fork", "knife"] for n in range(1, 10)} | {"10": ["fork", "c
 def test_companions_by_their_likelihood():
     """Ten pictures have a fork, nine of them a knife, one a cup: P(knife | fork) = 0.9, P(cup | fork) = 0.1."""
     learned = learn(PRESENT)
-    assert learned.companions(["fork"], []) == [("knife", 0.9), ("cup", 0.1)]
-    assert learned.companions(["fork"], ["knife"]) == [("cup", 0.1)]
-    assert learned.companions(["zebra"], []) == []
-    assert [name for name, _ in cooccurrence._likely({"zebra"}, learned)][:2] == ["fork", "knife"]
+    assert learned.companions(["fork"]) == [("knife", 0.9), ("cup", 0.1)]
+    assert learned.companions(["fork", "knife"]) == [("cup", 0.1)]
+    assert learned.companions(["zebra"]) == []
+    assert [name for name, _ in learned.likely({"zebra"})][:2] == ["fork", "knife"]
+    assert learned.leader("knife", ["cup", "dog", "fork"]) == 2 and learned.leader("knife", ["dog"]) is None
 
 
 def test_attributes_come_from_captions():
@@ -65,15 +70,13 @@ def test_nothing_but_seed_and_record_decides():
     assert len(set(first)) > 10
 
 
-@pytest.mark.parametrize(
-    ("answer", "kinds"),
-    [("Yes.", {"relation"}), ("Two", {"count"}), ("Red.", {"attribute"}), ("12", {"count"}), ("A dog.", {"object"})],
-)
-def test_short_answers_stay_short_and_become_wrong(answer, kinds):
-    for seed in range(10):
-        wrong = hallucinate(row(answer, question="What?"), learn(PRESENT), seed)
-        assert changes(answer, wrong).kinds == kinds and len(words(wrong)) <= 4
-        assert wrong[-1] == "." or answer[-1] != "."
+def test_short_answers_stay_short_and_become_wrong():
+    kinds = {"Yes.": "relation", "Two": "count", "Red.": "attribute", "12": "count", "A dog.": "object"}
+    for answer, kind in kinds.items():
+        for seed in range(10):
+            wrong = hallucinate(row(answer, question="What?"), learn(PRESENT), seed)
+            assert changes(answer, wrong).kinds == {kind} and len(words(wrong)) <= 4
+            assert wrong[-1] == "." or answer[-1] != "."
 
 
 def test_articles_plurals_and_capitals_fit():
@@ -132,7 +135,7 @@ def test_the_command_on_the_real_sample(tmp_path, sample):
         ended = subprocess.run([*command, f"out={tmp_path}/{name}.json"], cwd=ROOT, capture_output=True, text=True)
         assert ended.returncode == 0, ended.stderr
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
-    triples = read("povid", tmp_path / "a.json", sample)
+    triples = povid.read(tmp_path / "a.json", sample)
     assert len(triples) == 8 and check(triples).sound
     assert "8 records written, 0 set aside" in ended.stdout
     page = (tmp_path / "a.json.run" / "report.html").read_text()
@@ -150,7 +153,7 @@ def triple(id: str, *said: str, present=("fork", "knife")) -> Triple:
 def test_an_enumeration_takes_any_object_and_one_more():
     learned = learn({str(n): ["car", "dog", "kite"] for n in range(5)} | {"10": ["car", "dog"]})
     answer = "This shows a car and a small dog."
-    said = {cooccurrence._swap_or_join(answer, {"car", "dog"}, learned, random.Random(n), False) for n in range(40)}
+    said = {hallucinate(row(answer), learned, seed, Rewriting(object_share=1)) for seed in range(40)}
     assert said == {"This shows a car and a small kite.", "This shows a car, a kite and a small dog."}
 
 
@@ -166,19 +169,30 @@ def test_in_enumerations_as_many_become_longer_as_shorter():
     learned = learn({str(n): ["car", "dog", "kite"] for n in range(5)}, synonyms={"pooch": "dog"})
     answer = "This shows a car, a cup, a fork and a pooch."
     lengths = Counter(
-        len(words(cooccurrence._swap_or_join(answer, {"car", "dog"}, learned, random.Random(n), False)))
-        - len(words(answer))
-        for n in range(1000)
+        len(words(hallucinate(row(answer, "0x"), learned, seed, Rewriting(object_share=1)))) - len(words(answer))
+        for seed in range(1000)
     )
     assert set(lengths) == {-2, 0, 2} and lengths[0] > 600 and abs(lengths[2] - lengths[-2]) < 60
 
 
 def test_a_word_is_replaced_everywhere_in_both_numbers():
-    said = "Three buses can be seen: a red bus and an old bus on the left."
-    named = mentions(said)
-    assert cooccurrence._replaced(said, named[1], "airplane", named) == (
-        "Three airplanes can be seen: a red airplane and an old airplane on the left."
-    )
+    learned = learn({"1": ["bus", "airplane"], "10": ["bus"]})
+    only_objects = Rewriting(prose_swap_share=1, further_edits=(0,))
+    said = "Three buses can be seen: a red bus and an old bus to the left."
+    wrong = "Three airplanes can be seen: a red airplane and an old airplane to the left."
+    assert {hallucinate(row(said), learned, seed, only_objects) for seed in range(10)} == {wrong}
+
+
+def test_shares_decide_how_often_an_object_replaces_another():
+    learned = learn({str(n): ["car", "dog", "kite"] for n in range(5)})
+    answer = "This shows a car, a cup, a fork and a dog."
+    for swap_share, lengths in ((1.0, {0}), (0.0, {-2, 2})):
+        settings = Rewriting(object_share=1, swap_share=swap_share)
+        made = {len(words(hallucinate(row(answer, "0x"), learned, seed, settings))) for seed in range(60)}
+        assert {length - len(words(answer)) for length in made} == lengths
+    for invalid in ({"swap_share": 1.1}, {"object_share": -0.1}, {"further_edits": ()}, {"swap": 0.5}):
+        with pytest.raises(ValidationError):
+            CoOccurrence(**invalid)
 
 
 def test_the_embedded_worlds_habits_are_what_counting_its_scenes_finds():
@@ -192,63 +206,44 @@ def test_the_embedded_worlds_habits_are_what_counting_its_scenes_finds():
 
 def test_dispreferred_responses_are_made_anew_in_every_turn():
     triples = [triple("1", "A fork and a spoon.", "Yes.", present=("fork", "spoon")), triple("2", "A fork is here.")]
-    made = instead(triples, 0)
+    made = CoOccurrence()(triples, 0)
     assert [one.preferred for one in made] == [one.preferred for one in triples]
     for one in made:
         assert all(new.text != old.text for new, old in zip(one.dispreferred, one.preferred) if old.role == "assistant")
         assert "Given." not in [turn.text for turn in one.dispreferred]
-    assert instead(triples, 0) == made and instead(triples, 0, limit=1) == made[:1]
-    assert any(instead(triples, seed) != made for seed in range(1, 40))
+    assert CoOccurrence()(triples, 0) == made and CoOccurrence()(triples, 0, limit=1) == made[:1]
+    assert any(CoOccurrence()(triples, seed) != made for seed in range(1, 40))
 
 
-def test_what_cannot_be_rewritten_is_told_or_skipped(tmp_path):
+def test_what_cannot_be_rewritten_is_named_or_skipped(tmp_path):
     stranger = replace(triple("3", "A fork is here."), meta={})
     with pytest.raises(Fault, match="these records do not say; give data.objects=FILE"):
-        instead([stranger], 0)
+        CoOccurrence()([stranger], 0)
     with pytest.raises(Fault, match="cannot rewrite 1 of 2 records .first: record '3': nothing says"):
-        instead([triple("1", "A fork."), stranger], 0)
+        CoOccurrence()([triple("1", "A fork."), stranger], 0)
     skipped: list[str] = []
-    assert [one.id for one in instead([triple("1", "A fork."), stranger], 0, skipped=skipped)] == ["1"]
+    assert [one.id for one in CoOccurrence()([triple("1", "A fork."), stranger], 0, skipped=skipped)] == ["1"]
     assert len(skipped) == 1
     (tmp_path / "o.json").write_text('{"other": ["cup"]}')
-    with pytest.raises(Fault, match="could rewrite no record"):
-        instead([stranger], 0, objects=tmp_path / "o.json", skipped=[])
+    with pytest.raises(Fault, match="cannot rewrite any record"):
+        CoOccurrence(objects=tmp_path / "o.json")([stranger], 0, skipped=[])
 
 
 def test_a_run_sees_what_the_command_writes(tmp_path, sample):
-    """The same sentences, whichever door: train.py's rewriting and python -m povid.dispreference."""
-    rows, triples = read_rows(sample / "preferences.json", sample), read("povid", sample / "preferences.json", sample)
-    learned = learn(read_objects(sample / "objects.json"), [one.answer for one in rows])
-    written, _, rejects = cooccurrence.rewrite(rows, learned, 3)
-    assert not rejects and [one.dispreferred for one in written] == [
-        one.dispreferred for one in instead(triples, 3, objects=sample / "objects.json")
-    ]
+    """train.py and python -m povid.dispreference make the same sentences."""
+    rows, triples = read_rows(sample / "preferences.json", sample), povid.read(sample / "preferences.json", sample)
+    rewriter = CoOccurrence(objects=sample / "objects.json")
+    made = rewriter.generate(rows, tmp_path, 3)
+    assert not made.rejects
+    assert [one.dispreferred for one in made.triples] == [one.dispreferred for one in rewriter(triples, 3)]
 
 
-@pytest.mark.parametrize(
-    "said, wrong",
-    [
-        ("Yes, there is a dog.", "No, there is no dog."),
-        ("No, there is no umbrella.", "Yes, there is an umbrella."),
-        ("No, there are no dogs.", "Yes, there are some dogs."),
-        ("Yes", "No"),
-        ("no.", "yes."),
-    ],
-)
-def test_a_denied_yes_denies_what_follows(said, wrong):
-    assert cooccurrence._yes_no(said, learn({}), random.Random(0)) == wrong
-
-
-def test_left_and_right_are_exchanged_where_they_are_places():
-    learned = learn({})
-    for said in ("He left the room.", "That is right, he has gone."):
-        assert cooccurrence._relation(said, learned, random.Random(0)) == said
-    assert (
-        cooccurrence._relation("He left by the door on the left.", learned, random.Random(0))
-        == "He left by the door on the right."
-    )
-
-
-def test_an_options_letter_is_left_alone():
-    learned = learn({"11": ["dog"], "12": ["dog", "cat"]})
-    assert [hallucinate(row(said, "11x"), learned, 0) for said in ("B", "(C)", "A.")] == ["B", "(C)", "A."]
+def test_a_denied_yes_denies_what_follows():
+    for said, flipped in (
+        ("Yes, there is a dog.", r"No, there is no \w+"),
+        ("No, there is no umbrella.", r"Yes, there is an? \w+"),
+        ("No, there are no dogs.", r"Yes, there are some \w+"),
+    ):
+        made = [hallucinate(row(said), learn({}), seed, Rewriting(further_edits=(4,))) for seed in range(30)]
+        assert all(re.match(flipped, one) for one in made), made
+    assert hallucinate(row("no."), learn({}), 0) == "yes."

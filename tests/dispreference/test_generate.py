@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,12 +20,13 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 from servers import ChatServer, Say, Silence, Status
 
-from povid.dispreference.__main__ import CONF, run
+from povid.dispreference.__main__ import run
 from povid.dispreference.gates import Gates
-from povid.dispreference.generate import Sampling, claimed, estimate, folder_of, generate, identity
+from povid.dispreference.generate import Sampling, VisionModel, claimed, estimate, folder_of, generate, identity
 from povid.dispreference.rows import read_rows
 from povid.fault import Fault
-from povid.preferences.formats import read
+from povid.machine import conf_folder
+from povid.preferences.formats import povid
 from povid.server.endpoint import Endpoint, EndpointSettings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -94,7 +96,7 @@ def disturbed_equals_undisturbed(tmp_path: Path, count: int, kills: list[int]) -
     assert max(Counter(reply["key"] for reply in replies(disturbed)).values()) == 1
 
     report = json.loads((folder_of(calm) / "report.json").read_text())
-    triples = read("povid", calm, rows.parent)
+    triples = povid.read(calm, rows.parent)
     assert report["written"] == len(triples) and len(triples) + report["set_aside"] == count
     assert 0 < report["set_aside"] < count / 10
     for reason in (
@@ -142,7 +144,7 @@ def test_rows_that_never_get_a_usable_reply_are_set_aside_with_every_reason(tmp_
     rows = some_rows(tmp_path)
     with ChatServer(lambda body, n: Say("" if body["seed"] else "I'm sorry, I can't.")) as server:
         result = generate(rows, endpoint(server, tmp_path / "run"), Sampling(attempts=3), Gates(), quiet=True)
-    assert result.triples == [] and result.replies == 18
+    assert result.triples == [] and result.figures["replies"] == 18
     assert result.rejects == [(row.id, ["refusal", "empty", "empty"]) for row in rows]
     assert result.reasons == {"refusal": 6, "empty": 12}
 
@@ -162,7 +164,7 @@ def test_a_server_that_stays_silent_for_one_row_loses_nothing_else(tmp_path):
     assert len(server.requests) == asked + 2  # only the silent row, two tries
 
 
-def test_the_budget_ends_the_run_before_it_is_exceeded_and_a_larger_one_goes_on(tmp_path):
+def test_the_budget_ends_the_run_before_it_is_exceeded_and_a_larger_one_resumes(tmp_path):
     rows = some_rows(tmp_path)
     good = say("Answer: A blue bus and three dogs are on street number 1 in the morning.")
     with ChatServer(good) as server:
@@ -188,8 +190,8 @@ def test_the_estimate_comes_before_anything_is_sent_and_is_not_exceeded(tmp_path
         assert not server.requests and sentence.startswith("6 rows take at most ")
         result = generate(rows, model, Sampling(attempts=1), Gates(), quiet=True)
     # 6 replies of 100 and 20 tokens: 6 * (100 * 10 + 20 * 30) / 1e6
-    assert result.cost == pytest.approx(0.0096)
-    assert float(sentence.split(" and ")[1].split(" ")[0]) > result.cost
+    assert result.figures["cost"] == pytest.approx(0.0096)
+    assert float(sentence.split(" and ")[1].split(" ")[0]) > result.figures["cost"]
 
 
 def test_pictures_are_sent_small_and_broken_ones_set_aside(tmp_path, caplog):
@@ -254,7 +256,7 @@ def test_two_commands_at_once_end_in_one_sentence_each(tmp_path):
                 time.sleep(0.02)
             second = start(server, rows, out)
             assert second.communicate(timeout=60)[1].strip() == (
-                f"error: another process is writing {out}; wait for its end or choose another out"
+                f"error: another process is writing {out}; wait until it ends or choose another out"
             )
             assert second.returncode == 2 and first.poll() is None
         finally:
@@ -262,28 +264,52 @@ def test_two_commands_at_once_end_in_one_sentence_each(tmp_path):
             first.communicate()
 
 
-@pytest.mark.parametrize(
-    ("change", "sentence"),
-    [
-        ("input=absent.jsonl", "absent.jsonl does not exist"),
-        ("out=a.txt", "must end in .json"),
-        ("dispreference=local", "choose endpoint or cooccurrence"),
-        ("dispreference=cooccurrence", "objects is not set"),
-        ("limit=-1", "limit=-1 takes no record"),
-        ("sampling.attempts=many", "sampling.attempts: found 'many'"),
-        ("gates.short=-1", "gates.short: found -1"),
-        ("gates.least_overlap=1", "smaller than its most_"),
-        ("prompt=captions", "prompt=captions does not exist"),
-        ("images=absent", "image folder absent does not exist"),
-        ("endpoint.model=null", "model is not set"),
-    ],
-)
-def test_mistakes_are_one_sentence(tmp_path, change, sentence):
+MISTAKES = [
+    ("input=absent.jsonl", "absent.jsonl does not exist"),
+    ("out=a.txt", "must end in .json"),
+    ("limit=-1", "limit=-1 selects no record"),
+    ("sampling.attempts=many", "sampling.attempts: found 'many'"),
+    ("gates.short=-1", "gates.short: found -1"),
+    ("gates.least_overlap=1", "gates: least_overlap must be smaller than most_overlap"),
+    ("prompt=captions", "prompt=captions does not exist"),
+    ("images=absent", "image folder absent does not exist"),
+    ("endpoint.model=null", "no model is named"),
+]
+
+
+def test_mistakes_are_one_sentence(tmp_path):
     rows = write_rows(tmp_path / "rows", 2)
-    with initialize_config_dir(str(CONF), version_base="1.3"):
+    for change, sentence in [*MISTAKES, ("dispreference=cooccurrence", "objects is not set")]:
+        given = [f"input={rows}", f"images={rows.parent}", f"out={tmp_path}/o.json", "endpoint.model=m", change]
+        if change.startswith("dispreference"):
+            given.remove("endpoint.model=m")
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            config = compose("dispreference", given)
+        with pytest.raises(Fault, match=re.escape(sentence)):
+            run(config)
+
+
+def test_every_invalid_setting_is_reported_at_once(tmp_path):
+    rows = write_rows(tmp_path / "rows", 2)
+    changes = [
+        f"input={rows}",
+        f"images={rows.parent}",
+        "endpoint.model=m",
+        "sampling.attempts=0",
+        "endpoint.timeout=-1",
+        "give_up=maybe",
+    ]
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         config = compose(
-            "dispreference",
-            [f"input={rows}", f"images={rows.parent}", f"out={tmp_path}/o.json", "endpoint.model=m", change],
+            "dispreference", [f"input={rows}", f"images={rows.parent}", f"out={tmp_path}/o.json", *changes]
         )
-    with pytest.raises(Fault, match=sentence):
+    with pytest.raises(Fault) as caught:
         run(config)
+    for key in ("sampling.attempts: found 0", "endpoint.timeout: found -1", "give_up: found 'maybe'"):
+        assert key in str(caught.value)
+
+
+def test_training_is_told_to_generate_the_file_first():
+    generator = VisionModel(endpoint={"model": "m"})
+    with pytest.raises(Fault, match="write the dispreferences to a file first"):
+        generator([], seed=0, limit=None, skipped=None)

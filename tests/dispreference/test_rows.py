@@ -63,29 +63,29 @@ def test_the_prompt_can_be_set_for_all_and_by_record(folder):
     assert [row.kind for row in reasoned] == ["reasoning", "captioning"]
 
 
-@pytest.mark.parametrize(
-    ("row", "expected"),
-    [
-        ({"image": "000000000042.jpg", "question": "What?"}, "entry 0: record 0: key 'answer' is missing"),
-        ({"image": "000000000042.jpg", "question": "What?", "answer": " "}, "answer is empty"),
-        ({"image": "000000000042.jpg", "question": "<image>", "answer": "a"}, "question is empty"),
-        ({"question": "What?", "answer": "a"}, "key 'image' is missing"),
-        ({"image": "../x.jpg", "question": "What?", "answer": "a"}, "leads out of the image folder"),
-        ({"image": "gone.jpg", "question": "What?", "answer": "a"}, "1 pictures are not in"),
-        ({"image": "000000000042.jpg", "question": "W?", "answer": "a", "prompt": "x"}, "prompt must be captioning or"),
-        (INSTRUCT | {"conversations": INSTRUCT["conversations"][:3]}, "end with gpt"),
-        (7, "must be an object"),
-    ],
-)
-def test_a_row_that_cannot_be_used_is_named_or_skipped(folder, row, expected):
+UNUSABLE = [
+    ({"image": "000000000042.jpg", "question": "What?"}, "entry 0: record 0: key 'answer' is missing"),
+    ({"image": "000000000042.jpg", "question": "What?", "answer": " "}, "answer is empty"),
+    ({"image": "000000000042.jpg", "question": "<image>", "answer": "a"}, "question is empty"),
+    ({"question": "What?", "answer": "a"}, "key 'image' is missing"),
+    ({"image": "../x.jpg", "question": "What?", "answer": "a"}, "leads out of the image folder"),
+    ({"image": "gone.jpg", "question": "What?", "answer": "a"}, "1 picture is not in"),
+    ({"image": "000000000042.jpg", "question": "W?", "answer": "a", "prompt": "x"}, "prompt must be captioning or"),
+    (INSTRUCT | {"conversations": INSTRUCT["conversations"][:3]}, "end with gpt"),
+    (7, "must be an object"),
+]
+
+
+def test_a_row_that_cannot_be_used_is_named_or_skipped(folder):
     good = {"image": "000000000042.jpg", "question": "What?", "answer": "a"}
-    file = stored(folder, [row, good])
-    with pytest.raises(Fault, match=expected.replace("'", ".")):
-        read_rows(file, folder)
-    skipped: list[str] = []
-    assert len(read_rows(file, folder, skipped=skipped)) == 1 and len(skipped) == 1
+    for row, expected in UNUSABLE:
+        file = stored(folder, [row, good])
+        with pytest.raises(Fault, match=expected.replace("'", ".")):
+            read_rows(file, folder)
+        skipped: list[str] = []
+        assert len(read_rows(file, folder, skipped=skipped)) == 1 and len(skipped) == 1
 
 
-def test_a_csv_that_is_none(folder):
+def test_a_file_that_is_no_csv_table(folder):
     with pytest.raises(Fault, match="not a CSV table"):
         read_rows(stored(folder, 'image,question\n"a,b', "rows.csv"), folder)

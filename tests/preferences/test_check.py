@@ -1,4 +1,4 @@
-"""The data check and the commands around it."""
+"""The data check and its command."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import pytest
 from PIL import Image
 
 from povid.preferences.__main__ import main
-from povid.preferences.check import check, picture_fault
-from povid.preferences.formats import read
+from povid.preferences.check import check
+from povid.preferences.formats import povid
+from povid.preferences.pictures import picture_fault
 from povid.preferences.triple import Triple, Turn
 
 
@@ -50,7 +51,7 @@ def test_sound_pictures_of_every_kind_pass(tmp_path, sound):
         assert picture_fault(tmp_path / name) is None, name
 
 
-def test_each_fault_of_a_picture_is_told(tmp_path, sound):
+def test_each_problem_of_a_picture_is_named(tmp_path, sound):
     (tmp_path / "cut.png").write_bytes(sound.read_bytes()[:-900])
     (tmp_path / "text.jpg").write_text("hello")
     (tmp_path / "empty.jpg").touch()
@@ -71,7 +72,7 @@ def test_a_picture_just_beyond_the_limit_is_not_decoded(tmp_path, monkeypatch):
         assert "48 x 64 pixels" in picture_fault(tmp_path / "a.png")
 
 
-def test_the_report_lists_faults_by_record(tmp_path, sound):
+def test_the_report_lists_problems_by_record(tmp_path, sound):
     triples = [
         triple(sound, "ok"),
         triple(tmp_path / "none.jpg", "lost"),
@@ -89,7 +90,7 @@ def test_the_report_lists_faults_by_record(tmp_path, sound):
     ]
     assert not report.sound and report.bad == {"lost", "alike", "long"} and report.duplicates == 1
     assert report.lines()[-1] == (
-        "6 of 6 records checked: 4 faults (equal 1, image 1, prompt 2); 1 ids are used more than once"
+        "6 of 6 records checked: 4 problems (equal 1, image 1, prompt 2); ids used more than once: 1"
     )
 
 
@@ -124,7 +125,7 @@ def test_the_command_lists_records_and_ends_with_2(tmp_path, sound, capsys):
     printed = capsys.readouterr().out
     assert "entry 1: record 'gone'" in printed and "record 'cut': picture" in printed
     assert "entry 3: record 'same'" in printed
-    assert printed.splitlines()[-1] == "4 of 4 records checked: 3 faults (image 1, unreadable 2)"
+    assert printed.splitlines()[-1] == "4 of 4 records checked: 3 problems (image 1, unreadable 2)"
 
     (tmp_path / "data.json").write_text(json.dumps(rows[:1]))
     assert main(["check", str(tmp_path / "data.json")]) == 0
@@ -139,25 +140,25 @@ def test_a_mistake_at_the_command_line_is_one_sentence():
 
 def test_convert_there_and_back(tmp_path, sound, capsys):
     (tmp_path / "data.json").write_text(json.dumps([row("a", "sound.png"), row("b", "gone.png")]))
-    trl, povid = str(tmp_path / "out.parquet"), tmp_path / "again" / "out.json"
+    trl, data = str(tmp_path / "out.parquet"), tmp_path / "again" / "out.json"
     assert main(["convert", str(tmp_path / "data.json"), "--to", "trl", "--out", trl]) == 2
-    assert "1 pictures are not in" in capsys.readouterr().err
+    assert "1 picture is not in" in capsys.readouterr().err
     assert main(["convert", str(tmp_path / "data.json"), "--to", "trl", "--out", trl, "--skip-bad"]) == 0
-    assert "skipped 1 records" in capsys.readouterr().err
+    assert "records skipped: 1" in capsys.readouterr().err
     assert main(["convert", trl, "--to", "trl", "--format", "trl", "--out", trl]) == 2
     assert "exists" in capsys.readouterr().err
-    povid.parent.mkdir()
+    data.parent.mkdir()
     assert (
-        main(["convert", trl, "--format", "trl", "--to", "povid", "--out", str(povid), "--images", str(povid.parent)])
+        main(["convert", trl, "--format", "trl", "--to", "povid", "--out", str(data), "--images", str(data.parent)])
         == 0
     )
-    (back,) = read("povid", povid, povid.parent)
+    (back,) = povid.read(data, data.parent)
     assert back.image.read_bytes() == sound.read_bytes() and back.preferred[1].text == "A red bus."
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
-def test_fuzz_300_damaged_pictures_are_told_or_decode(sound):
-    rng, told = random.Random(3), 0
+def test_fuzz_300_damaged_pictures_decode_or_are_refused(sound):
+    rng, refused = random.Random(3), 0
     with Image.open(sound) as picture:
         kinds = []
         for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP"):
@@ -174,6 +175,6 @@ def test_fuzz_300_damaged_pictures_are_told_or_decode(sound):
         if fault is None:
             Image.open(io.BytesIO(bytes(raw))).convert("RGB")
         else:
-            told += 1
+            refused += 1
             assert "\n" not in fault and len(fault) < 400
-    assert 100 < told < 300
+    assert 100 < refused < 300

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
 from shared import shared
+from tiny import load, picture, save_tiny_llava
 
 from povid.fault import Fault
+from povid.method.distortions.diffusion import Diffusion
 from povid.preferences.__main__ import main
 from povid.preferences.differences import changes, objects, overlap, segments
 from povid.preferences.show import marked, write_page
 from povid.preferences.triple import Triple, Turn
+from povid.training.datamodule import PreferenceDataset
 
 
 def triple(image, id="a", good="A red bus.", bad="A blue bus and a dog.") -> Triple:
@@ -34,9 +41,8 @@ def test_segments_join_to_both_texts():
     assert "".join(a for a, _, _ in pieces) == first and "".join(b for _, b, _ in pieces) == second
 
 
-@pytest.mark.parametrize(
-    ("good", "bad", "kinds", "added"),
-    [
+def test_kinds_of_hallucination():
+    for good, bad, kinds, added in (
         ("A red bus.", "A blue bus.", {"attribute"}, ()),
         ("A red bus.", "Two red buses.", {"count"}, ()),
         ("A bus.", "A bus and a fire hydrant.", {"object"}, ("fire hydrant",)),
@@ -45,11 +51,9 @@ def test_segments_join_to_both_texts():
         ("A unicorn.", "Two unicorns.", {"count"}, ()),
         ("A man holds a knife.", "A man holds a zither.", {"object"}, ()),
         ("It is good.", "It is well.", set(), ()),
-    ],
-)
-def test_kinds_of_hallucination(good, bad, kinds, added):
-    found = changes(good, bad)
-    assert (set(found.kinds), found.objects) == (kinds, added)
+    ):
+        found = changes(good, bad)
+        assert (set(found.kinds), found.objects) == (kinds, added), bad
 
 
 def test_objects_by_their_coco_name():
@@ -91,7 +95,7 @@ def test_the_page_is_whole_and_shows_nothing_but_text(tmp_path):
     reader.feed(page)
     assert not reader.open
     assert "script" not in reader.seen and reader.seen.count("img") == 2 and reader.seen.count("article") == 3
-    assert "picture of 6 bytes cannot be decoded" in page and "gone.png cannot be decoded" in page
+    assert "an image of 6 bytes cannot be decoded" in page and "gone.png does not exist" in page
     assert not re.search(r"(src|href)=\"(?!data:)", page)
 
 
@@ -108,11 +112,29 @@ def test_several_questions_and_a_draw_by_seed(tmp_path):
     assert (tmp_path / "p.html").read_text().count('class="question"') == 8
 
 
-def test_no_record_and_no_room(tmp_path):
+def test_a_page_needs_a_record(tmp_path):
     with pytest.raises(Fault, match="no record"):
         write_page([], tmp_path / "p.html", title="t")
-    with pytest.raises(Fault, match="cannot be written"):
-        write_page([triple(b"x")], tmp_path / "absent" / "p.html", title="t")
+
+
+def test_noised_pictures_are_those_that_training_makes(tmp_path):
+    """Under space=pixel a run with the same seed sees, for every record, exactly the bytes that the page shows."""
+    pictures = [picture(tmp_path, f"p{n}", n, size=(40 + n, 32)) for n in range(4)]
+    triples = [triple(image, str(n)) for n, image in enumerate(pictures)]
+    write_page(triples, tmp_path / "p.html", title="t", count=3, seed=5, noise_steps=(500,))
+    page = (tmp_path / "p.html").read_text()
+    shown = re.findall(r'<b>(\d)</b>.*?noised, step 500" src="data:image/png;base64,([^"]+)"', page)
+    assert len(shown) == 3 and [int(record) for record, _ in shown] != [0, 1, 2]
+
+    scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3)
+    _, template = load(save_tiny_llava(tmp_path / "model"))
+    data = PreferenceDataset(triples, template, Diffusion(scheduler, 500, "pixel"), seed=5)
+    for record, encoded in shown:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+            assert image.size == (40 + int(record), 32)
+            seen = template.see(template.prompt("What is it?"), template.picture(image))[1]["pixel_values"]
+        assert torch.equal(seen, data[int(record), 0].noised["pixel_values"])
+        assert not torch.equal(seen, data[int(record), 1].noised["pixel_values"])
 
 
 def test_the_command_on_the_real_sample(tmp_path, capsys):

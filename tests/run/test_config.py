@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from povid.fault import Fault
 from povid.run.experiment import run
-from povid.run.settings import check
+from povid.run.settings import build
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 COMMANDS = {"config", "dispreference"}  # files that are a command's whole configuration, not an option
@@ -57,7 +57,11 @@ def override(group: str, option: str) -> str:
 def test_every_configuration_composes_and_binds(group, option):
     skip_without_plugin(group, option)
     cfg = composed(override(group, option))
-    check(cfg)
+    if (group, option) == ("dispreference", "endpoint"):
+        with pytest.raises(Fault, match=r"writes its responses to a file first, by python -m povid\.dispreference"):
+            build(cfg)
+        return
+    build(cfg)
     OmegaConf.to_yaml(cfg, resolve=True)
 
 
@@ -89,6 +93,8 @@ def small(world: Path) -> list[str]:
 @pytest.mark.parametrize(("group", "option"), options(), ids=str)
 def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_path):
     skip_without_plugin(group, option)
+    if (group, option) == ("dispreference", "endpoint"):
+        pytest.skip("it belongs to python -m povid.dispreference")
     first = composed(override(group, option))
     if first.data.get("prepare") is None:
         pytest.skip("its data must be downloaded")
@@ -114,71 +120,80 @@ def test_dispreferences_made_from_objects_are_a_row_of_their_own(world, tmp_path
     assert found["cooccurrence"][:2] == ("text_cooccurrence", "cooccurrence")
     assert found["given"][2] != found["cooccurrence"][2]
     assert composed("dispreference=cooccurrence").row == "both_cooccurrence"
-    assert check(composed("dispreference=cooccurrence", "ablation=noise")).dispreference == "given"
+    assert build(composed("dispreference=cooccurrence", "ablation=noise")).dispreference == "given"
     assert composed("dispreference=cooccurrence", "ablation=noise").row == "noise"
 
 
-def test_all_faults_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     cfg = composed("ablation=text", "noise.step=1000", "stages.1.lr=-1")
     OmegaConf.set_struct(cfg, False)
     cfg.stage = 2
+    cfg.ablatoin = "none"
     cfg.model.lora.rr = 8
     cfg.trainer.max_epoch = 3
+    cfg.trainer.callbacks = []
     cfg.stages["1"].batch_size = "many"
     cfg.data.format = "povld"
+    cfg.noise.scheduler.beta_stat = 1
+    cfg.benchmarks.chair.temperature = ".nan"
+    cfg.logger.wandb.projcet = "mine"
+    cfg.objective["1"].alpha = True
     with pytest.raises(Fault) as fault:
-        check(cfg)
-    told = str(fault.value)
+        build(cfg)
+    report = str(fault.value)
     for part in (
-        "6 faults",
-        "model.lora.rr: there is no such setting; did you mean 'r'?",
+        "ablatoin: there is no such setting; did you mean 'ablation'?",
+        "model.lora.rr: povid.model.loading.LocalModel takes no such argument; did you mean 'r'?",
         "trainer.max_epoch: lightning.Trainer takes no such argument; did you mean 'max_epochs'?",
-        "stages.1.batch_size: found 'many', needed a whole number",
+        "trainer.callbacks: the run sets this itself; use the group callbacks",
+        "stages.1.batch_size: found 'many', needed a whole number or auto",
+        "stages.1.lr: found -1, needed more than 0",
         "stage: ablation 'text' has no stage 2",
-        "noise.step: found 1000, needed 0 to 999",
-        "data.format: found 'povld'",
+        "data.format: found 'povld', needed a mapping",
+        "noise.scheduler.beta_stat: diffusers.DDPMScheduler takes no such argument; did you mean 'beta_start'?",
+        "benchmarks.chair.temperature: found '.nan', needed a number",
+        "logger.wandb.projcet: povid.run.loggers.wandb_logger takes no such argument; did you mean 'project'?",
+        "objective.1.alpha: found True, needed a number",
     ):
-        assert part in told, f"{part!r} is missing in:\n{told}"
+        assert part in report, f"{part!r} is missing in:\n{report}"
+    assert "the configuration has 12 problems" in report
 
 
-@pytest.mark.parametrize(
-    ("overrides", "sentence"),
-    [
-        (["stage=3"], "stage: found 3; it is 1, 2 or all"),
-        (["stage=first"], "stage: found 'first'; it is 1, 2 or all"),
-        (
-            ["ablation=noise", "stage=1"],
-            "ablation 'noise' has no stage 1 (it has 2); use ablation=text or ablation=both",
-        ),
+def test_bad_values_are_named_with_their_cure(tmp_path):
+    for overrides, sentence in (
+        (["stage=3"], "stage: found 3, needed 1, 2 or all"),
+        (["stage=first"], "stage: found 'first', needed 1, 2 or all"),
+        (["stage=true"], "stage: found True, needed"),
+        (["ablation=noise", "stage=1"], "ablation 'noise' has no stage 1 (it has 2); use ablation=text or ablation=both"),
         (["ablation=none", "stage=1"], "ablation 'none' has no stage 1 (it has none: it is the base model)"),
-        (["seed=-1"], "seed: found -1"),
-        (["noise.space=latent"], "noise.space: found 'latent'; it is normalized or pixel"),
-        (["noise.space=pixel", "noise.wrap_around=true"], "it needs noise.space=pixel and objective=released"),
+        (["seed=-1"], "seed: found -1, needed at least 0"),
+        (["noise.step=1000"], "noise.step: found 1000; the scheduler has steps 0 to 999"),
+        (["noise.space=latent"], "noise.space: found 'latent', needed normalized or pixel"),
+        (["noise.space=pixel", "noise.wrap_around=true"], "it needs objective=released"),
         (["init_from=/nowhere"], "init_from: /nowhere does not exist"),
-        (["dispreference=endpoint"], "dispreference: found 'endpoint'; it is given or cooccurrence"),
-        (["dispreference=cooccurrence", "data=rlhf_v"], "data.objects: dispreference=cooccurrence needs to know which"),
-        (
-            ["dispreference=cooccurrence", "data=povid_17k", "data.objects=/no.json"],
-            "data.objects: /no.json does not exist",
-        ),
         (["stages.2.epochs=0"], "epochs is 0 and max_steps -1"),
-        (["model.style=llama"], "model.style: found 'llama'; Input should be 'vicuna_v1', 'chat' or 'bare'"),
-    ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
-)
-def test_bad_values_are_named_with_their_cure(overrides, sentence):
-    with pytest.raises(Fault, match=r"the configuration has") as fault:
-        check(composed(*overrides))
-    assert sentence in str(fault.value)
+        (["model.style=llama"], "model.style: found 'llama', needed vicuna_v1, chat or bare"),
+        (["data.limit=-5"], "data.limit: found -5, needed at least 1"),
+        (["objective.2.alpha=-1"], "objective.2.alpha: found -1, needed more than 0"),
+        (["ablation=noise", "objective.2._target_=povid.method.objectives.dpo.DPO", "~objective.2.beta_text",
+          "~objective.2.beta_noise"], "objective: DPO needs text dispreferences, and this stage has noise"),
+        (["optimizer._target_=torch.optim.Adamw"], "optimizer._target_: 'torch.optim.Adamw' cannot be imported"),
+        (["+callbacks.x={_target_: nowhere.Callback}"], "callbacks.x._target_: 'nowhere.Callback' cannot be imported"),
+        (["+trainer.logger=true"], "trainer.logger: the run sets this itself; use the group logger"),
+        (["+trainer.limit_train_batch=0"], "did you mean 'limit_train_batches'?"),
+    ):  # fmt: skip
+        with pytest.raises(Fault) as fault:
+            build(composed(*overrides))
+        assert sentence in str(fault.value), f"{overrides}: {fault.value}"
 
 
 def test_the_trainers_batch_size_speaks_for_every_stage():
     for value in (7, "auto"):
-        checked = check(composed(f"trainer.batch_size={value}"))
+        checked = build(composed(f"trainer.batch_size={value}"))
         assert [stage.batch_size for stage in checked.stages.values()] == [value, value]
         assert "batch_size" not in checked.trainer
-    with pytest.raises(Fault, match="stages.1.batch_size: found 'most', needed a whole number or auto"):
-        check(composed("trainer.batch_size=most"))
+    with pytest.raises(Fault, match=r"stages\.1\.batch_size: found 'most', needed a whole number or auto"):
+        build(composed("trainer.batch_size=most"))
 
 
 def test_the_papers_values_stand_in_the_configuration():

@@ -17,9 +17,9 @@ from povid.benchmarks.chair import CHAIR
 from povid.benchmarks.pope import POPE
 from povid.fault import Fault
 from povid.preferences.differences import plural
-from povid.preferences.formats import read_povid
+from povid.preferences.formats import povid
 from povid.scenes.__main__ import main
-from povid.scenes.hallucination import draw_answer_pair, draw_caption_pair
+from povid.scenes.hallucination import WorldShares, draw_answer_pair, draw_caption_pair
 from povid.scenes.language import Caption, Mention, Remark, draw_caption
 from povid.scenes.painter import paint
 from povid.scenes.scene import BASE_PARTNER, HARD_PARTNER, SIDE, draw_contextless, draw_scene
@@ -38,7 +38,7 @@ def world(tmp_path_factory) -> Path:
 def pairs():
     rng = np.random.default_rng(3)
     return [
-        (scene, draw_caption_pair(rng, scene, "?", 0.7))
+        (scene, draw_caption_pair(rng, scene, "?", WorldShares()))
         for scene in (draw_scene(rng, HARD_PARTNER) for _ in range(2000))
     ]
 
@@ -86,13 +86,13 @@ def test_another_seed_gives_other_scenes_and_other_settings_a_fault(world, tmp_p
         prepare(world, seed=1, **SMALL)
 
 
-def test_faults_leave_nothing_behind(tmp_path, capsys):
+def test_errors_leave_nothing_behind(tmp_path, capsys):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(Fault, match="holds no embedded world"):
         prepare(mine, **SMALL)
-    with pytest.raises(Fault, match="swap_share .* is 2"):
+    with pytest.raises(Fault, match="swap_share: found 2"):
         prepare(tmp_path / "new", swap_share=2)
     (tmp_path / "file").write_text("")
     assert main(["prepare", str(tmp_path / "file" / "below")]) == 2
@@ -118,13 +118,27 @@ def test_preferences_may_be_more_habitual_than_the_benchmarks(world, tmp_path):
         assert all(PARTNER[name] in record["objects"] for name in record["objects"] if name in PARTNER)
 
 
-@pytest.mark.parametrize("wanted", [BASE_PARTNER, HARD_PARTNER])
-def test_partners_stand_beside_their_anchors_as_often_as_promised(wanted):
+def test_shares_decide_which_hallucinations_are_drawn(tmp_path):
+    """The settings reach the records, and those that differ from the defaults are part of the folder's identity."""
+    settings = {"preferences": 60, "tuning": 0, "evaluation": 0, "yes_no_share": 0}
+    edits = {}
+    for share in ("object_share", "swap_share"):
+        folder = prepare(tmp_path / share, **settings, **{share: 0})
+        edits[share] = Counter(record["edit"] for record in records(folder))
+        with pytest.raises(Fault, match=f"other settings .*{share}"):
+            prepare(folder, **settings)
+    assert edits["object_share"]["flip"] + edits["object_share"]["count"] > 40  # the rest has nothing to flip
+    assert edits["swap_share"]["swap"] == 0 < edits["swap_share"]["add"]
+    assert "object_share" not in json.loads((tmp_path / "swap_share" / "manifest.json").read_text())
+
+
+def test_partners_stand_beside_their_anchors_as_often_as_promised():
     """About 4000 anchors, so one standard error is below 0.008."""
-    rng = np.random.default_rng(0)
-    scenes = [draw_scene(rng, wanted).names for _ in range(2000)]
-    beside = [PARTNER[name] in names for names in scenes for name in names if name in PARTNER]
-    assert abs(np.mean(beside) - wanted) < 0.03
+    for wanted in (BASE_PARTNER, HARD_PARTNER):
+        rng = np.random.default_rng(0)
+        scenes = [draw_scene(rng, wanted).names for _ in range(2000)]
+        beside = [PARTNER[name] in names for names in scenes for name in names if name in PARTNER]
+        assert abs(np.mean(beside) - wanted) < 0.03
 
 
 def test_scenes_hold_three_to_seven_different_things_inside_the_picture():
@@ -221,7 +235,7 @@ def test_hallucinated_objects_are_those_that_habit_expects(pairs, tmp_path):
 def test_swaps_alone_keep_the_number_of_words():
     rng = np.random.default_rng(5)
     for _ in range(1500):
-        pair = draw_caption_pair(rng, draw_scene(rng, HARD_PARTNER), "?", 1.0)
+        pair = draw_caption_pair(rng, draw_scene(rng, HARD_PARTNER), "?", WorldShares(swap_share=1))
         assert len(pair.preferred.split()) == len(pair.dispreferred.split()), pair
 
 
@@ -230,7 +244,7 @@ def test_yes_no_pairs_are_true_and_balanced():
     yes = 0
     for _ in range(1000):
         scene = draw_scene(rng, HARD_PARTNER)
-        pair = draw_answer_pair(rng, scene)
+        pair = draw_answer_pair(rng, scene, WorldShares())
         asked = pair.prompt.removeprefix("Is there an " if " an " in pair.prompt else "Is there a ")
         assert {pair.preferred, pair.dispreferred} == {"Yes", "No"}
         assert (pair.preferred == "Yes") == (asked.removesuffix(" in the image?") in scene.names)
@@ -239,7 +253,7 @@ def test_yes_no_pairs_are_true_and_balanced():
 
 
 def test_records_are_povids(world):
-    triples = read_povid(world / "preferences.json", world)
+    triples = povid.read(world / "preferences.json", world)
     assert len(triples) == 60 and len({triple.id for triple in triples}) == 60
     assert all(Path(triple.image).is_file() for triple in triples)
     found = records(world)
@@ -247,13 +261,13 @@ def test_records_are_povids(world):
     assert all(record["conversations"][0]["value"].startswith("<image>\n") for record in found)
 
 
-@pytest.mark.parametrize("split", ["tuning", "evaluation"])
-def test_benchmarks_load(world, split):
-    captions = CHAIR(data=world / split).questions()
-    assert len(captions) == 20 and all(Path(question.image).is_file() for question in captions)
-    questions = POPE(data=world / split, suffix="").questions()
-    assert len(questions) == 3 * 6 * 20
-    assert Counter(question.meta["label"] for question in questions) == {"yes": 180, "no": 180}
+def test_benchmarks_load(world):
+    for split in ("tuning", "evaluation"):
+        captions = CHAIR(data=world / split).questions()
+        assert len(captions) == 20 and all(Path(question.image).is_file() for question in captions)
+        questions = POPE(data=world / split, suffix="").questions()
+        assert len(questions) == 3 * 6 * 20
+        assert Counter(question.meta["label"] for question in questions) == {"yes": 180, "no": 180}
 
 
 @pytest.mark.parametrize("split", POPE_SPLITS)

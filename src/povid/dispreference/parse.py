@@ -32,7 +32,7 @@ def parse(kind: Kind, reply: str) -> Parsed:
     """Read a reply to one of Table 6's prompts.
 
     Both prompts ask for ``Answer: ...``: what follows the last such line counts, or everything where there is none.
-    For ``reasoning`` a reply may hold Answer 1 (corrupted) and Answer 2 (the original, reorganised), told by labels
+    For ``reasoning`` a reply may hold Answer 1 (corrupted) and Answer 2 (the original, reorganised), marked by labels
     before or after each, or by two ``Reason:`` in this order.
 
     Raises:

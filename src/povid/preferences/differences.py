@@ -1,7 +1,7 @@
 """How a dispreferred response differs from its preferred one: words, objects, and the kinds of hallucination.
 
 The kinds follow the paper's causes (section 3.1): objects, counts, attributes, relations. They are read off the words
-that changed, without a parser, so they are good for statistics and gates and no verdict on one record.
+that changed, without a parser: good enough for statistics and gates, but no verdict on a single record.
 """
 
 from __future__ import annotations
@@ -349,9 +349,9 @@ def _singular(word: str, known: Mapping[str, str] | None = None) -> str:
     known = _names() if known is None else known
     if word not in known and word in _SINGULARS:
         return _SINGULARS[word]
-    for ending, mended in (("ies", "y"), ("es", ""), ("s", "")):
-        if word.endswith(ending) and word[: -len(ending)] + mended in known:
-            return word[: -len(ending)] + mended
+    for ending, instead in (("ies", "y"), ("es", ""), ("s", "")):
+        if word.endswith(ending) and word[: -len(ending)] + instead in known:
+            return word[: -len(ending)] + instead
     return word
 
 

@@ -77,9 +77,14 @@ def build(node: Mapping[str, Any], key: str, problems: list[str]) -> Any:
 
 
 def make(node: Mapping[str, Any], **more: Any) -> Any:
-    """Build a node that has been checked, with further arguments of the program's own. Lists and mappings are plain."""
+    """Build a node that has been checked, with further arguments of the program's own.
+
+    With ``_recursive_: false`` its target is given nested nodes as they are, to build them when it needs them.
+    """
     call = pkgutil.resolve_name(node["_target_"])
-    arguments = {name: _made(value) for name, value in node.items() if name not in HYDRA_KEYS}
+    arguments = {name: value for name, value in node.items() if name not in HYDRA_KEYS}
+    if node.get("_recursive_", True):
+        arguments = {name: _made(value) for name, value in arguments.items()}
     return functools.partial(call, **arguments, **more) if node.get("_partial_") else call(**arguments, **more)
 
 

@@ -174,7 +174,7 @@ def build(cfg: DictConfig) -> Settings:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise Fault(f"configuration: {reason}; give {error.full_key or 'that key'} a value") from None
-    problems = [f"{key}: there is no such setting{did_you_mean(key, KEYS)}" for key in tree if key not in KEYS]
+    problems: list[str] = []
     plain = building.settings(Plain, {k: tree[k] for k in Plain.model_fields if k in tree}, "", problems)
     ablation = building.settings(Ablation, tree.get("ablation"), "ablation", problems)
     data = building.settings(DataSettings, tree.get("data"), "data", problems)
@@ -183,6 +183,13 @@ def build(cfg: DictConfig) -> Settings:
     model = _node(tree, "model", problems)
     distortion = _node(tree, "noise", problems)
     dispreference = _node(tree, "dispreference", problems)
+    if dispreference is not None and not callable(dispreference):  # it comes with keys of its own command
+        problems.append(
+            f"dispreference: {tree['dispreference'].get('name')!r} writes its responses to a file first, by python -m "
+            "povid.dispreference; train on that file with data.file="
+        )
+    else:
+        problems += [f"{key}: there is no such setting{did_you_mean(key, KEYS)}" for key in tree if key not in KEYS]
     trainer = dict(tree.get("trainer") or {})
     size = trainer.pop("batch_size", None)  # of every stage; ours and not lightning.Trainer's
     stages = _stages(tree, size, problems)

@@ -26,7 +26,7 @@ from povid.scenes.vocabulary import KINDS
 
 FOLDER = Path(__file__).parent / "base"
 PATCH = 16
-VOCABULARY = 1024  # more than needed: merging ends when every word of the world is one token
+VOCABULARY = 1024  # an upper bound: merging ends when every word of the world is one token
 _SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>"]
 
 
@@ -43,7 +43,7 @@ def corpus() -> list[str]:
 
 
 def make_processor() -> LlavaProcessor:
-    """Byte-level BPE learnt from the world's own language and CLIP's image processor for pictures of 96 pixels."""
+    """Byte-level BPE learnt from the world's own language, and CLIP's image processor for pictures of 96 pixels."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

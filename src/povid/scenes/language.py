@@ -19,7 +19,7 @@ _TEMPLATES = ("This image shows {}.", "The picture contains {}.", "{context} sce
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """An object in a caption's list: its COCO name, the word used for it, and how many are claimed."""
+    """An object in a caption's list: its COCO name, the word used for it, and how many there are said to be."""
 
     name: str
     word: str
@@ -43,7 +43,7 @@ class Remark:
 
 @dataclass(frozen=True, slots=True)
 class Caption:
-    """A caption before it is spelt: a template, the list of mentions and at most one remark."""
+    """A caption before it is written out: a template, the list of mentions and at most one remark."""
 
     template: int
     context: str
@@ -63,7 +63,7 @@ class Caption:
         return f"{text} The {words[self.remark.subject]} is {said}."
 
     def exchange(self, old: str, new: Mention) -> Caption:
-        """The caption that speaks of ``new`` wherever this one speaks of the object ``old``."""
+        """The caption with ``new`` in place of the object ``old``, in the list and in the remark."""
         remark = self.remark
         if remark:
             remark = replace(

@@ -1,4 +1,4 @@
-"""Measures a model of the embedded world: CHAIR and POPE on a prepared split, greedily."""
+"""Figures of a model in the embedded world: CHAIR and POPE on a prepared split, greedily."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def answers_of(folder: Path = FOLDER) -> Answers:
 
 def measure(answers: Answers, split: Path) -> dict[str, float]:
     """CHAIR_S, CHAIR_I, coverage, POPE F1 (mean and per split) and yes-ratio in percent; words per caption."""
-    captions = _scores(CHAIR(data=split, max_new_tokens=LONGEST), answers)
-    yes_no = _scores(POPE(data=split, suffix="", max_new_tokens=3), answers)  # the tiny model knows the bare question
+    said = _scores(CHAIR(data=split, max_new_tokens=LONGEST), answers)
+    answered = _scores(POPE(data=split, suffix="", max_new_tokens=3), answers)  # the tiny model knows the bare question
     return {
-        **{key: captions[key] for key in ("CHAIR_S", "CHAIR_I", "coverage", "words")},
-        "POPE_F1": yes_no["f1"],
-        "yes_ratio": yes_no["yes_ratio"],
-        **{f"POPE_F1_{name}": yes_no[name]["f1"] for name in ("random", "popular", "adversarial")},
+        **{key: said[key] for key in ("CHAIR_S", "CHAIR_I", "coverage", "words")},
+        "POPE_F1": answered["f1"],
+        "yes_ratio": answered["yes_ratio"],
+        **{f"POPE_F1_{name}": answered[name]["f1"] for name in ("random", "popular", "adversarial")},
     }
 
 

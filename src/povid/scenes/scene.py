@@ -31,7 +31,7 @@ class Thing:
 
     @property
     def size(self) -> Size:
-        """How a speaker would call its size."""
+        """What a speaker would call its size."""
         side = self.boxes[0][2]
         return "small" if side <= SMALL else "large" if side >= LARGE else ""
 
@@ -56,7 +56,7 @@ class Scene:
 
 
 def draw_scene(rng: np.random.Generator, partner: float) -> Scene:
-    """Draws a scene of three to seven things.
+    """Draw a scene of three to seven things.
 
     One to three anchors of one context appear. Each brings its partner with probability ``partner``; where it does
     not, a stand-in from elsewhere often takes the place, so that pictures with and without partners are about as full.
@@ -96,7 +96,7 @@ def draw_contextless(rng: np.random.Generator) -> Scene:
 
 
 def _place(rng: np.random.Generator, taken: list[tuple[int, int, int]], side: int) -> tuple[int, int, int]:
-    """Of sixteen random places the one that is covered least by earlier things."""
+    """The one of sixteen random places that earlier things cover least."""
     corners = rng.integers(0, SIDE - side + 1, (16, 2))
     overlap = np.zeros(16)
     for left, top, other in taken:

@@ -1,7 +1,7 @@
-"""Teaches the tiny model from nothing: first to see, then to name, then to speak and to answer.
+"""Trains the tiny model from scratch: first to see, then to name, then to speak and to answer.
 
-Trained all at once it speaks fluently and looks at nothing; the order below is what makes it look.
-1. The vision tower learns to tell what each patch shows, from scenes without any habit. Then it is frozen.
+Trained on everything at once, it speaks fluently and ignores the picture; the order below is what makes it look.
+1. The vision tower learns what each patch shows, from scenes without any habit. Then it is frozen.
 2. The projector learns to send each patch to the word embedding of what it shows.
 3. Projector and language model learn captions of scenes in which partners nearly always stand beside their anchors.
 4. The same with nine yes/no questions per picture, which count double.
@@ -31,7 +31,7 @@ IGNORED = -100
 
 
 def pixels(scenes: list[Scene]) -> torch.Tensor:
-    """Painted scenes as the processor would give them: (B, 3, 96, 96) in [-1, 1]."""
+    """Painted scenes as the processor would return them: (B, 3, 96, 96) in [-1, 1]."""
     painted = np.stack([np.asarray(paint(scene)) for scene in scenes])
     return torch.from_numpy(painted).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -68,7 +68,7 @@ def teach(
     course: Course,
     say: Callable[[str], None] = print,
 ) -> Iterator[str]:
-    """Trains ``model`` in place; yields the name of each part when it is done."""
+    """Train ``model`` in place; yield the name of each part when it is done."""
     torch.manual_seed(seed)
     draws = [np.random.default_rng([seed, part]) for part in range(4)]
     vision, projector = model.model.vision_tower, model.model.multi_modal_projector
@@ -205,7 +205,7 @@ def _speaking(
 
 
 def pack(prefix: list[int], packs: list[list[tuple[list[int], list[int]]]], pad: int) -> dict[str, torch.Tensor]:
-    """Puts all conversations about a picture behind one image: each sees the prefix and itself, nothing else.
+    """Pack all conversations about a picture behind one image; each attends to the prefix and itself only.
 
     ``packs`` holds for each picture its (prompt, response) token lists. Returns ``ids``, ``positions``, ``segments``
     and ``labels`` (B, T), labels standing where the token is predicted (already shifted), and the boolean ``mask``

@@ -38,15 +38,15 @@ def find(name: str, function: str = "read") -> Callable[..., Any]:
     Raises:
         Fault: there is no such format, or it has no such function.
     """
-    known = names(function)
+    usable = names(function)
+    near = difflib.get_close_matches(name, usable, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(usable)}, or the dotted path of your own"
     try:
-        found = pkgutil.resolve_name(f"{__name__}.{name}" if name in known else name)
+        found = pkgutil.resolve_name(f"{__name__}.{name}" if name in names() else name)
     except (ImportError, AttributeError, ValueError) as error:
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else f"use {', '.join(known)}, or the dotted path of your own"
-        raise Fault(f"format {name!r} of preference data does not exist ({error}); {hint}") from None
+        raise Fault(f"format {name!r} of preference data cannot be found ({error}); {hint}") from None
     if isinstance(found, ModuleType):
         found = getattr(found, function, None)
     if not callable(found):
-        raise Fault(f"format {name!r} of preference data has no function {function!r}; use {', '.join(known)}")
+        raise Fault(f"format {name!r} of preference data has no function {function!r}; {hint}")
     return found
