@@ -158,7 +158,7 @@ def test_missing_and_broken_pictures_are_found_before_any_answer(data: Path, tmp
 def test_settings_have_types_and_bounds() -> None:
     for settings, sentence in (
         ({"data": "x", "promt": "?"}, "chair.promt: there is no such setting; did you mean 'prompt'?"),
-        ({"prompt": "?"}, "chair.data: this setting is required"),
+        ({"prompt": "?"}, "chair.data: missing; give it a value"),
         ({"data": "x", "max_new_tokens": 0}, "chair.max_new_tokens: found 0"),
         ({"data": "x", "max_new_tokens": True}, "chair.max_new_tokens: found True"),
         ({"data": "x", "temperature": -0.1, "number": 0}, "chair.temperature: found -0.1"),

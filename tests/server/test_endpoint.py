@@ -228,7 +228,7 @@ def test_invalid_settings_are_reported_together():
             "judge",
         )
     for part in (
-        "judge.concurrency: found 0; input should be greater than or equal to 1",
+        "judge.concurrency: found 0, needed at least 1",
         "judge.timeout: found 'long'",
         "judge.retries: found True",
         "judge.requests_per_minute: found 0",

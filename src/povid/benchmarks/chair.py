@@ -80,7 +80,6 @@ class CHAIR(Benchmark):
         names: dict[int | str, int | str] = {}
         for name in asked:
             names.setdefault(coco.image_key(name), name)
-        truth: Mapping[Any, coco.Annotation]
         if listed is not None:
             truth = {coco.image_key(name): found for name, found in listed.items()}
         else:

@@ -71,21 +71,21 @@ def image_ids(data: Path, split: str = "val") -> list[int]:
     return sorted(item["id"] for key, item in entries(file) if key == "images")
 
 
-def read_annotations(data: Path, wanted: Collection[int]) -> dict[int, Annotation]:
+def read_annotations(data: Path, wanted: Collection[int]) -> dict[int | str, Annotation]:
     """Instance categories and human captions of the wanted images, val and train together as CHAIR merges them.
 
     The train files (half a gigabyte) are opened only if some wanted image is not in val. Images in neither split
     are left out of the result. Raises Fault for a missing or broken file.
     """
-    found: dict[int, Annotation] = {}
+    found: dict[int | str, Annotation] = {}
     for split in ("val", "train"):
         if missing := set(wanted) - set(found):
             found.update(_split_annotations(data, split, missing))
     return found
 
 
-def _split_annotations(data: Path, split: str, wanted: Collection[int]) -> dict[int, Annotation]:
-    found: dict[int, Annotation] = {}
+def _split_annotations(data: Path, split: str, wanted: Collection[int]) -> dict[int | str, Annotation]:
+    found: dict[int | str, Annotation] = {}
     numbers: dict[int, set[int]] = {}
     category: dict[int, str] = {}
     file = annotation_file(data, f"instances_{split}2014.json")
