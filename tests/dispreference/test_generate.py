@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 from generator_server import Misbehaving, write_rows
 from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
 from PIL import Image
 from servers import ChatServer, Say, Silence, Status
 
 from povid.dispreference.__main__ import run
 from povid.dispreference.gates import Gates
-from povid.dispreference.generate import Sampling, VisionModel, claimed, estimate, folder_of, generate, identity
+from povid.dispreference.generate import Sampling, claimed, estimate, folder_of, generate, identity
 from povid.dispreference.rows import read_rows
 from povid.fault import Fault
 from povid.machine import conf_folder
@@ -274,15 +275,14 @@ MISTAKES = [
     ("prompt=captions", "prompt=captions does not exist"),
     ("images=absent", "image folder absent does not exist"),
     ("endpoint.model=null", "no model is named"),
+    ("dispreference=cooccurrence", "objects is not set"),
 ]
 
 
 def test_mistakes_are_one_sentence(tmp_path):
     rows = write_rows(tmp_path / "rows", 2)
-    for change, sentence in [*MISTAKES, ("dispreference=cooccurrence", "objects is not set")]:
+    for change, sentence in MISTAKES:
         given = [f"input={rows}", f"images={rows.parent}", f"out={tmp_path}/o.json", "endpoint.model=m", change]
-        if change.startswith("dispreference"):
-            given.remove("endpoint.model=m")
         with initialize_config_dir(str(conf_folder()), version_base="1.3"):
             config = compose("dispreference", given)
         with pytest.raises(Fault, match=re.escape(sentence)):
@@ -309,7 +309,8 @@ def test_every_invalid_setting_is_reported_at_once(tmp_path):
         assert key in str(caught.value)
 
 
-def test_training_is_told_to_generate_the_file_first():
-    generator = VisionModel(endpoint={"model": "m"})
+def test_training_asks_for_the_file_that_this_command_writes():
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        generator = instantiate(compose("config", ["dispreference=endpoint"]).dispreference)
     with pytest.raises(Fault, match="write the dispreferences to a file first"):
         generator([], seed=0, limit=None, skipped=None)
