@@ -63,7 +63,7 @@ class VisionModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     name: str = "endpoint"
-    endpoint: EndpointSettings
+    endpoint: EndpointSettings = EndpointSettings()
     sampling: Sampling = Sampling()
     gates: Gates = Gates()
     give_up: bool = False
