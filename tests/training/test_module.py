@@ -16,6 +16,7 @@ from povid.training.datamodule import PreferenceDataModule
 from povid.training.module import POVIDModule
 
 STAGE = tiny.stage("text", "noise")
+EQ_5 = POVID()
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def folder(tmp_path_factory):
 
 
 def fit(
-    folder, out, objective=POVID(), *, terms=frozenset({"text", "noise"}), stage=STAGE, precision="32-true", **model
+    folder, out, objective=EQ_5, *, terms=frozenset({"text", "noise"}), stage=STAGE, precision="32-true", **model
 ):
     L.seed_everything(0, verbose=False)
     policy, template = tiny.load(folder, perturb=False, **model)
