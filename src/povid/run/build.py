@@ -119,13 +119,13 @@ def _made(value: Any) -> Any:
     return value
 
 
-def _signature_model(call: Callable) -> type[BaseModel] | None:
+def _signature_model(call: Any) -> type[BaseModel] | None:
     """A pydantic model with a callable's parameters; None where it takes any keyword."""
     parameters = [p for p in inspect.signature(call).parameters.values() if p.kind is not p.VAR_POSITIONAL]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     try:
-        hints = typing.get_type_hints(call.__init__ if isinstance(call, type) else call, include_extras=True)
+        hints = typing.get_type_hints(call.__init__ if inspect.isclass(call) else call, include_extras=True)
         if isinstance(call, type):
             hints = typing.get_type_hints(call, include_extras=True) | hints
     except Exception:  # annotations that name what is imported for type checkers alone

@@ -108,14 +108,14 @@ class Checkpoints(L.Callback):
         if told:
             self._leave(trainer, told)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         states: list[Any] = [random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, random_state())
         checkpoint["random"], checkpoint["batch_size"] = states, trainer.datamodule.batch_size
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self.random = checkpoint["random"]
         if len(self.random) != trainer.world_size:
             raise Fault(
@@ -228,7 +228,8 @@ def checksum(place: Path) -> int:
 
 def random_state() -> dict[str, Any]:
     """The states of this process's random generators, in plain containers and tensors."""
-    kind, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *rest = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),

@@ -13,12 +13,12 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
 
 from povid import files
 from povid.fault import Fault
 from povid.report import dashboards
 from povid.run.build import accepted, make
+from povid.run.processes import first
 from povid.run.settings import Settings
 
 
@@ -34,7 +34,7 @@ class MetricsFile(L.Callback):
         self.file, self.start, self.last = file, start, start - 1
         self.columns: list[str] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step - 1
         if not trainer.is_global_zero or step <= self.last or trainer.global_step % trainer.log_every_n_steps:
             return
@@ -161,7 +161,7 @@ def show_evaluation(loggers: Sequence[Logger], benchmarks: Mapping[str, Mapping[
 def close(loggers: Sequence[Logger], status: str = "success") -> None:
     """End the loggers' runs here: under a sweep the next job would otherwise continue the same W&B run."""
     for logger in loggers:
-        if rank_zero_only.rank == 0:
+        if first():
             logger.finalize(status)
             if isinstance(logger, WandbLogger):
                 import wandb

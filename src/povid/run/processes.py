@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -25,9 +26,15 @@ log = logging.getLogger(__name__)
 GROUP = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
+def rank() -> int:
+    """This process's number, from 0."""
+    lightning: Any = rank_zero_only  # declares no rank
+    return lightning.rank
+
+
 def first() -> bool:
     """Whether this is the process that writes."""
-    return rank_zero_only.rank == 0
+    return rank() == 0
 
 
 def device() -> torch.device:
@@ -48,7 +55,7 @@ def wait_for(file: Path, seconds: float = 3600) -> None:
     while not file.exists():
         if time.monotonic() > end:
             raise Fault(
-                f"process {rank_zero_only.rank} waited {seconds:.0f} s for {file}; give all processes of a run "
+                f"process {rank()} waited {seconds:.0f} s for {file}; give all processes of a run "
                 "the same folder with hydra.run.dir="
             )
         time.sleep(0.5)
@@ -64,7 +71,7 @@ def one_job(folder: Path) -> Iterator[None]:
     ours = not any(name in os.environ for name in GROUP)
     argv = list(sys.argv)
     if HydraConfig.initialized() and ours:
-        config = HydraConfig.instance().cfg
+        config: Any = HydraConfig.instance().cfg
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.run.dir = str(folder)
         sys.argv[1:] = list(config.hydra.overrides.task)

@@ -170,7 +170,7 @@ def build(cfg: DictConfig) -> Settings:
         Fault: one message with every problem found, one line each: the key, what was found, what to do.
     """
     try:
-        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise Fault(f"configuration: {reason}; give {error.full_key or 'that key'} a value") from None

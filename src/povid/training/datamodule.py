@@ -89,7 +89,8 @@ class PreferenceDataset(Dataset):
             return self.cache[record]
         triple = self.triples[record]
         encoded, images = self.template.encode((triple.preferred, triple.dispreferred), triple.image, triple.id)
-        entry = encoded, images, record_digest(*encoded, images)
+        preferred, dispreferred = encoded
+        entry = encoded, images, record_digest(preferred, dispreferred, images)
         size = sum(tensor.nbytes for tensor in images.values())
         if size <= self.cache_bytes:
             self.cache[record], self.cached_bytes = entry, self.cached_bytes + size
@@ -122,8 +123,8 @@ def collate(
         (pack(preferred, None, padding_id=padding_id) if pairs.dispreferred is not None else pairs) if noised else None
     )
     apart = pack(dispreferred, None, padding_id=padding_id) if dispreferred is not None and not packable else None
-    counts = [sum(example.preferred.response[1:]) for example in examples]
-    text_counts = [sum(example.dispreferred.response[1:]) for example in examples]
+    counts: list[float] = [sum(example.preferred.response[1:]) for example in examples]
+    text_counts: list[float] = [sum(example.dispreferred.response[1:]) for example in examples]
     if weigh is not None:
         weights = [weigh(response_tokens(e.preferred), response_tokens(e.dispreferred)) for e in examples]
         w_N, l_N = (torch.tensor([weight for pair in weights for weight in pair[side]]) for side in (0, 1))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -102,7 +102,7 @@ def _power_of_two(fitting: int, needs: Needs | None) -> int:
     return 2 ** (fitting.bit_length() - 1)
 
 
-def _fits(module: POVIDModule, data: PreferenceDataModule, size: int, trained: list[Tensor]) -> bool:
+def _fits(module: POVIDModule, data: PreferenceDataModule, size: int, trained: Sequence[Tensor]) -> bool:
     device = _device(module)
     try:
         with _undisturbed(module):

@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from povid.method.objectives import Objective, Outcome, Terms
 from povid.model.policy import Policy
-from povid.training.datamodule import PreferenceBatch
+from povid.training.datamodule import PreferenceBatch, PreferenceDataModule
 from povid.training.reference_cache import ReferenceCache, folder_key
 from povid.training.scoring import score
 from povid.training.sharding import FSDP2, shard
@@ -88,7 +89,8 @@ class POVIDModule(L.LightningModule):
         super().__init__()
         self.policy, self.objective, self.stage, self.terms = policy, objective, stage, frozenset(terms)
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.reference_cache, self._cache = reference_cache, None
+        self.reference_cache = reference_cache
+        self._cache: ReferenceCache | None = None
         self.strict_loading = False  # a checkpoint holds what trains and nothing else
 
     def configure_model(self) -> None:
@@ -109,7 +111,8 @@ class POVIDModule(L.LightningModule):
         useless = not self.objective.reference or "noise_on_clean" in self.terms
         if self.reference_cache is None or useless or sharded:
             return None
-        data = self.trainer.datamodule
+        trainer: Any = self.trainer  # Lightning declares no datamodule
+        data: PreferenceDataModule = trainer.datamodule
         key = folder_key(
             self.policy,
             precision=str(self.trainer.precision),
@@ -164,7 +167,7 @@ class POVIDModule(L.LightningModule):
         self.log_dict(means, batch_size=examples, on_step=True, on_epoch=False, sync_dist=True)
         self.log("loss", means["train/loss"], prog_bar=True, logger=False, batch_size=examples)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The configured optimiser, with the projector's own learning rate, and schedule, over the stage's steps."""
         lora, projector = self.policy.trained_parameters()
         groups = [{"params": lora, "lr": self.stage.lr, "weight_decay": self.stage.weight_decay}]
