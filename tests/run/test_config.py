@@ -33,7 +33,7 @@ def options() -> list[tuple[str, str]]:
 
 
 def skip_without_plugin(group: str, option: str) -> None:
-    """Launchers and some loggers are extras; an option of conf/launcher is named for its plugin, `slurm` is submitit's."""
+    """Launchers and some loggers are extras; a launcher is named for its plugin, and `slurm` is submitit's."""
     if group == "logger" and option in ("tensorboard", "mlflow"):
         pytest.importorskip(option)
     plugin = {"basic": None, "slurm": "submitit", "submitit_local": "submitit"}.get(option, option)
