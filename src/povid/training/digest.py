@@ -1,4 +1,4 @@
-"""Fingerprints of what enters a model."""
+"""Digests of tensors and records."""
 
 from __future__ import annotations
 
