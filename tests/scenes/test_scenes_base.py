@@ -120,7 +120,7 @@ def test_base_hallucinates_where_habit_fails_and_hardly_elsewhere(tmp_path):
 
 
 def test_build_refuses_a_folder_that_exists(tmp_path):
-    with pytest.raises(Fault, match="exists already"):
+    with pytest.raises(Fault, match="already exists"):
         making.build(tmp_path)
 
 
