@@ -1,4 +1,4 @@
-"""The embedded world's files: the same bytes every time, separate splits, statistics and constructions as configured."""
+"""The embedded world's files: the same bytes every time, separate splits, statistics and constructions as set."""
 
 from __future__ import annotations
 

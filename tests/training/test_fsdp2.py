@@ -29,7 +29,7 @@ def losses(home: Path) -> list[dict[str, float]]:
 
 
 def equal(whole: Path, split: Path) -> None:
-    """Metrics and adapter of both stages agree within float error, and the adapters have the same configuration and keys."""
+    """Metrics and adapter of both stages agree within float error; the adapters' configuration and keys are equal."""
     for stage in ("stage_1", "stage_2"):
         rows, others = losses(whole / stage), losses(split / stage)
         assert len(rows) == len(others) == 4
