@@ -1,6 +1,6 @@
-"""Runs that are killed and resumed have the losses and the adapters of an undisturbed run, bit for bit.
+"""Runs that are killed and resumed have the losses and adapters of an uninterrupted run, bit for bit.
 
-Runs are forks of the test's process, so that one takes a second or two; the forks kill themselves at chosen moments.
+Runs are forks of the test process, which start within a second or two and kill themselves at chosen moments.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(world):
-    """Outcomes of runs that nobody disturbed, by their additional settings."""
+    """Outcomes of uninterrupted runs, by their additional settings."""
     known: dict[tuple[str, ...], dict[str, object]] = {}
 
     def get(*more: str) -> dict[str, object]:
@@ -90,7 +90,7 @@ def damaged(folder: Path) -> Path:
 
 
 def test_a_run_killed_everywhere_ends_as_if_nothing_had_happened(world, undisturbed):
-    """One run that dies eight times, by both signals, in both stages and in every kind of place."""
+    """One run that dies eight times, by both signals, in both stages and at every kind of moment."""
     folder, log = world / "killed", world / "killed.log"
     again = settings(world, "resume=true")
 
@@ -235,7 +235,7 @@ def test_twenty_random_kills(world, undisturbed):
 
 
 def test_an_automatic_batch_size_stays_what_it_was(world):
-    """The machine has more room when the run goes on than when it began."""
+    """The machine has more free memory when the run resumes than when it started."""
 
     def room(size: int, then: Callable[[], None] = lambda: None) -> Callable[[], None]:
         def sabotage() -> None:

@@ -29,7 +29,7 @@ FREE = (
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """The command line with ``resume=latest`` replaced by the run or the sweep that it stands for.
+    """The command line with ``resume=latest`` replaced by the run or the sweep that it refers to.
 
     The overrides of that run come first, so that ``python train.py resume=latest`` is enough; those given now take
     precedence (and are refused later if they would change a number). With ``-m`` only sweeps are considered.
