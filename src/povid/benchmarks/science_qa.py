@@ -22,7 +22,7 @@ GITHUB = "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienc
 
 
 class ScienceQA(Benchmark):
-    """``data`` holds problems.json, pid_splits.json, images/SPLIT/ and, for the very prompts, llava_test_CQM-A.json.
+    """``data`` holds problems.json, pid_splits.json, images/SPLIT/ and, if you have it, llava_test_CQM-A.json.
 
     Attributes:
         split: a split of pid_splits.json.
@@ -38,9 +38,9 @@ class ScienceQA(Benchmark):
         Source("https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip", "test.zip", unpack="images"),
     )
     notice: ClassVar[str] = (
-        "The prompts themselves (llava_test_CQM-A.json) are in LLaVA's eval.zip, behind Google Drive: open "
+        "LLaVA's own prompts (llava_test_CQM-A.json) are in its eval.zip, behind Google Drive: open "
         "https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy in a browser, download it, and "
-        "put scienceqa/llava_test_CQM-A.json into {data}; without it the prompts are built in that form."
+        "put scienceqa/llava_test_CQM-A.json into {data}; without it the same prompts are built from problems.json."
     )
 
     split: str = "test"
@@ -136,10 +136,11 @@ class ScienceQA(Benchmark):
 
 
 def cqm(problem: dict[str, Any]) -> str:
-    """Context, question, options: the CQM-A prompt of LLaVA's scripts/convert_sqa_to_llava_base_prompt.py."""
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
-    context = problem["hint"].strip() or "N/A"
-    return f"Context: {context}\nQuestion: {problem['question']}\nOptions: {options}\n".replace("  ", " ").strip()
+    """As LLaVA's llava_test_CQM-A.json: a context line if there is a hint, the question, one line for each option."""
+    lines = [f"Context: {problem['hint']}"] if problem["hint"].strip() else []
+    lines.append(problem["question"])
+    lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"])]
+    return "\n".join(lines).strip()
 
 
 def parse(answer: str) -> str | None:
