@@ -213,7 +213,10 @@ def request(name: str, question: str, truth: str, prediction: str, attempt: int,
 
 
 def parse(reply: str) -> float | None:
-    """What stands before the first space, as a number in [0, 1]; None if it is none (also for a leading space)."""
+    """What stands before the first space, as a number in [0, 1]; None if it is none (also for a leading space).
+
+    "nan" is none and is asked again; the official script takes it, and every figure that it enters prints as nan.
+    """
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
