@@ -94,6 +94,11 @@ class LocalModel(BaseModel):
         return target(**{key: value for key, value in node.items() if key != "_target_"})
 
     @property
+    def answers_depend_on_batch(self) -> bool:
+        """Whether an answer can change with the questions beside it in its batch, as rounding does in few bits."""
+        return self.dtype not in ("float32", "float64") or self.quantize is not None
+
+    @property
     def source(self) -> str:
         """What transformers loads: a folder or a hub id."""
         return str(PACKAGE / self.path.removeprefix("package:")) if self.path.startswith("package:") else self.path
