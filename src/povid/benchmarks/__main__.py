@@ -145,6 +145,8 @@ def _score(arguments: Sequence[str]) -> int:
     if given.json:
         write_text(given.json, json.dumps({"scores": score.scores, "records": score.records}, indent=1))
     print(f"{given.name}: {given.answers}, {len(questions)} questions (scored as {benchmark.official})")
+    if judging:
+        print(f"judge: {judging.model_for(benchmark)}, the prompt in our own wording ({benchmark.wording})")
     print(table(score.scores, decimals=benchmark.decimals))
     for line in benchmark.notes(score):
         print(f"note: {line}", file=sys.stderr)
