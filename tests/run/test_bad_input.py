@@ -153,7 +153,7 @@ def test_a_loss_that_is_no_number_stops_the_run(value, world, tmp_path):
     assert finish(settings(world), tmp_path / value, sabotage) == 2
     log = (tmp_path / f"{value}.log").read_text()
     names = log[log.rindex("batch [") + 7 : log.index("]", log.rindex("batch ["))]
-    assert f"error: stage 1: the loss of step 5 is {value}; its records are {names}; look at them" in log
+    assert f"error: stage 1: the loss of step 5 is {value}; its records are {names}; check them" in log
     assert f"The last good checkpoint is {tmp_path / value}/stage_1/checkpoints/step_00000004." in log
 
 

@@ -9,19 +9,19 @@ import tiny
 import torch
 
 from povid.fault import Fault
+from povid.method.objectives.dpo import DPO
 from povid.training import memory
 from povid.training.datamodule import PreferenceDataModule
-from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
+from povid.training.module import POVIDModule
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     policy, template = tiny.load(tiny.save_tiny_llava(folder))
-    stage = StageSettings("text", ("text",), 1, 1e-3, 1e-3, 1)
-    module = POVIDModule(policy, ObjectiveSettings(), stage, frozenset(["text"]))
+    module = POVIDModule(policy, DPO(), tiny.stage("text"), DPO.needs)
     data = PreferenceDataModule(
-        tiny.triples(folder) * 4, template, noise=None, text=True, packable=True, batch_size=1, seed=0
+        tiny.triples(folder) * 4, template, terms=DPO.needs, packable=True, batch_size=1, seed=0
     )
     return module, data
 
@@ -83,11 +83,11 @@ def test_longest_records_are_the_ones_looked_at(ready):
 def test_batch_size_auto_is_a_setting_of_one_device():
     from hydra import compose, initialize_config_dir
 
-    from povid.run.settings import check
+    from povid.run.settings import build
 
     def checked(*overrides):
         with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base=None):
-            return check(compose("config", [*overrides, "hydra.run.dir=."]))
+            return build(compose("config", [*overrides, "hydra.run.dir=."]))
 
     assert checked("stages.1.batch_size=auto").stages[1].batch_size == "auto"
     with pytest.raises(Fault, match="one device"):

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,7 @@ def measured(
         optimizers[id(parameters)].step()
         optimizers[id(parameters)].zero_grad()
 
-    calls = [lambda number, a=arm, p=parameters: one(a, p, number) for arm, parameters in built]
+    calls = [partial(one, arm, parameters) for arm, parameters in built]
     load_before = os.getloadavg()[0]
     seconds = measure.interleaved(calls, warmups=options.warmups, repetitions=options.repetitions, device=device)
     load_after = os.getloadavg()[0]
@@ -169,13 +170,13 @@ def measured(
             "processor_ms": 1e3 * worked,
             "quartiles_ms": [1e3 * low, 1e3 * high],
             "ms_per_example": 1e3 * middle / options.batch_size,
-            "peak_mb": measure.peak_bytes(lambda c=call: c(0), device=device) / 2**20,
-            "gflop": measure.flops(lambda c=call: c(0)) / 1e9,
+            "peak_mb": measure.peak_bytes(partial(call, 0), device=device) / 2**20,
+            "gflop": measure.flops(partial(call, 0)) / 1e9,
             "floor_gflop": floor / 1e9,
             "uncached_floor_gflop": least / 1e9,
         }
         if options.profile:
-            row["shares"] = measure.shares(lambda c=call: c(0), device=device, repetitions=min(options.repetitions, 10))
+            row["shares"] = measure.shares(partial(call, 0), device=device, repetitions=min(options.repetitions, 10))
         if device == "cuda":
             row["utilisation"] = floor / middle / (options.peak_tflops * 1e12)
         rows.append(row)

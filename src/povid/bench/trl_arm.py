@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from povid.bench.arms import OBJECTIVES, Arm
+from povid.bench.arms import Arm
 from povid.bench.subject import Step, twin
+from povid.method.objectives.dpo import DPO
 from povid.model.policy import Policy
 
 
@@ -31,7 +32,7 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
         model=model,
         args=DPOConfig(
             folder,
-            beta=OBJECTIVES["stage 1"].alpha,
+            beta=DPO().alpha,  # the objective of stage 1
             gradient_checkpointing=checkpoint,
             bf16=policy.settings.dtype == "bfloat16",
             use_cpu=device.type == "cpu",

@@ -20,6 +20,7 @@ from povid.model.policy import Policy
 from povid.model.question import Answerer
 from povid.model.template import Template
 
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE = Path(__file__).parents[1]
 
@@ -64,7 +65,7 @@ class LocalModel(BaseModel):
 
     name: str
     path: str = Field(min_length=1)
-    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     style: Literal["vicuna_v1", "chat", "bare"] = "vicuna_v1"
     system: str = ""
     pad_square: bool = False
@@ -145,7 +146,7 @@ class LocalModel(BaseModel):
         policy = self.policy(adapters, adapted=False).to(device)
         return Answers(policy, self.template(policy.processor), batch_size, seed)
 
-    def load_model(self, adapters: Sequence[Path] = (), *, merged: bool = False) -> nn.Module:
+    def load_model(self, adapters: Sequence[Path] = (), *, merged: bool = False) -> Any:
         """The frozen model with earlier adapters in it, in their order.
 
         In float32 they are merged into its weights. In fewer bits rounding would swallow most of what steps of 1e-7 add
@@ -166,7 +167,7 @@ class LocalModel(BaseModel):
             options["attn_implementation"] = self.attention
         dtype = DTYPES[self.merge if self.merge and adapters else self.dtype]
         with self._loading():
-            model = AutoModelForImageTextToText.from_pretrained(self.source, dtype=dtype, **options)
+            model: Any = AutoModelForImageTextToText.from_pretrained(self.source, dtype=dtype, **options)
         keep_input_gradients(model)
         whole = merged or self.merge or (self.dtype in ("float32", "float64") and not self.quantize)
         for number, adapter in enumerate(adapters):
@@ -205,7 +206,7 @@ class LocalModel(BaseModel):
         """The architecture of these settings, or else the known one of the model's type."""
         return self.architecture or architecture_of(model_type)
 
-    def _attach(self, model: nn.Module, adapter: Path, number: int) -> nn.Module:
+    def _attach(self, model: Any, adapter: Path, number: int) -> Any:
         """The model with an adapter's products added to its layers' outputs, and with the adapter's projector."""
         from peft import PeftModel
         from peft.tuners.lora import LoraLayer
@@ -214,13 +215,9 @@ class LocalModel(BaseModel):
         products = {}
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
-                products[module.get_base_layer()] = tuple(
-                    weight.detach().to(model.dtype)
-                    for weight in (
-                        module.lora_A["default"].weight,
-                        module.lora_B["default"].weight * module.scaling["default"],
-                    )
-                )
+                lora: Any = module
+                a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight * lora.scaling["default"]
+                products[lora.get_base_layer()] = a.detach().to(model.dtype), b.detach().to(model.dtype)
         dtype = model.dtype
         model = adapted.unload()
         for layer, (a, b) in products.items():
@@ -265,7 +262,7 @@ class LocalModel(BaseModel):
             ) from error
 
 
-def _merge(model: nn.Module, adapter: Path) -> nn.Module:
+def _merge(model: Any, adapter: Path) -> Any:
     """The model with an adapter added to its weights, which keep their dtype."""
     from peft import PeftModel
 

@@ -171,7 +171,7 @@ def _csv_lead(text: str) -> str:
     return {"✓": "yes", "✗": "no"}.get(text, text)
 
 
-def _csv_cell(cell: Cell) -> tuple[str, str, str, str]:
+def _csv_cell(cell: Cell) -> tuple[str, ...]:
     found = cell.summary
     if found.mean is None:
         return "", "", "", ""

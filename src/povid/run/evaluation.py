@@ -1,4 +1,4 @@
-"""What follows the stages: benchmarks, captions before and after, results.json."""
+"""After the stages: benchmarks, captions before and after training, results.json."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def judge(settings: Settings) -> Any:
 
 
 def warn_of_missing(settings: Settings) -> None:
-    """Log what the benchmarks will be missing, before anything is trained."""
-    for name, lack in suite.check(settings.benchmarks, judge(settings)).items():
-        log.warning("%s will not be scored: %s (%s)", name, lack["missing"], lack["cure"])
+    """Warn about benchmarks that cannot be scored, before training starts."""
+    for name, gap in suite.check(settings.benchmarks, judge(settings)).items():
+        log.warning("%s will not be scored: %s (%s)", name, gap["missing"], gap["cure"])
 
 
 def evaluate(
@@ -48,7 +48,7 @@ def evaluate(
     stages: Mapping[str, Any],
     started: str,
 ) -> dict[str, Any]:
-    """Answer the benchmarks with the adapted model and return what results.json holds (timings excepted)."""
+    """Answer the benchmarks with the adapted model and return the content of results.json, without timings."""
     batch = batch_that_counts(settings)
     model = digest({"model": settings.tree["model"], "adapters": [_weights_digest(a) for a in adapters], **batch})
     answers = settings.model.answerer(
@@ -113,7 +113,7 @@ def caption(answers: Answerer, samples: Sequence[Question]) -> list[str]:
 
 
 def write_captions_before(run: Path, answers: Answerer, samples: Sequence[Question]) -> None:
-    """Caption the samples before the first stage; on disk, since a resumed run has no such policy any more."""
+    """Caption the samples before the first stage, into a file, since a resumed run no longer has that policy."""
     file = run / "captions_before.json"
     if samples and not file.exists():
         files.write_json(file, caption(answers, samples))

@@ -23,6 +23,7 @@ from povid.run import evaluation
 from povid.run.build import make
 from povid.run.data import check, load_triples
 from povid.run.guards import explain_full_disk, refuse
+from povid.run.loggers import RunContext, require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
 from povid.run.resume import compare
 from povid.run.settings import Settings, build
@@ -39,13 +40,13 @@ CHECKED_AT_START = 32  # records; the others are checked while the first epoch t
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the stages that a configuration asks for, answer its benchmarks, write ``folder/results.json``.
 
-    With ``resume`` a run in ``folder`` is resumed: what is finished there stays, and an interrupted stage continues
-    from its newest checkpoint. Returns what results.json holds; in the further processes of a run on several devices,
-    which only train, nothing.
+    With ``resume`` a run in ``folder`` is resumed: finished stages are kept, and an interrupted stage continues from
+    its newest checkpoint. Returns the content of results.json; nothing in the further processes of a run on several
+    devices, which only train.
 
     Raises:
-        Fault: everything that a user can mend; a finished stage stays in its folder whatever happens after it.
-        Stopped: the run was told to stop and has saved what it was doing.
+        Fault: any error that a user can fix; finished stages stay in the folder.
+        Stopped: the run received a signal to stop and has saved a checkpoint.
     """
     settings = build(cfg)
     with explain_full_disk(folder), one_job(folder):
@@ -90,12 +91,13 @@ class Experiment:
         return results
 
     def prepare(self) -> list[Triple]:
-        """Make data and model ready, check data and benchmarks, and record what is run; returns the triples."""
+        """Prepare data and model, check data and benchmarks, record the configuration; returns the triples."""
         settings, record = self.settings, self.folder / "config.yaml"
         if first():
             for node in (settings.data.prepare, getattr(settings.model, "prepare", None)):
                 if node:
                     make(node)
+            require_loggers(settings.loggers, RunContext.of(settings, self.folder, "check"))
             evaluation.warn_of_missing(settings)
         else:
             wait_for(record)
@@ -125,10 +127,10 @@ class Experiment:
 
 
 def claim(folder: Path, settings: Settings) -> None:
-    """Make the folder this run's own, or the run in it this one; a requeued cluster job always resumes.
+    """Take the folder for this run, or resume the run in it; a requeued cluster job always resumes.
 
     Raises:
-        Fault: another run lies there, this one without ``resume``, or the folder cannot be written.
+        Fault: the folder contains a run with other settings, or one and ``resume`` is not set, or cannot be written.
     """
     run_files = ("results.json", "config.yaml", "stage_1", "stage_2", "benchmarks")
     taken = [name for name in run_files if (folder / name).exists()]

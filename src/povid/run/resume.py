@@ -10,8 +10,8 @@ import yaml
 
 from povid.fault import Fault
 
-# What may differ between the attempts of a run: nothing of this changes a number (generation.batch_size does in fewer
-# than 32 bits). Benchmarks and their decoding are compared with the answers on disk by the suite itself.
+# Settings that may differ between the attempts of a run because they change no number (generation.batch_size does in
+# fewer than 32 bits). The suite itself compares benchmarks and their decoding with the answers on disk.
 FREE = (
     "resume",
     "outputs",
@@ -31,11 +31,11 @@ FREE = (
 def expand(arguments: Sequence[str]) -> list[str]:
     """The command line with ``resume=latest`` replaced by the run or the sweep that it stands for.
 
-    The overrides of that run come first, so that ``python train.py resume=latest`` is enough; those given now win (and
-    are refused later if they would change a number). ``-m`` looks for sweeps alone.
+    The overrides of that run come first, so that ``python train.py resume=latest`` is enough; those given now take
+    precedence (and are refused later if they would change a number). With ``-m`` only sweeps are considered.
 
     Raises:
-        Fault: nothing below ``outputs`` waits to be resumed.
+        Fault: there is nothing to resume below ``outputs``.
     """
     if "resume=latest" not in arguments:
         return list(arguments)
@@ -65,7 +65,7 @@ def _key(override: str) -> str:
 
 
 def _overrides(folder: Path) -> Iterator[str]:
-    """The overrides with which a run or sweep was started, but for the places that are set anew."""
+    """The overrides with which a run or sweep was started, except its folders, which are set again."""
     if (folder / "multirun.yaml").exists():
         saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
     else:
@@ -79,7 +79,7 @@ def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[fl
     """(when last started, folder) of the sweeps and runs that were started and not finished.
 
     A run is started when its config.yaml is written and finished with its results.json; a sweep is finished when all
-    its jobs are and its table is there.
+    its jobs are and its table is written.
     """
     for note in outputs.rglob("multirun.yaml"):
         jobs = [child for child in note.parent.iterdir() if (child / ".hydra").is_dir()]
@@ -107,7 +107,9 @@ def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = ()) 
     try:
         there = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        raise Fault(f"{file} cannot be read, so what was run is unknown; start in another folder") from None
+        raise Fault(
+            f"{file} cannot be read, so the settings of that run are unknown; start in another folder"
+        ) from None
     now = dict(_flat(wanted))
     differing = [
         key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and (key in bound or not _is_free(key))

@@ -1,4 +1,4 @@
-"""One stage of a run: load the policy, fit it, save what it learnt."""
+"""One stage of a run: load the policy, fit it, save its adapter."""
 
 from __future__ import annotations
 
@@ -39,8 +39,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage ``number`` of the run in ``run``: it starts from the policy that ``adapters`` make, which is its reference
-    too."""
+    """Stage ``number`` of the run in ``run``: it starts from the model with ``adapters``, also its reference."""
 
     settings: Settings
     number: int
@@ -53,7 +52,7 @@ class Stage:
 
     @property
     def note(self) -> Path:
-        """Written last: a stage is finished when it is there."""
+        """Written last: a stage is finished if this file exists."""
         return self.home / "stage.json"
 
     @property
@@ -73,7 +72,7 @@ class Stage:
         return policy, self.settings.model.template(policy.processor)
 
     def train(self, policy: Policy, template: Template, triples: Sequence[Triple]) -> None:
-        """Fit the stage, from its newest whole checkpoint if there is one, and save what it learnt."""
+        """Fit the stage, from its newest intact checkpoint if there is one, and save its adapter."""
         settings, stage = self.settings, self.settings.stages[self.number]
         terms = settings.terms[self.number]
         log.info(
@@ -145,12 +144,12 @@ class Stage:
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=1))
         if self.number == settings.run_stages[0] and not settings.data.skip_bad:
-            look = DataCheck(
+            data_check = DataCheck(
                 data.dataset.triples,
                 settings.data.preferences,
                 lambda triples: run_data.check(settings, triples),
             )
-            callbacks.insert(0, look)
+            callbacks.insert(0, data_check)
         loggers = make_loggers(settings.loggers, RunContext.of(settings, self.run, f"stage_{self.number}"))
         trainer = make(
             settings.trainer,
@@ -195,12 +194,12 @@ class Stage:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
-# Of the data settings, what changes no record and no batch of a stage.
+# Data settings that change no record and no batch of a stage.
 _FREE_DATA = {"workers", "cache_mb", "split", "benchmarks", "pope_suffix", "objects", "synonyms"}
 
 
 def fingerprint(settings: Settings, number: int) -> str:
-    """Two stages with the same fingerprint would learn the same."""
+    """A digest of the settings that determine what a stage learns."""
     dispreferences = settings.dispreferences(number)
     return digest(
         {
@@ -251,7 +250,7 @@ def newest_stage(outputs: Path, wanted: str, number: int) -> Path:
             log.warning("%s cannot be read and is skipped", file)
     matching = [entry for entry in seen if entry[1] == wanted]
     if not matching:
-        others = f" ({len(seen)} with other settings are there, the newest is {max(seen)[2]})" if seen else ""
+        others = f" ({len(seen)} have other settings; the newest is {max(seen)[2]})" if seen else ""
         raise Fault(
             f"{outputs} holds no finished stage {number} with this model, data, objective, seed and stage "
             f"settings{others}: run the same command with stage={number} first, or name one with init_from="

@@ -112,12 +112,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         vision_config=vision,
         text_config=text,
         vision_feature_layer=-1,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=_SPECIAL.index("<image>"),
         vision_feature_select_strategy="default",
         image_seq_length=(SIDE // PATCH) ** 2,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
     )
+    config.pad_token_id = tokenizer.pad_token_id
     model = LlavaForConditionalGeneration(config)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id

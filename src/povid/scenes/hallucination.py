@@ -125,9 +125,9 @@ def _co_occurrence(
             caption, wrong = (_move(c, name, ghost) for c, name in ((caption, victim), (wrong, ghost)))
     if wrong == caption:  # every true object is the anchor of something that is missing
         ghost = _absent(scene, "")[0]
-        victim = caption.mentions[-1]
-        caption = caption.exchange(victim.name, replace(victim, word=draw_word(rng, victim.name, 1)))
-        wrong = caption.exchange(victim.name, Mention(ghost, draw_word(rng, ghost, 1), victim.count))
+        last = caption.mentions[-1]
+        caption = caption.exchange(last.name, replace(last, word=draw_word(rng, last.name, 1)))
+        wrong = caption.exchange(last.name, Mention(ghost, draw_word(rng, ghost, 1), last.count))
     return caption, wrong, "swap"
 
 

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,8 +148,8 @@ def _aligning(
 ) -> Iterator[tuple[torch.Tensor, str]]:
     words = [processor.tokenizer(" " + name, add_special_tokens=False).input_ids for name in NAMES]
     words.append([processor.tokenizer.unk_token_id])
-    embeddings = model.get_input_embeddings().weight.detach()
-    targets = torch.stack([embeddings[ids].mean(0) for ids in words])
+    embeddings: Any = model.get_input_embeddings()
+    targets = torch.stack([embeddings.weight.detach()[ids].mean(0) for ids in words])
     while True:
         scenes = [draw_contextless(rng) for _ in range(pictures)]
         labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
