@@ -425,3 +425,10 @@ def test_command_reports_an_error_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_a_judged_score_names_its_judge_and_the_wording(write, outputs):
+    judge = {"model": "gpt-4o", "official_model": "gpt-4-0314", "wording": "povid-1"}
+    write("both", 0, benchmarks={"mmhal": {"score": 2.5, "judge": judge}})
+    found = render.markdown(table(3, find_runs(outputs)))
+    assert "mmhal: judged by gpt-4o (officially gpt-4-0314), the prompt in our own wording (povid-1)" in found

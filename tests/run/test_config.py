@@ -198,7 +198,18 @@ def test_the_trainers_batch_size_sets_every_stages():
         build(composed("trainer.batch_size=most"))
 
 
-def test_the_papers_values_are_in_the_configuration():
+def test_the_released_codes_values_stand_in_the_configuration():
+    """Its trainer turns dropout off and clips no gradient, whatever the model's own file says."""
+    for model in ("scenes_tiny", "llava_1_5_7b"):
+        checked = build(composed("experiment=released", f"model={model}", "model.path=x"))
+        assert checked.model.lora.dropout == 0.0 and checked.model.max_length == 1048
+        assert [stage.max_grad_norm for stage in checked.stages.values()] == [0.0, 0.0]
+    assert build(composed("model.merge=float16")).model.merge == "float16"
+    with pytest.raises(Fault, match="merge and quantize exclude each other"):
+        build(composed("model.merge=float16", "model.quantize=4bit"))
+
+
+def test_the_papers_values_stand_in_the_configuration():
     """Table 5 and section 4.1."""
     cfg = composed("experiment=table3")
     assert (cfg.model.lora.r, cfg.model.lora.alpha, cfg.model.max_length) == (128, 256, 1024)

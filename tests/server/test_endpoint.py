@@ -12,11 +12,13 @@ import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import numpy as np
 import pytest
 from PIL import Image
 from servers import ChatServer, Cut, Raw, Say, Silence, Status, last_text
 
 from povid.fault import Fault, validated
+from povid.preferences.pictures import open_picture
 from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
 from povid.server.replies import BudgetReached
 
@@ -382,11 +384,25 @@ def test_transparent_parts_become_white_and_small_pictures_lose_nothing():
     assert (head, image.mode, image.getpixel((0, 0))) == ("data:image/png", "RGB", (255, 255, 255))
 
 
-def test_a_turned_photograph_is_sent_upright():
+def test_a_rotated_photograph_is_sent_as_local_models_see_it():
+    """The pixels as they are stored, and no EXIF data by which a server would rotate them."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    _, image, _ = decoded(image_part(encoded((30, 20), "JPEG", exif=exif)))
-    assert image.size == (20, 30)
+    data = encoded((30, 20), "JPEG", exif=exif)
+    for side in (100, 30, 15):
+        _, image, _ = decoded(image_part(data, side))
+        assert image.size == (min(30, side), min(20, side * 2 // 3)) and not image.getexif()
+    assert open_picture(data).size == (30, 20)
+
+
+def test_sixteen_bits_of_grey_are_scaled_everywhere():
+    """A ramp from 0 to 65,535: shades 0 to 255, where Pillow's conversion makes all above 255 white."""
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    buffer = io.BytesIO()
+    ramp.save(buffer, "PNG")
+    wanted = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    for picture in (open_picture(buffer.getvalue()), decoded(image_part(buffer.getvalue()))[1]):
+        np.testing.assert_array_equal(np.asarray(picture), wanted)
 
 
 def test_broken_absent_and_enormous_pictures_are_named(tmp_path, monkeypatch):

@@ -7,10 +7,10 @@ import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 from torch import Tensor, nn
 
 from povid.fault import Fault
@@ -47,6 +47,9 @@ class LocalModel(BaseModel):
         attention: transformers' ``attn_implementation``; None for its own choice.
         gradient_checkpointing: recompute activations in the backward pass, which takes time and saves memory.
         quantize: ``4bit`` keeps the language model's frozen weights in four bits (NF4, by bitsandbytes).
+        merge: ``float16`` merges earlier adapters into the weights in float16 and casts the result to ``dtype``, as the
+            released scripts do; rounding loses most of a small update. None keeps what ``dtype`` can hold
+            (``load_model``).
         fused: use the faster modules of ``povid.model.fused`` while training.
         prepare: called (Hydra's ``_target_``) before the model is loaded, to make its folder.
         architecture: what is special about the model (``povid.model.architectures.Architecture``: its keys, or a
@@ -71,10 +74,19 @@ class LocalModel(BaseModel):
     attention: str | None = None
     gradient_checkpointing: bool = False
     quantize: Literal["4bit"] | None = None
+    merge: Literal["float16"] | None = None
     fused: bool = True
     prepare: dict[str, Any] | None = None
     architecture: SerializeAsAny[Architecture] | None = None
     lora: LoraSettings = LoraSettings()
+
+    @model_validator(mode="after")
+    def _merges_whole_weights(self) -> Self:
+        if self.merge and self.quantize:
+            raise ValueError(
+                "merge and quantize exclude each other: four-bit weights cannot be merged; set one to null"
+            )
+        return self
 
     @field_validator("path")
     @classmethod
@@ -93,6 +105,11 @@ class LocalModel(BaseModel):
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{node['_target_']!r} cannot be imported ({error}); name a class or function") from error
         return target(**{key: value for key, value in node.items() if key != "_target_"})
+
+    @property
+    def answers_depend_on_batch(self) -> bool:
+        """Whether an answer can change with the questions beside it in its batch, as rounding does in few bits."""
+        return self.dtype not in ("float32", "float64") or self.quantize is not None
 
     @property
     def source(self) -> str:
@@ -133,7 +150,8 @@ class LocalModel(BaseModel):
         """The frozen model with earlier adapters in it, in their order.
 
         In float32 they are merged into its weights. In fewer bits rounding would swallow most of what steps of 1e-7 add
-        up to, so they stay beside the weights, unless ``merged`` asks for a model without them.
+        up to, so they stay beside the weights, unless ``merged`` asks for a model without them or the setting ``merge``
+        for the rounding.
 
         Raises:
             Fault: the weights cannot be found, a folder holds no adapter, or four bits are wanted and bitsandbytes is
@@ -147,12 +165,15 @@ class LocalModel(BaseModel):
         options = self._four_bits() if self.quantize else {}
         if self.attention:
             options["attn_implementation"] = self.attention
+        dtype = DTYPES[self.merge if self.merge and adapters else self.dtype]
         with self._loading():
-            model: Any = AutoModelForImageTextToText.from_pretrained(self.source, dtype=DTYPES[self.dtype], **options)
+            model: Any = AutoModelForImageTextToText.from_pretrained(self.source, dtype=dtype, **options)
         keep_input_gradients(model)
-        exact = self.dtype in ("float32", "float64") and not self.quantize
+        whole = merged or self.merge or (self.dtype in ("float32", "float64") and not self.quantize)
         for number, adapter in enumerate(adapters):
-            model = _merge(model, adapter) if merged or exact else self._attach(model, adapter, number)
+            model = _merge(model, adapter) if whole else self._attach(model, adapter, number)
+        if self.merge:
+            _cast(model, DTYPES[self.dtype])
         return model.requires_grad_(False)
 
     def load_processor(self) -> Any:
@@ -246,7 +267,15 @@ def _merge(model: Any, adapter: Path) -> Any:
     from peft import PeftModel
 
     dtype = model.dtype
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(dtype)
+    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    _cast(model, dtype)
+    return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of the weights, in place. Buffers keep theirs: the frequencies of positions need float32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 def _add_product(number: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

@@ -49,7 +49,8 @@ def evaluate(
     started: str,
 ) -> dict[str, Any]:
     """Answer the benchmarks with the adapted model and return the content of results.json, without timings."""
-    model = digest({"model": settings.tree["model"], "adapters": [_weights_digest(a) for a in adapters]})
+    batch = batch_that_counts(settings)
+    model = digest({"model": settings.tree["model"], "adapters": [_weights_digest(a) for a in adapters], **batch})
     answers = settings.model.answerer(
         adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed, device=device()
     )
@@ -74,7 +75,7 @@ def evaluate(
         },
         "benchmarks": scores,
         "columns": suite.columns(settings.benchmarks),
-        "decoding": {name: score["decoding"] for name, score in scores.items() if "decoding" in score},
+        "decoding": {name: score["decoding"] | batch for name, score in scores.items() if "decoding" in score},
         "stages": dict(stages),
         "adapters": [str(adapter) for adapter in adapters],
         "versions": versions(),
@@ -82,6 +83,12 @@ def evaluate(
     }
     _show(settings, run, results, triples, samples, captions_before(run) or after, after)
     return results
+
+
+def batch_that_counts(settings: Settings) -> dict[str, int]:
+    """``generation.batch_size`` where answers depend on it, else nothing."""
+    depends = getattr(settings.model, "answers_depend_on_batch", True)
+    return {"batch_size": settings.generation.batch_size} if depends else {}
 
 
 def _weights_digest(adapter: Path) -> str:

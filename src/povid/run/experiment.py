@@ -141,7 +141,8 @@ def claim(folder: Path, settings: Settings) -> None:
             "resume=true"
         )
     if (folder / "config.yaml").exists():
-        compare(folder / "config.yaml", settings.tree)
+        bound = ("generation.batch_size",) if evaluation.batch_that_counts(settings) else ()
+        compare(folder / "config.yaml", settings.tree, bound)
     try:
         files.write_text(folder / ".writable", "1").unlink()
     except OSError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import yaml
 
 from povid.fault import Fault
 
-# Settings that may differ between the attempts of a run because they change no number. The suite itself compares
-# benchmarks and their decoding with the answers on disk.
+# Settings that may differ between the attempts of a run because they change no number (generation.batch_size does in
+# fewer than 32 bits). The suite itself compares benchmarks and their decoding with the answers on disk.
 FREE = (
     "resume",
     "outputs",
@@ -96,8 +96,10 @@ def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[fl
             yield note.stat().st_mtime, run
 
 
-def compare(file: Path, wanted: Mapping[str, Any]) -> None:
+def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = ()) -> None:
     """Refuse to resume a run whose configuration, in ``file``, would give other numbers than ``wanted``.
+
+    ``bound``: keys of FREE that change a number in this run.
 
     Raises:
         Fault: the file is not YAML, or the settings that differ, each with both values.
@@ -109,7 +111,9 @@ def compare(file: Path, wanted: Mapping[str, Any]) -> None:
             f"{file} cannot be read, so the settings of that run are unknown; start in another folder"
         ) from None
     now = dict(_flat(wanted))
-    differing = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and not _is_free(key)]
+    differing = [
+        key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and (key in bound or not _is_free(key))
+    ]
     if differing:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is now {now.get(key)!r}" for key in differing[:8])
         raise Fault(

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import openai
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from povid.fault import Fault
+from povid.pixels import rgb
 from povid.server.replies import Reply, ReplyFile, Spent
 
 log = logging.getLogger(__name__)
@@ -322,7 +323,8 @@ def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, A
     """An image as the ``image_url`` part of a message: a data URL, its longest side at most ``max_side`` pixels.
 
     A JPEG that fits is sent unchanged, another file that fits as PNG (lossless), and a larger one is resized and sent
-    as JPEG. Transparent areas become white.
+    as JPEG. Transparent areas become white. A rotation in the EXIF data is left out, not applied, so that a served
+    model sees the picture as a model in this process does.
 
     Raises:
         Fault: names the file that is missing, broken or suspiciously large (Pillow's decompression bomb limit).
@@ -340,10 +342,9 @@ def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, A
             if kind == "JPEG":
                 image.draft("RGB", (max_side, max_side))
             image.load()
-            plain = ImageOps.exif_transpose(image)
-            turned = plain.size != image.size or image.getexif().get(0x0112, 1) != 1
-            if not (fits and kind == "JPEG" and image.mode == "RGB" and not turned):
-                plain = flatten(plain)
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # a server might apply it
+            if not (fits and kind == "JPEG" and image.mode == "RGB" and not rotated):
+                plain = flatten(image)
                 plain.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
                 buffer = io.BytesIO()
                 kind = "PNG" if fits and kind != "JPEG" else "JPEG"
@@ -366,7 +367,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return rgb(image)
 
 
 def _one_line(text: str, limit: int = 300) -> str:
