@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from povid.benchmarks import llava_format
 from povid.benchmarks.benchmark import Source
 from povid.fault import Fault
 
@@ -55,8 +56,7 @@ def picture(folder: Path, name: int | str) -> Path:
     if isinstance(key, int):
         names += [f"COCO_val2014_{key:012d}.jpg", f"{key:012d}.jpg"]
     names += [stem + suffix for suffix in _SUFFIXES]
-    places = [place / one for place in (folder, folder / "val2014") for one in names]
-    return next((place for place in places if place.is_file()), folder / names[0])
+    return llava_format.picture([folder, folder / "val2014"], names)
 
 
 def annotation_file(data: Path, name: str) -> Path:
