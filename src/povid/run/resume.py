@@ -88,7 +88,7 @@ def _overrides(folder: Path) -> Iterator[str]:
         note = folder / ".hydra" / "hydra.yaml"
     try:
         saved = yaml.safe_load(note.read_text(encoding="utf-8"))["hydra"]["overrides"]
-        overrides = [*saved["hydra"], *saved["task"]]
+        overrides = [] + saved["hydra"] + saved["task"]
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
         overrides = [None]
     if not all(isinstance(override, str) for override in overrides):
