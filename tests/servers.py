@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -154,6 +154,8 @@ class Files:
     cut_after: list[int] = field(default_factory=list)  # bytes sent before request n breaks off; -1: whole
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     etag: str | None = None
+    length: bool = True  # whether the length is said
+    drip: bool = False  # a few bytes, and nothing more until the client leaves
 
 
 @contextmanager
@@ -180,10 +182,16 @@ def file_server(files: Files) -> Iterator[str]:
                 self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
             else:
                 self.send_response(200)
-            self.send_header("Content-Length", str(len(data) - start))
+            if files.length:
+                self.send_header("Content-Length", str(len(data) - start))
             if files.etag:
                 self.send_header("ETag", files.etag)
             self.end_headers()
+            if files.drip:
+                self.wfile.write(data[start : start + 9])
+                with suppress(OSError):
+                    self.rfile.read(1)
+                return
             cut = files.cut_after.pop(0) if files.cut_after else -1
             self.wfile.write(data[start:] if cut < 0 else data[start : start + cut])
 
