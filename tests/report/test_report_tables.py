@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import subprocess
 import sys
@@ -367,6 +368,26 @@ def test_latex_escapes_everything(write, outputs):
     assert not re.search(r"[^\x00-\x7f]", text)
     body = [line for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
     assert {line.replace(r"\&", "").count("&") for line in body} == {13}
+
+
+def test_names_from_other_files_stay_text(write, outputs):
+    """No formula in a spreadsheet, no picture that a viewer loads, no command in LaTeX or in a terminal."""
+    hostile = ("=HYPERLINK(1)", "![x](http://elsewhere/x.png)", "\x1b]0;title\x07", "[8pt] *row", "<b>&amp;", "@SUM(1)")
+    columns = [{"key": "mine.x", "title": "![t](u)", "better": "high", "decimals": 1, "subscript": "}$x[y](z)"}]
+    for number, name in enumerate(hostile):
+        place = write("text", 0, folder=f"r{number}", model=name, columns=columns, benchmarks={"mine": {"x": 1.0}})
+        file = place / "results.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "row": name}))
+        write("none", 0, folder=f"n{number}", model=name, benchmarks={"mine": {"missing": name}})
+    made = table(3, find_runs(outputs))
+    for row in csv.reader(io.StringIO(render.comma_separated(made))):
+        assert not any(cell.lstrip().startswith(("=", "@", "+")) for cell in row), row
+    markdown = render.markdown(made)
+    assert "HYPERLINK" in markdown and r"!\[x\](http" in markdown
+    assert not re.search(r"(?<!\\)\]\(|<b>|&amp;(?!amp;)", markdown)
+    text = render.latex(made)
+    assert "}$x[" not in text and not re.search(r"^\s*[\[*]", text, re.MULTILINE)
+    assert "\x1b" not in render.plain(made) and "title" in render.plain(made)
 
 
 def test_write_tables_writes_what_belongs_and_pictures_open(sweep):

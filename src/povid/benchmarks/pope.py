@@ -26,7 +26,7 @@ SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 WHAT = "case and punctuation ignored, a leading yes or no decides, n't, nope, none and the like are no, empty is no"
 BY_ID = "each answer to the question that its id names, where the official script counts by position"
 
-_ASKED = re.compile(r"is there (?:an? )?(.+?) in the im", re.IGNORECASE)
+_ASKED = re.compile(r"is there (?:an? )?(.{1,300}?) in the im", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]+(?:['’]t)?")
 _NEGATIONS = {"no", "not", "nope", "nah", "none", "nothing", "never", "neither", "nor", "cannot", "without"}
 

@@ -17,6 +17,7 @@ from povid.fault import Fault
 from povid.pixels import rgb
 from povid.preferences.records import MissingPicture, one_line, show, text
 
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*")  # without what stands behind it
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
 
 
@@ -96,7 +97,7 @@ def _base64(value: str) -> bytes | None:
     body = value
     if value.startswith("data:"):
         body = value.partition(",")[2]
-    elif len(value) < 64 or not re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value):
+    elif len(value) < 64 or not BASE64.fullmatch(value.rstrip()):
         return None
     try:
         decoded = base64.b64decode(body, validate=False)
