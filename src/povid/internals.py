@@ -40,7 +40,7 @@ def trained_copies(model: Any) -> list[Any]:
 
 
 def keep_input_gradients(model: Any) -> None:
-    """Make four-bit layers on a CPU use products that have a gradient of their input (bitsandbytes >=0.46)."""
+    """Make four-bit layers on a CPU use products that have a gradient of their input (bitsandbytes >=0.46,<0.51)."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False

@@ -232,7 +232,6 @@ def test_a_step_in_bfloat16_is_near_float32(folders, pictures, name):
         for parameter in (p for group in policy.trained_parameters() for p in group):
             assert parameter.dtype == torch.float32  # steps of 1e-7 and 2e-5 would be rounded away in bfloat16
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        module = POVIDModule(policy, EQ_5, STAGE, EQ_5.needs)
         tokens_N = torch.arange(len(batch.preferred.preferred.token_N)) % 200 + 10
         outcome = EQ_5(*score(policy, batch, EQ_5.needs, noise_tokens_N=tokens_N), batch.tokens)
         outcome.loss_B.mean().backward()
@@ -350,7 +349,7 @@ def score_one(policy, batch):
 
 def test_models_that_need_an_image_say_so(folders):
     policy, template = load(folders, "instructblip", adapted=False)
-    with pytest.raises(Fault, match="'text only' has no image and 'instructblip'"):
+    with pytest.raises(Fault, match="'text only' has no image, and 'instructblip'"):
         list(Answers(policy, template)([Question("text only", None, "What is it", {})], Decoding(4)))
 
 

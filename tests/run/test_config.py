@@ -33,7 +33,7 @@ def options() -> list[tuple[str, str]]:
 
 
 def skip_without_plugin(group: str, option: str) -> None:
-    """Launchers and some loggers are extras; an option of conf/launcher is named for its plugin, `slurm` is submitit's."""
+    """Launchers and some loggers are extras; a launcher is named for its plugin, and `slurm` is submitit's."""
     if group == "logger" and option in ("tensorboard", "mlflow"):
         pytest.importorskip(option)
     plugin = {"basic": None, "slurm": "submitit", "submitit_local": "submitit"}.get(option, option)
@@ -166,7 +166,7 @@ def test_bad_values_are_named_with_their_cure(tmp_path):
         (["stage=3"], "stage: found 3, needed 1, 2 or all"),
         (["stage=first"], "stage: found 'first', needed 1, 2 or all"),
         (["stage=true"], "stage: found True, needed"),
-        (["ablation=noise", "stage=1"], "ablation 'noise' has no stage 1 (it has 2); use ablation=text or ablation=both"),
+        (["ablation=noise", "stage=1"], "ablation 'noise' has no stage 1 (it has 2); use ablation=text or"),
         (["ablation=none", "stage=1"], "ablation 'none' has no stage 1 (it has none: it is the base model)"),
         (["seed=-1"], "seed: found -1, needed at least 0"),
         (["noise.step=1000"], "noise.step: found 1000; the scheduler has steps 0 to 999"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -102,3 +103,23 @@ def test_a_run_without_benchmarks(world, tmp_path):
     command = [part for part in settings(world, "ablation=text", "stages.1.max_steps=1") if "benchmarks" not in part]
     assert finish([*command, "benchmarks=[]"], tmp_path / "run") == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"] == {}
+
+
+def test_any_lightning_logger_callback_optimizer_and_schedule(world, tmp_path):
+    """Ten steps without warm-up under a linear schedule: the n-th step's rate is 1 - (n - 1) / 10 of the first."""
+    command = settings(
+        world,
+        "ablation=text",
+        "+logger.mine={_target_: lightning.pytorch.loggers.CSVLogger, name: mine, version: ''}",
+        "callbacks=[learning_rate]",
+        "optimizer._target_=torch.optim.SGD",
+        "+optimizer.momentum=0.9",
+        "schedule=linear",
+        "stages.1.warmup_ratio=0.0",
+    )
+    folder = tmp_path / "run"
+    assert finish(command, folder) == 0, folder.with_suffix(".log").read_text()
+    with (folder / "stage_1" / "mine" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["lr-SGD"]) for row in rows if row.get("lr-SGD")]
+    assert rates == pytest.approx([5e-4 * (1 - step / 10) for step in range(10)])

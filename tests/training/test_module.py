@@ -16,6 +16,7 @@ from povid.training.datamodule import PreferenceDataModule
 from povid.training.module import POVIDModule
 
 STAGE = tiny.stage("text", "noise")
+EQ_5 = POVID()
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +24,7 @@ def folder(tmp_path_factory):
     return tiny.save_tiny_llava(tmp_path_factory.mktemp("tiny"))
 
 
-def fit(
-    folder, out, objective=POVID(), *, terms=frozenset({"text", "noise"}), stage=STAGE, precision="32-true", **model
-):
+def fit(folder, out, objective=EQ_5, *, terms=frozenset({"text", "noise"}), stage=STAGE, precision="32-true", **model):
     L.seed_everything(0, verbose=False)
     policy, template = tiny.load(folder, perturb=False, **model)
     scored = objective.terms(terms)

@@ -36,8 +36,16 @@ def target(node: Mapping[str, Any], key: str, problems: list[str]) -> Callable |
         return None
 
 
-def check(node: Mapping[str, Any], key: str, problems: list[str], given: Collection[str] = ()) -> dict[str, Any] | None:
-    """Hold a node against its target's signature. ``given`` names arguments that the program itself will pass.
+def check(
+    node: Mapping[str, Any],
+    key: str,
+    problems: list[str],
+    given: Collection[str] = (),
+    offered: Collection[str] = (),
+) -> dict[str, Any] | None:
+    """Hold a node against its target's signature.
+
+    ``given`` names arguments that only the program passes, ``offered`` those that it passes where the node does not.
 
     Returns its validated arguments, nested nodes unbuilt; None after a problem.
     """
@@ -53,7 +61,7 @@ def check(node: Mapping[str, Any], key: str, problems: list[str], given: Collect
     problems += [f"{key}.{name}: the run sets this itself; remove it" for name in own]
     model = call if isinstance(call, type) and issubclass(call, BaseModel) else _signature_model(call)
     if model is not None:
-        optional = model.model_fields if node.get("_partial_") else given
+        optional = model.model_fields if node.get("_partial_") else (*given, *offered)
         problems += _problems(model, arguments, key, node["_target_"], optional)
     return None if len(problems) > before else arguments
 

@@ -23,6 +23,7 @@ from povid.run import evaluation
 from povid.run.build import make
 from povid.run.data import check, load_triples
 from povid.run.guards import explain_full_disk, refuse
+from povid.run.loggers import RunContext, require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
 from povid.run.resume import compare
 from povid.run.settings import Settings, build
@@ -96,6 +97,7 @@ class Experiment:
             for node in (settings.data.prepare, getattr(settings.model, "prepare", None)):
                 if node:
                     make(node)
+            require_loggers(settings.loggers, RunContext.of(settings, self.folder, "check"))
             evaluation.warn_of_missing(settings)
         else:
             wait_for(record)

@@ -94,12 +94,25 @@ def make_loggers(nodes: Mapping[str, Mapping[str, Any]], run: RunContext) -> lis
     loggers = []
     for name, node in nodes.items():
         offered = {"run": run, "save_dir": str(run.folder / run.job)}
-        taken = accepted(pkgutil.resolve_name(node["_target_"]), offered)
+        taken = accepted(_target(node), offered)
         try:
             loggers.append(make(node, **{key: value for key, value in taken.items() if key not in node}))
         except ImportError as error:
-            raise Fault(f"logger.{name}: {error}; install what it needs or choose another logger") from None
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise Fault(f"logger.{name}: {reason}; install what it needs or choose another logger") from None
     return loggers
+
+
+def require_loggers(nodes: Mapping[str, Mapping[str, Any]], run: RunContext) -> None:
+    """Raise the Fault of a logger that cannot be made before anything is loaded; nothing is written.
+
+    Loggers that take ``run`` file the run when they are made, so they are left out.
+    """
+    make_loggers({n: node for n, node in nodes.items() if not accepted(_target(node), {"run": run})}, run)
+
+
+def _target(node: Mapping[str, Any]) -> Any:
+    return pkgutil.resolve_name(node["_target_"])
 
 
 def wandb_logger(run: RunContext, project: str = "povid", entity: str | None = None, mode: str = "auto") -> WandbLogger:

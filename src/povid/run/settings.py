@@ -212,7 +212,7 @@ def build(cfg: DictConfig) -> Settings:
     nodes = {group: dict(tree.get(group) or {}) for group in ("callbacks", "logger")}
     for group, members in nodes.items():
         for name, node in members.items():
-            _checked(node, f"{group}.{name}", problems, given=GIVEN_TO_LOGGERS if group == "logger" else ())
+            _checked(node, f"{group}.{name}", problems, *(TO_LOGGERS if group == "logger" else ()))
     run_stages = _run_stages(plain, ablation, problems)
     terms: dict[int, frozenset[str]] = {}
     if ablation:
@@ -259,7 +259,7 @@ GROUPS = (
     "model", "noise", "objective", "optimizer", "schedule", "stages", "trainer",
 )  # fmt: skip
 KEYS = (*Plain.model_fields, *GROUPS, "launcher")
-GIVEN_TO_LOGGERS = ("run",)
+TO_LOGGERS = (("run",), ("save_dir",))  # what the run gives them, and what it offers
 
 
 def _node(tree: Mapping[str, Any], name: str, problems: list[str], prefix: str = "") -> Any:
@@ -272,11 +272,13 @@ def _node(tree: Mapping[str, Any], name: str, problems: list[str], prefix: str =
     return building.build(node, f"{prefix}{name}", problems)
 
 
-def _checked(node: Any, key: str, problems: list[str], given: tuple[str, ...] = ()) -> None:
+def _checked(
+    node: Any, key: str, problems: list[str], given: tuple[str, ...] = (), offered: tuple[str, ...] = ()
+) -> None:
     if not is_node(node):
         problems.append(f"{key}: found {node!r}, needed a mapping with a _target_")
     else:
-        building.check(node, key, problems, given)
+        building.check(node, key, problems, given, offered)
 
 
 def _stages(tree: Mapping[str, Any], size: Any, problems: list[str]) -> dict[int, StageSettings | None]:
