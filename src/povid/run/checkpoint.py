@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
 from povid.internals import cluster_environment, correct_logged_step, script_launcher
+from povid.run.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -59,11 +60,13 @@ class Checkpoints(L.Callback):
 
     Args:
         folder: where the checkpoints lie. metrics: the file of metrics, forced to disk before a checkpoint claims its
-        rows; it stands before this among the callbacks.
+        rows; it stands before this among the callbacks. identity: of the stage; a checkpoint of another is refused.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSettings, metrics: Any = None) -> None:
-        self.folder, self.settings, self.metrics = folder, settings, metrics
+    def __init__(
+        self, folder: Path, settings: CheckpointSettings, metrics: Any = None, identity: Identity | None = None
+    ) -> None:
+        self.folder, self.settings, self.metrics, self.identity = folder, settings, metrics, identity
         self.saved_step, self.saved_at = 0, 0.0
         self.waiting: int | None = None  # the signal (0 for none) of a checkpoint put off to the end of the epoch
         self.signal: int | None = None
@@ -114,8 +117,13 @@ class Checkpoints(L.Callback):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, random_state())
         checkpoint["random"], checkpoint["batch_size"] = states, trainer.datamodule.batch_size
+        if self.identity is not None:
+            checkpoint["identity"] = self.identity.record()
 
     def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.identity is not None:
+            cure = "restore that to resume, or start in another folder"
+            self.identity.check(checkpoint.get("identity"), f"a checkpoint in {self.folder}", cure)
         self.random = checkpoint["random"]
         if len(self.random) != trainer.world_size:
             raise Fault(
@@ -201,6 +209,11 @@ def batch_size_of(file: Path | None) -> int | None:
     if file is None or file.is_dir():
         return None
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["batch_size"]
+
+
+def identity_of(file: Path) -> dict[str, Any] | None:
+    """The identity under which a checkpoint was written; None in one of an earlier version."""
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("identity")
 
 
 def newest(folder: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,11 @@ from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.run.build import make
+from povid.run.content import of_run
+from povid.run.identity import Identity
 from povid.run.loggers import RunContext, close, make_loggers, show_evaluation
 from povid.run.processes import device
 from povid.run.settings import Settings
-from povid.run.stage import digest
 
 log = logging.getLogger(__name__)
 
@@ -47,13 +47,17 @@ def evaluate(
     adapters: Sequence[Path],
     stages: Mapping[str, Any],
     started: str,
+    identity: Identity,
 ) -> dict[str, Any]:
-    """Answer the benchmarks with the adapted model and return what results.json holds (timings excepted)."""
-    model = digest({"model": settings.tree["model"], "adapters": [_weights_digest(a) for a in adapters]})
+    """Answer the benchmarks with the adapted model and return what results.json holds (timings excepted).
+
+    ``identity`` is that of the answers."""
     answers = settings.model.answerer(
         adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed, device=device()
     )
-    scores = suite.run(settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{model}")
+    scores = suite.run(
+        settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{identity.digest}"
+    )
     samples = sample_questions(triples, settings.plain.samples)
     after = caption(answers, samples)
     results = {
@@ -76,19 +80,13 @@ def evaluate(
         "columns": suite.columns(settings.benchmarks),
         "decoding": {name: score["decoding"] for name, score in scores.items() if "decoding" in score},
         "stages": dict(stages),
+        "identity": of_run(identity, list(stages.values()), settings, run / "benchmarks").record(),
         "adapters": [str(adapter) for adapter in adapters],
         "versions": versions(),
         "started": started,
     }
     _show(settings, run, results, triples, samples, captions_before(run) or after, after)
     return results
-
-
-def _weights_digest(adapter: Path) -> str:
-    weights = hashlib.sha256()
-    for file in sorted(adapter.glob("*.safetensors")):
-        weights.update(file.read_bytes())
-    return weights.hexdigest()
 
 
 # --- captions --------------------------------------------------------------------------------------------------------

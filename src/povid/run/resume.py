@@ -9,23 +9,7 @@ from typing import Any
 import yaml
 
 from povid.fault import Fault
-
-# What may differ between the attempts of a run: nothing of this changes a number. Benchmarks and their decoding are
-# compared with the answers on disk by the suite itself.
-FREE = (
-    "resume",
-    "outputs",
-    "logger",
-    "samples",
-    "checkpoint",
-    "benchmarks",
-    "judge",
-    "generation.batch_size",
-    "data.workers",
-    "data.cache_mb",
-    "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar",
-)
+from povid.run.identity import flat, is_free
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
@@ -103,26 +87,14 @@ def compare(file: Path, wanted: Mapping[str, Any]) -> None:
         Fault: the file is not YAML, or the settings that differ, each with both values.
     """
     try:
-        there = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        there = dict(flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise Fault(f"{file} cannot be read, so what was run is unknown; start in another folder") from None
-    now = dict(_flat(wanted))
-    differing = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and not _is_free(key)]
+    now = dict(flat(wanted))
+    differing = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and not is_free(key)]
     if differing:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is now {now.get(key)!r}" for key in differing[:8])
         raise Fault(
             f"{file.parent} was started with other settings ({listed}): restore "
             "them to resume it, or start in another folder"
         )
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -63,7 +63,7 @@ class Spent:
 class ReplyFile:
     """An append-only JSON Lines file of replies by key, and a folder of claims beside it for requests in flight.
 
-    Each line carries a checksum: a reply that was edited or damaged afterwards is not used, and is asked for again (what
+    Each line carries a checksum: a reply that was edited or damaged afterwards is not used and is asked for again (what
     it cost still counts). Lines of earlier versions have none and are used as they are.
 
     Every process appends under a file lock. A claim is a locked file named by its key: its holder sends the request,
