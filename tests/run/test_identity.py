@@ -20,6 +20,7 @@ from PIL import Image
 
 from povid.fault import Fault
 from povid.model.adapters import adapter_chain, adapter_digest
+from povid.report.runs import find_runs, group
 from povid.run.checkpoint import checkpoints
 from povid.run.identity import FREE, Identity, differences, is_free
 
@@ -165,6 +166,39 @@ def test_a_stage_is_computed_once_and_a_run_can_be_moved(world):
     with changed(moved / "stage_1" / "adapter" / "adapter_model.safetensors", flipped), pytest.raises(Fault) as fault:
         adapter_chain(moved)
     assert "stage_1/adapter was changed after" in str(fault.value)
+
+
+def test_the_report_averages_what_differs_in_the_seed_alone(world):
+    short = settings(
+        world, f"outputs={world}/rows", "stages.1.max_steps=1", "stages.2.max_steps=1", "data.prepare.evaluation=3"
+    )
+    for number, more in enumerate(
+        (
+            ["seed=0"],
+            ["seed=1"],
+            ["seed=1", "model.lora.r=4"],
+            ["seed=1", "data.prepare.partner=0.9"],
+            ["seed=1", "data.split=tuning"],
+            ["seed=1", "benchmarks.pope.suffix=Yes or no?"],
+        )
+    ):
+        folder = world / "rows" / "runs" / str(number)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        assert finish([*short, *more], folder) == 0, folder.with_suffix(".log").read_text()
+    rows = group(find_runs(world / "rows"))
+    assert sorted([run.folder.name for run in row.runs] for row in rows) == [["0", "1"], ["2"], ["3"], ["4"], ["5"]]
+    labels = " ".join(f"{row.label} {row.remarks}" for row in rows)
+    for part in (
+        "model.lora.r=4",
+        "data.prepare.partner=0.9",
+        "data.split=tuning",
+        "benchmarks.pope.suffix=Yes or no?",
+    ):
+        assert part in labels, labels
+    results = json.loads((world / "rows" / "runs" / "0" / "results.json").read_text())
+    parts = results["identity"]["parts"]
+    assert parts["seed"] == 0 and parts["trainer.precision"] == "32-true" and parts["records"] and parts["weights"]
+    assert parts["stages.2.starts_from"] == [adapter_digest(world / "rows" / "runs" / "0" / "stage_1" / "adapter")]
 
 
 def test_an_identity_names_what_differs():

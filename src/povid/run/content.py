@@ -142,6 +142,13 @@ def of_run(answers: Identity, stages: Sequence[Mapping[str, Any]], settings: Set
     return identity(parts | {**answers.parts} | asked, row | {**answers.row} | asked)
 
 
+def names(settings: Settings) -> dict[str, Any]:
+    """Settings that say in words where content comes from, for labels: its digests say only that it differs."""
+    found = dict(flat({"data": settings.tree["data"], "model": {"path": settings.tree["model"].get("path")}}))
+    settled = {key: value for key, value in found.items() if not is_free(key)}
+    return {"settings": settled, "places": {key: value for key, value in found.items() if key not in settled}}
+
+
 def recorded_row(adapter: Path) -> str | None:
     """The identity, without seed, of the stage that made an adapter; None for one from elsewhere."""
     try:

@@ -18,7 +18,7 @@ from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.run.build import make
-from povid.run.content import of_run
+from povid.run.content import names, of_run
 from povid.run.identity import Identity
 from povid.run.loggers import RunContext, close, make_loggers, show_evaluation
 from povid.run.processes import device
@@ -80,7 +80,8 @@ def evaluate(
         "columns": suite.columns(settings.benchmarks),
         "decoding": {name: score["decoding"] for name, score in scores.items() if "decoding" in score},
         "stages": dict(stages),
-        "identity": of_run(identity, list(stages.values()), settings, run / "benchmarks").record(),
+        "identity": of_run(identity, list(stages.values()), settings, run / "benchmarks").record()
+        | {"named": names(settings)},
         "adapters": [str(adapter) for adapter in adapters],
         "versions": versions(),
         "started": started,
