@@ -191,6 +191,30 @@ def test_earlier_adapters_are_not_rounded_away_in_bfloat16(folders, pictures, tm
     assert not any("earlier" in key for key in load_file(tmp_path / "three" / "adapter_model.safetensors"))
 
 
+def test_earlier_adapters_merged_in_float16_as_the_released_scripts_do(folders, tmp_path):
+    """Weights in float16 plus the product, rounded to float16 and then to bfloat16; nothing stays beside them."""
+    policy, _ = load(folders, "llava", perturb=False)
+    for key, parameter in policy.named_parameters():
+        if "lora_B" in key:
+            parameter.data += 3e-2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    policy.save_adapter(tmp_path / "one")
+
+    def loaded(*earlier, **changes):
+        model = tiny.settings(folders("llava"), **changes).load_model(earlier)
+        return model, model.get_decoder().layers[0].self_attn.q_proj.weight
+
+    bare, product = loaded()[1], loaded(tmp_path / "one")[1] - loaded()[1]
+    model, found = loaded(tmp_path / "one", dtype="bfloat16", merge="float16")
+    expected = (bare.half().float() + product).half().bfloat16()
+    assert found.dtype == torch.bfloat16 and not any("earlier" in name for name, _ in model.named_buffers())
+    assert (found == expected).float().mean() > 0.99
+    assert (found == (bare + product).bfloat16()).float().mean() < 1  # the rounding to float16 shows
+    assert (found == loaded(dtype="bfloat16", merge="float16")[1]).float().mean() < 0.9
+    assert all(buffer.dtype == torch.float32 for name, buffer in model.named_buffers() if "inv_freq" in name)
+    with pytest.raises(ValueError, match="merge and quantize exclude each other"):
+        tiny.settings(folders("llava"), merge="float16", quantize="4bit")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_captions_are_those_of_the_plain_way(folders, pictures, name):
     policy, template = load(folders, name)

@@ -21,7 +21,7 @@ GROUP_OF = {"stages": "stages@stages.1"}
 
 
 def options() -> list[tuple[str, str]]:
-    """(group, option) of every file, found by looking."""
+    """(group, option) of every file in conf/."""
     found = []
     for file in sorted(CONF.rglob("*.yaml")):
         group = file.parent.relative_to(CONF).as_posix()
@@ -69,7 +69,7 @@ def test_every_configuration_composes_and_binds(group, option):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny random model, and a folder where the small world is painted once."""
+    """A tiny random model, and a folder in which a small world is painted once."""
     folder = tmp_path_factory.mktemp("world")
     tiny.save_tiny_llava(folder / "tiny")
     return folder
@@ -111,7 +111,7 @@ def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_
     assert [stage["steps"] for stage in results["stages"].values()] == [2] * len(cfg.ablation.stages)
 
 
-def test_dispreferences_made_from_objects_are_a_row_of_their_own(world, tmp_path):
+def test_dispreferences_made_from_objects_are_a_separate_row(world, tmp_path):
     """Written into results, and another stage for stage 2 to start from; ablation=noise reads none of them."""
     found = {}
     for kind in ("given", "cooccurrence"):
@@ -161,7 +161,7 @@ def test_all_problems_are_reported_at_once():
     assert "the configuration has 12 problems" in report
 
 
-def test_bad_values_are_named_with_their_cure(tmp_path):
+def test_invalid_values_are_reported_with_a_fix(tmp_path):
     for overrides, sentence in (
         (["stage=3"], "stage: found 3, needed 1, 2 or all"),
         (["stage=first"], "stage: found 'first', needed 1, 2 or all"),
@@ -189,13 +189,24 @@ def test_bad_values_are_named_with_their_cure(tmp_path):
         assert sentence in str(fault.value), f"{overrides}: {fault.value}"
 
 
-def test_the_trainers_batch_size_speaks_for_every_stage():
+def test_the_trainers_batch_size_sets_every_stages():
     for value in (7, "auto"):
         checked = build(composed(f"trainer.batch_size={value}"))
         assert [stage.batch_size for stage in checked.stages.values()] == [value, value]
         assert "batch_size" not in checked.trainer
     with pytest.raises(Fault, match=r"stages\.1\.batch_size: found 'most', needed a whole number or auto"):
         build(composed("trainer.batch_size=most"))
+
+
+def test_the_released_codes_values_stand_in_the_configuration():
+    """Its trainer turns dropout off and clips no gradient, whatever the model's own file says."""
+    for model in ("scenes_tiny", "llava_1_5_7b"):
+        checked = build(composed("experiment=released", f"model={model}", "model.path=x"))
+        assert checked.model.lora.dropout == 0.0 and checked.model.max_length == 1048
+        assert [stage.max_grad_norm for stage in checked.stages.values()] == [0.0, 0.0]
+    assert build(composed("model.merge=float16")).model.merge == "float16"
+    with pytest.raises(Fault, match="merge and quantize exclude each other"):
+        build(composed("model.merge=float16", "model.quantize=4bit"))
 
 
 def test_the_papers_values_stand_in_the_configuration():

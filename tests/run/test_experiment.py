@@ -47,7 +47,7 @@ def test_an_interrupted_sweep_resumes_where_it_was(world, tmp_path):
 
 
 def test_a_requeue_signal_saves_and_requeues(world, tmp_path):
-    """SLURM's part is played by environment variables and a scontrol that writes down what it is told."""
+    """Environment variables and a scontrol that records its arguments stand in for SLURM."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
@@ -103,6 +103,28 @@ def test_a_run_without_benchmarks(world, tmp_path):
     command = [part for part in settings(world, "ablation=text", "stages.1.max_steps=1") if "benchmarks" not in part]
     assert finish([*command, "benchmarks=[]"], tmp_path / "run") == 0
     assert json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"] == {}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_batch_names_the_answers_where_rounding_makes_it_count(world, tmp_path, dtype):
+    """In bfloat16 a run with other batches is another run and its answers are others'; in float32 it is resumed."""
+    folder, log = tmp_path / "run", tmp_path / "run.log"
+    command = [*settings(world, "ablation=none", f"model.dtype={dtype}", "trainer.precision=32-true"), "resume=true"]
+    assert finish(command, folder) == 0, log.read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["decoding"]["pope"].get("batch_size") == (64 if dtype == "bfloat16" else None)
+    assert int(results["versions"]["threads"]) >= 1
+    (folder / "results.json").unlink()
+    again = [*command, "generation.batch_size=3"]
+    assert finish(again, folder) == (2 if dtype == "bfloat16" else 0), log.read_text()
+    if dtype == "bfloat16":
+        assert "generation.batch_size was 64 and is now 3" in log.read_text()
+        for file in folder.glob("config.yaml"):
+            file.unlink()
+        assert finish(again, folder) == 0
+        assert (
+            "by a different model" in json.loads((folder / "results.json").read_text())["benchmarks"]["pope"]["missing"]
+        )
 
 
 def test_any_lightning_logger_callback_optimizer_and_schedule(world, tmp_path):

@@ -23,13 +23,14 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
 from povid.files import digest, draft
-from povid.model.loading import DTYPES, LocalModel, LoraSettings
+from povid.model.loading import DTYPES, Dtype, LocalModel, LoraSettings
 from povid.model.policy import add_lora
 
 # From the original LLaVA's names to transformers' (convert_llava_weights_to_hf.py, and llava/model/builder.py for the
@@ -143,7 +144,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
         raise Fault(f"{file} cannot be read ({str(error).splitlines()[0]}); download it again") from error
 
 
-def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype: str = "float16") -> None:
+def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype: Dtype = "float16") -> None:
     """Write a full checkpoint (model and processor) of a base model with adapters merged into it, in their order.
 
     Args:
@@ -166,7 +167,7 @@ def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype
         settings.load_processor().save_pretrained(folder)
 
 
-def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: str = "float16") -> None:
+def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: Dtype = "float16") -> None:
     """Convert the original LLaVA's checkpoint to ``out/model`` and, if given, its LoRA to ``out/adapter``.
 
     Args:
@@ -199,7 +200,7 @@ def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None,
             _convert_lora(model, lora, str(out / "model")).save_pretrained(folder / "adapter")
 
 
-def _convert_lora(model: nn.Module, lora: Path, base: str) -> nn.Module:
+def _convert_lora(model: Any, lora: Path, base: str) -> Any:
     """``model``, known as ``base``, with the LoRA of a folder on it, in peft's format."""
     file, projector = lora / "adapter_config.json", lora / "non_lora_trainables.bin"
     try:

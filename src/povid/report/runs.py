@@ -79,7 +79,8 @@ class Run:
     @property
     def world(self) -> tuple[str, str]:
         """(model, data): only rows of the same world are compared."""
-        return tuple(self.settings.get(key) or self.settings.get(f"{key}.name", "?") for key in ("model", "data"))
+        model, data = (self.settings.get(key) or self.settings.get(f"{key}.name", "?") for key in ("model", "data"))
+        return model, data
 
 
 @dataclass

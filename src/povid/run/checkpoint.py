@@ -1,8 +1,8 @@
-"""Checkpoints from which a stage resumes with exactly the losses that it would have had without the interruption.
+"""Checkpoints, from which a stage resumes with exactly the losses of an uninterrupted one.
 
-What the trainer saves (trained weights, optimiser, schedule, position in the epoch) is joined by the states of all
-random generators of all processes. A checkpoint is written beside its place, forced to disk and renamed; its name ends
-with a checksum, so that a torn or damaged file is recognised and the one before it is used.
+Besides what the trainer saves (trained weights, optimiser, schedule, position in the epoch), a checkpoint contains the
+states of all random generators of all processes. It is written next to its final place, forced to disk and renamed.
+Its name ends with a checksum, so that a truncated or damaged file is detected and the previous one is used.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ NAME = re.compile(r"step_(\d{8})\.([0-9a-f]{8})\.ckpt")
 
 
 class CheckpointSettings(BaseModel):
-    """How often a stage is saved: every so many optimiser steps, every so many minutes, or both; null for neither.
+    """How often a stage is saved: every so many optimiser steps, every so many minutes, or both; null disables either.
 
-    ``keep``: how many checkpoints stay on disk while a stage trains; none stays when it is finished.
+    ``keep``: how many checkpoints stay on disk while a stage trains; all are removed when it is finished.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -50,7 +50,7 @@ class CheckpointSettings(BaseModel):
 
 
 class Stopped(BaseException):
-    """The run was told to stop (SIGTERM, or the cluster's requeue signal), saved and left. Not an error."""
+    """The run received SIGTERM or the cluster's requeue signal, saved and stopped. Not an error."""
 
 
 class Checkpoints(L.Callback):
@@ -59,8 +59,11 @@ class Checkpoints(L.Callback):
     On a SLURM cluster (``plugins`` of the trainer: SLURMEnvironment) the requeue signal saves and requeues the job.
 
     Args:
-        folder: where the checkpoints lie. metrics: the file of metrics, forced to disk before a checkpoint claims its
-        rows; it stands before this among the callbacks. identity: of the stage; a checkpoint of another is refused.
+        folder: for the checkpoints.
+        settings: when to save, and how many checkpoints to keep.
+        metrics: the callback that writes metrics.csv, which is forced to disk before a checkpoint that includes its
+            rows; it precedes this one in the trainer's list.
+        identity: that of the stage; a checkpoint with another is refused.
     """
 
     def __init__(
@@ -68,7 +71,7 @@ class Checkpoints(L.Callback):
     ) -> None:
         self.folder, self.settings, self.metrics, self.identity = folder, settings, metrics, identity
         self.saved_step, self.saved_at = 0, 0.0
-        self.waiting: int | None = None  # the signal (0 for none) of a checkpoint put off to the end of the epoch
+        self.waiting: int | None = None  # the signal (0: none) of a checkpoint deferred to the end of the epoch
         self.signal: int | None = None
         self.requeue: int | None = None
         self.random: list[dict[str, Any]] = []
@@ -78,10 +81,10 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         self._listen(trainer)
-        if self.random:  # last of all: whatever was drawn while things were loaded is forgotten here
+        if self.random:  # last, to discard the draws made while loading
             set_random_state(self.random[trainer.global_rank])
         elif trainer.global_rank:
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # dropout differs between devices
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # different dropout on each device
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         correct_logged_step(trainer)
@@ -89,29 +92,29 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
             return
-        due, told = self._due(trainer), self.signal or 0
+        due, received = self._due(trainer), self.signal or 0
         if trainer.world_size > 1:  # one process's clock or signal decides for all
-            both = torch.tensor([int(due), told], device=trainer.strategy.root_device)
+            both = torch.tensor([int(due), received], device=trainer.strategy.root_device)
             torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
-            due, told = bool(both[0]), int(both[1])
-        if not (due or told):
+            due, received = bool(both[0]), int(both[1])
+        if not (due or received):
             return
         if trainer.is_last_batch:  # Lightning miscounts epochs after a checkpoint between an epoch's last batch and end
-            self.waiting = told
+            self.waiting = received
         else:
-            self._act(trainer, told)
+            self._act(trainer, received)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.waiting is not None:
-            told, self.waiting = self.waiting, None
-            self._act(trainer, told)
+            received, self.waiting = self.waiting, None
+            self._act(trainer, received)
 
-    def _act(self, trainer: L.Trainer, told: int) -> None:
+    def _act(self, trainer: L.Trainer, received: int) -> None:
         self.save(trainer)
-        if told:
-            self._leave(trainer, told)
+        if received:
+            self._leave(trainer, received)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         states: list[Any] = [random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
@@ -120,7 +123,7 @@ class Checkpoints(L.Callback):
         if self.identity is not None:
             checkpoint["identity"] = self.identity.record()
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.identity is not None:
             cure = "restore that to resume, or start in another folder"
             self.identity.check(checkpoint.get("identity"), f"a checkpoint in {self.folder}", cure)
@@ -128,12 +131,12 @@ class Checkpoints(L.Callback):
         if len(self.random) != trainer.world_size:
             raise Fault(
                 f"{self.folder} was written by {len(self.random)} devices and this run has "
-                f"{trainer.world_size}, which would give other batches; use as many devices as before"
+                f"{trainer.world_size}, which would give different batches; use as many devices as before"
             )
         if checkpoint["batch_size"] != trainer.datamodule.batch_size:
             raise Fault(
-                f"{self.folder} was written with batches of {checkpoint['batch_size']} and this run has those "
-                f"of {trainer.datamodule.batch_size}; set stages.N.batch_size to the former"
+                f"{self.folder} was written with batch size {checkpoint['batch_size']} and this run uses "
+                f"{trainer.datamodule.batch_size}; set stages.N.batch_size={checkpoint['batch_size']}"
             )
 
     def save(self, trainer: L.Trainer) -> None:
@@ -171,7 +174,7 @@ class Checkpoints(L.Callback):
 
         def note(number: int, frame: FrameType | None) -> None:
             if self.signal is None and launcher is not None:
-                launcher.kill(number)  # the processes that this one started hear of it too
+                launcher.kill(number)  # forward it to the processes that this one started
             self.signal = number
 
         numbers = [signal.SIGTERM]
@@ -179,7 +182,7 @@ class Checkpoints(L.Callback):
             self.requeue = environment.requeue_signal or signal.SIGUSR1
             numbers.append(self.requeue)
         for number in numbers:
-            signal.signal(number, note)  # Lightning puts the former handlers back when the fit ends
+            signal.signal(number, note)  # Lightning restores the previous handlers when the fit ends
 
     def _leave(self, trainer: L.Trainer, number: int) -> None:
         name = signal.Signals(number).name
@@ -195,17 +198,17 @@ class Checkpoints(L.Callback):
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the newest first; nothing is said of whether they are whole."""
+    """The checkpoints in a folder, intact or not, newest first."""
     return sorted((file for file in folder.glob("*.ckpt") if NAME.fullmatch(file.name)), reverse=True)
 
 
 def step_of(file: Path) -> int:
-    """The number of optimiser steps behind a checkpoint."""
+    """The number of optimiser steps before a checkpoint."""
     return int(NAME.fullmatch(file.name)[1])
 
 
 def batch_size_of(file: Path | None) -> int | None:
-    """How many records a batch held where a checkpoint was written; None without one (or in DeepSpeed's folders)."""
+    """The batch size stored in a checkpoint; None without a checkpoint or for one of DeepSpeed's folders."""
     if file is None or file.is_dir():
         return None
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["batch_size"]
@@ -217,7 +220,7 @@ def identity_of(file: Path) -> dict[str, Any] | None:
 
 
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are named in the log, and left alone."""
+    """The newest intact checkpoint; damaged ones are logged and left in place."""
     for file in checkpoints(folder):
         found = checksum(file)
         if found == int(NAME.fullmatch(file.name)[2], 16):
@@ -227,7 +230,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def checksum(place: Path) -> int:
-    """CRC-32 of a file, or of all files of a folder (what DeepSpeed writes)."""
+    """CRC-32 of a file, or of all files in a folder (which DeepSpeed writes)."""
     value = 0
     for file in files_in(place):
         with file.open("rb") as source:
@@ -241,7 +244,8 @@ def checksum(place: Path) -> int:
 
 def random_state() -> dict[str, Any]:
     """The states of this process's random generators, in plain containers and tensors."""
-    kind, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *rest = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
@@ -251,7 +255,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Undo :func:`random_state`."""
+    """Restore what :func:`random_state` returned."""
     random.setstate(_tuples(state["python"]))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

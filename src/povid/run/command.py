@@ -20,9 +20,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
 TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
-jobs_started = 0  # before the first, an error of Hydra's is about the command line
+jobs_started = 0  # before the first, Hydra's errors are about the command line
 
-# Spellings of earlier versions, and what stands in their place.
+# Settings of earlier versions, and what replaces them.
 MOVED = {
     "objective.alpha": "objective.1.alpha= (Eq. 3) and objective.2.alpha= (Eq. 5)",
     "objective.beta_text": "objective.2.beta_text=",
@@ -53,7 +53,7 @@ def _job(cfg: DictConfig) -> None:
     folder = Path(job.runtime.output_dir)
     try:
         run(cfg, folder)
-    except Stopped as stopped:  # a whole sweep stops with its job
+    except Stopped as stopped:  # and the whole sweep with it
         if first():
             print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(TERMINATED if first() else 0)
@@ -73,7 +73,7 @@ def _job(cfg: DictConfig) -> None:
 
 
 def _sentence(error: BaseException | None) -> str | None:
-    """The sentence of the Fault behind an error, if there is one."""
+    """The message of the Fault that caused an error, if any."""
     while error is not None:
         if isinstance(error, Fault):
             return str(error)
@@ -82,7 +82,7 @@ def _sentence(error: BaseException | None) -> str | None:
 
 
 def _moved(arguments: list[str]) -> str | None:
-    """The sentence for a spelling of an earlier version, if the command line has one."""
+    """The error for a setting of an earlier version, if the command line has one."""
     for argument in arguments:
         key, _, value = argument.lstrip("+~").partition("=")
         # A whole value for what is a group now is spelled like the group's choice and is Hydra's to answer.
@@ -92,7 +92,7 @@ def _moved(arguments: list[str]) -> str | None:
 
 
 def main() -> int:
-    """Run ``sys.argv``. Returns 0, 2 for what the user can mend, or 143 for a run that was told to stop."""
+    """Run ``sys.argv``. Returns 0, 2 for an error that the user can fix, or 143 for a run stopped by a signal."""
     from povid.run.resume import expand
 
     try:
@@ -120,6 +120,6 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    except Fault:  # of a job, whose sentence has been printed
+    except Fault:  # raised by a job, which has printed it
         return 2
     return 0

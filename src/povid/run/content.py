@@ -115,7 +115,7 @@ def of_answers(settings: Settings, adapters: Sequence[Path], content: Content) -
     """
     parts = {key: value for key, value in flat({"model": settings.tree["model"]}) if not is_free(key)}
     parts |= _shared(settings, content)
-    if getattr(settings.model, "dtype", None) not in ("float32", "float64"):
+    if getattr(settings.model, "answers_depend_on_batch", True):
         parts["generation.batch_size"] = settings.generation.batch_size
     below = [adapter_digest(adapter) for adapter in adapters]
     rows = [recorded_row(adapter) or found for adapter, found in zip(adapters, below)]

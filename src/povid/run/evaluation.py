@@ -1,4 +1,4 @@
-"""What follows the stages: benchmarks, captions before and after, results.json."""
+"""After the stages: benchmarks, captions before and after training, results.json."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ def judge(settings: Settings) -> Any:
 
 
 def warn_of_missing(settings: Settings) -> None:
-    """Log what the benchmarks will be missing, before anything is trained."""
-    for name, lack in suite.check(settings.benchmarks, judge(settings)).items():
-        log.warning("%s will not be scored: %s (%s)", name, lack["missing"], lack["cure"])
+    """Warn about benchmarks that cannot be scored, before training starts."""
+    for name, gap in suite.check(settings.benchmarks, judge(settings)).items():
+        log.warning("%s will not be scored: %s (%s)", name, gap["missing"], gap["cure"])
 
 
 def evaluate(
@@ -49,9 +49,11 @@ def evaluate(
     started: str,
     identity: Identity,
 ) -> dict[str, Any]:
-    """Answer the benchmarks with the adapted model and return what results.json holds (timings excepted).
+    """Answer the benchmarks with the adapted model and return the content of results.json, without timings.
 
-    ``identity`` is that of the answers."""
+    ``identity`` is that of the answers.
+    """
+    batch = batch_that_counts(settings)
     answers = settings.model.answerer(
         adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed, device=device()
     )
@@ -78,7 +80,7 @@ def evaluate(
         },
         "benchmarks": scores,
         "columns": suite.columns(settings.benchmarks),
-        "decoding": {name: score["decoding"] for name, score in scores.items() if "decoding" in score},
+        "decoding": {name: score["decoding"] | batch for name, score in scores.items() if "decoding" in score},
         "stages": dict(stages),
         "identity": of_run(identity, list(stages.values()), settings, run / "benchmarks").record()
         | {"named": names(settings)},
@@ -88,6 +90,12 @@ def evaluate(
     }
     _show(settings, run, results, triples, samples, captions_before(run) or after, after)
     return results
+
+
+def batch_that_counts(settings: Settings) -> dict[str, int]:
+    """``generation.batch_size`` where answers depend on it, else nothing."""
+    depends = getattr(settings.model, "answers_depend_on_batch", True)
+    return {"batch_size": settings.generation.batch_size} if depends else {}
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -105,7 +113,7 @@ def caption(answers: Answerer, samples: Sequence[Question]) -> list[str]:
 
 
 def write_captions_before(run: Path, answers: Answerer, samples: Sequence[Question]) -> None:
-    """Caption the samples before the first stage; on disk, since a resumed run has no such policy any more."""
+    """Caption the samples before the first stage, into a file, since a resumed run no longer has that policy."""
     file = run / "captions_before.json"
     if samples and not file.exists():
         files.write_json(file, caption(answers, samples))

@@ -43,13 +43,13 @@ CHECKED_AT_START = 32  # records; the others are checked while the first epoch t
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the stages that a configuration asks for, answer its benchmarks, write ``folder/results.json``.
 
-    With ``resume`` a run in ``folder`` is resumed: what is finished there stays, and an interrupted stage continues
-    from its newest checkpoint. Returns what results.json holds; in the further processes of a run on several devices,
-    which only train, nothing.
+    With ``resume`` a run in ``folder`` is resumed: finished stages are kept, and an interrupted stage continues from
+    its newest checkpoint. Returns the content of results.json; nothing in the further processes of a run on several
+    devices, which only train.
 
     Raises:
-        Fault: everything that a user can mend; a finished stage stays in its folder whatever happens after it.
-        Stopped: the run was told to stop and has saved what it was doing.
+        Fault: any error that a user can fix; finished stages stay in the folder.
+        Stopped: the run received a signal to stop and has saved a checkpoint.
     """
     settings = build(cfg)
     with explain_full_disk(folder), one_job(folder):
@@ -105,7 +105,7 @@ class Experiment:
         return Stage(self.settings, number, self.folder, adapters, identity)
 
     def prepare(self) -> tuple[list[Triple], Content, tuple[Path, ...]]:
-        """Make data and model ready, check data and benchmarks, record what is run, take over what was computed.
+        """Prepare data and model, check data and benchmarks, record the configuration, reuse what was computed.
 
         Returns the triples, the digests of what is read, and the adapters to begin with.
         """
@@ -164,10 +164,10 @@ class Experiment:
 
 
 def claim(folder: Path, settings: Settings) -> None:
-    """Make the folder this run's own, or the run in it this one; a requeued cluster job always resumes.
+    """Take the folder for this run, or resume the run in it; a requeued cluster job always resumes.
 
     Raises:
-        Fault: another run lies there, this one without ``resume``, or the folder cannot be written.
+        Fault: the folder contains a run with other settings, or one and ``resume`` is not set, or cannot be written.
     """
     run_files = ("results.json", "config.yaml", "stage_1", "stage_2", "benchmarks")
     taken = [name for name in run_files if (folder / name).exists()]
@@ -183,7 +183,8 @@ def claim(folder: Path, settings: Settings) -> None:
             "back, or start in another folder"
         )
     if taken:
-        compare(folder / "config.yaml", settings.tree)
+        bound = ("generation.batch_size",) if evaluation.batch_that_counts(settings) else ()
+        compare(folder / "config.yaml", settings.tree, bound)
     try:
         files.write_text(folder / ".writable", "1").unlink()
     except OSError as error:

@@ -1,7 +1,7 @@
 """The settings of a run, built and checked as a whole before any weights load.
 
-:func:`build` is the only reader of the composed configuration. Types and bounds stand on the fields of what is built;
-here are the rules between fields.
+:func:`build` is the only reader of the composed configuration. Types and bounds are declared on the fields of what is
+built; the rules between fields are here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from povid.training.module import StageSettings
 from povid.training.sharding import FSDP2
 
 STAGES = ("1", "2")
-SET_BY_THE_RUN = {  # arguments of the trainer, and where their value stands instead
+SET_BY_THE_RUN = {  # arguments of the trainer, and the settings that replace them
     "max_epochs": "stages.N.epochs",
     "max_steps": "stages.N.max_steps",
     "accumulate_grad_batches": "stages.N.accumulate",
@@ -58,7 +58,7 @@ class Ablation(_Settings):
 class DataSettings(_Settings):
     """A preference data set: its format and files, and how it is loaded.
 
-    ``format`` is a node that reads records; ``root`` and ``file`` are what ``preferences`` and ``images`` are made of.
+    ``format`` is a node that reads records; ``preferences`` and ``images`` are derived from ``root`` and ``file``.
     ``prepare`` is a node that is built before the files are read; ``benchmarks`` is the folder of benchmark files that
     belong to the data, if any; ``limit`` uses the first records alone, ``skip_bad`` skips and counts records that
     cannot be used. ``objects`` and ``synonyms`` describe the pictures for ``dispreference=cooccurrence``.
@@ -106,10 +106,10 @@ class Plain(_Settings):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run is, checked and, where it is cheap, built.
+    """All settings of a run, checked and, where that is cheap, built.
 
     ``objectives`` and ``terms`` are by stage, for the stages of the ablation. ``trainer``, ``callbacks``, ``loggers``,
-    ``judge`` and ``prepare`` are nodes that have been checked and are built when they are needed
+    ``judge`` and ``prepare`` are checked nodes that are built when they are needed
     (:func:`povid.run.build.make`). ``tree`` is the configuration as it is written to config.yaml and hashed.
     """
 
@@ -170,7 +170,7 @@ def build(cfg: DictConfig) -> Settings:
         Fault: one message with every problem found, one line each: the key, what was found, what to do.
     """
     try:
-        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise Fault(f"configuration: {reason}; give {error.full_key or 'that key'} a value") from None
@@ -183,7 +183,9 @@ def build(cfg: DictConfig) -> Settings:
     model = _node(tree, "model", problems)
     distortion = _node(tree, "noise", problems)
     dispreference = _node(tree, "dispreference", problems)
-    if dispreference is not None and not callable(dispreference):  # it comes with keys of its own command
+    if dispreference is not None and not callable(
+        dispreference
+    ):  # a generator, configured with the keys of its own command
         problems.append(
             f"dispreference: {tree['dispreference'].get('name')!r} writes its responses to a file first, by python -m "
             "povid.dispreference; train on that file with data=povid_17k data.root=FOLDER data.file=FILE"
@@ -191,7 +193,7 @@ def build(cfg: DictConfig) -> Settings:
     else:
         problems += [f"{key}: there is no such setting{did_you_mean(key, KEYS)}" for key in tree if key not in KEYS]
     trainer = dict(tree.get("trainer") or {})
-    size = trainer.pop("batch_size", None)  # of every stage; ours and not lightning.Trainer's
+    size = trainer.pop("batch_size", None)  # of every stage; not an argument of lightning.Trainer
     stages = _stages(tree, size, problems)
     objectives = _objectives(tree, problems)
     benchmarks = {
@@ -355,7 +357,7 @@ def _rules(
     trainer: Mapping[str, Any],
     terms: Mapping[int, frozenset[str]],
 ) -> Iterator[str]:
-    """What is wrong between settings that are each right."""
+    """Problems between settings that are valid by themselves."""
     strategy = trainer.get("strategy")
     if (
         is_node(strategy)

@@ -1,4 +1,4 @@
-"""One stage of a run: load the policy, fit it, save what it learnt."""
+"""One stage of a run: load the policy, fit it, save its adapter."""
 
 from __future__ import annotations
 
@@ -40,8 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage ``number`` of the run in ``run``: it starts from the policy that ``adapters`` make, which is its reference
-    too."""
+    """Stage ``number`` of the run in ``run``: it starts from the model with ``adapters``, also its reference."""
 
     settings: Settings
     number: int
@@ -55,7 +54,7 @@ class Stage:
 
     @property
     def note(self) -> Path:
-        """Written last: a stage is finished when it is there."""
+        """Written last: a stage is finished if this file exists."""
         return self.home / "stage.json"
 
     @property
@@ -121,7 +120,7 @@ class Stage:
         return policy, self.settings.model.template(policy.processor)
 
     def train(self, policy: Policy, template: Template, triples: Sequence[Triple]) -> None:
-        """Fit the stage, from its newest whole checkpoint if there is one, and save what it learnt."""
+        """Fit the stage, from its newest intact checkpoint if there is one, and save its adapter."""
         settings, stage = self.settings, self.settings.stages[self.number]
         terms = settings.terms[self.number]
         log.info(
@@ -199,12 +198,12 @@ class Stage:
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=1))
         if self.number == settings.run_stages[0] and not settings.data.skip_bad:
-            look = DataCheck(
+            data_check = DataCheck(
                 data.dataset.triples,
                 settings.data.preferences,
                 lambda triples: run_data.check(settings, triples),
             )
-            callbacks.insert(0, look)
+            callbacks.insert(0, data_check)
         loggers = make_loggers(settings.loggers, RunContext.of(settings, self.run, f"stage_{self.number}"))
         trainer = make(
             settings.trainer,

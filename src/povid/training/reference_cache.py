@@ -46,7 +46,7 @@ def weights_digest(policy: Policy) -> str:
     """SHA-256 of every parameter and buffer that the reference can use: merged adapters and the original projector
     included, what is trained left out."""
     network = policy.network
-    frozen = [(name, p) for name, p in network.named_parameters() if not p.requires_grad]
+    frozen: list[tuple[str, Tensor]] = [(name, p) for name, p in network.named_parameters() if not p.requires_grad]
     frozen += [(name, b) for name, b in network.named_buffers()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter's lock
         digests = threads.map(lambda entry: tensor_digest(*entry), sorted(frozen, key=lambda entry: entry[0]))
