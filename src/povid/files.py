@@ -7,6 +7,7 @@ neither a kill nor a power cut leaves an incomplete file under that name.
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -63,6 +64,25 @@ def write_text(file: Path, text: str) -> Path:
 def write_json(file: Path, value: Any) -> Path:
     """Write a value as indented JSON, atomically. Returns ``file``."""
     return write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def digest(source: Path | bytes, whole: int | None = None) -> str:
+    """Sixteen hexadecimal digits that name the content of a file or of bytes.
+
+    Of a file of more than ``whole`` bytes only the size and the first ``whole`` bytes count; None counts all of it.
+    """
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()[:16]
+    found = hashlib.sha256()
+    with source.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        left = size if whole is None else min(size, whole)
+        while left > 0 and (block := file.read(min(left, 2**22))):
+            found.update(block)
+            left -= len(block)
+    if whole is not None and size > whole:
+        found.update(str(size).encode())
+    return found.hexdigest()[:16]
 
 
 def remove(place: Path) -> None:

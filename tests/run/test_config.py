@@ -117,7 +117,7 @@ def test_dispreferences_made_from_objects_are_a_separate_row(world, tmp_path):
     for kind in ("given", "cooccurrence"):
         cfg = composed(f"dispreference={kind}", "ablation=text", "benchmarks=[pope]", "data.limit=4", *small(world))
         results = run(cfg, tmp_path / kind)
-        found[kind] = results["row"], results["dispreference"], results["stages"]["1"]["fingerprint"]
+        found[kind] = results["row"], results["dispreference"], results["stages"]["1"]["identity"]["digest"]
     assert found["given"][:2] == ("text", "given")
     assert found["cooccurrence"][:2] == ("text_cooccurrence", "cooccurrence")
     assert found["given"][2] != found["cooccurrence"][2]

@@ -169,6 +169,29 @@ def test_a_torn_line_costs_one_reply_and_a_foreign_file_is_refused(tmp_path):
         Endpoint(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"), tmp_path / "other" / "replies.jsonl")
 
 
+def test_a_reply_that_was_edited_is_not_used(tmp_path, caplog):
+    file = tmp_path / "replies.jsonl"
+    with ChatServer(lambda body, n: Say("score: 3", 7, 3)) as server:
+        for text in ("1", "2"):
+            endpoint(server, tmp_path).ask(ask_for(text))
+        first, second = file.read_text().splitlines()
+        assert "score: 3" in first and '"completion_tokens": 3' in first
+        old = json.loads(second)
+        del old["check"]  # a line of an earlier version
+        for edited in (
+            first.replace("score: 3", "score: 6"),
+            first.replace('"completion_tokens": 3', '"completion_tokens": 4'),
+        ):
+            file.write_text(f"{edited}\n{json.dumps(old)}\n")
+            caplog.clear()
+            asked = len(server.requests)
+            again = endpoint(server, tmp_path)
+            assert "the reply to record 1 was changed after it was written" in caplog.text
+            assert again.ask(ask_for("2")).cached and len(server.requests) == asked
+            assert again.ask(ask_for("1")).text == "score: 3" and len(server.requests) == asked + 1
+            assert endpoint(server, tmp_path).ask(ask_for("1")).cached, "the new reply counts, not the edited one"
+
+
 def test_a_full_disk_is_one_sentence_and_costs_one_reply(tmp_path):
     """The limit on a file's size stands for the full disk: half of the second reply's line still fits."""
     file, limits = tmp_path / "replies.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)

@@ -15,7 +15,9 @@ them with ``model.path=FOLDER/model adapters=[FOLDER/adapter]``.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
-from povid.files import draft
+from povid.files import digest, draft
 from povid.model.loading import DTYPES, Dtype, LocalModel, LoraSettings
 from povid.model.policy import add_lora
 
@@ -47,20 +49,65 @@ def adapter_chain(place: Path) -> list[Path]:
     """All adapters, in order, that make up the policy in a run folder, a stage folder or an adapter folder.
 
     Raises:
-        Fault: the folder is none of these.
+        Fault: the folder is none of these, or an adapter is missing or was changed after its stage was finished.
     """
     if place.name == "adapter" and (place.parent / "stage.json").exists():
         place = place.parent
     stages = sorted(place.glob("stage_*/stage.json")) or [place / "stage.json"]
     if stages[-1].exists():
         stage = json.loads(stages[-1].read_text())
-        return [*map(Path, stage["init_from"]), stages[-1].parent / "adapter"]
+        run = stages[-1].parent.parent
+        chain = [_placed(run, entry, stage.get("written_in")) for entry in stage["init_from"]]
+        for adapter in chain:
+            if (adapter.parent / "stage.json").exists():
+                check_adapter(adapter)
+        check_adapter(stages[-1].parent / "adapter")
+        return [*chain, stages[-1].parent / "adapter"]
     if (place / "adapter_config.json").exists():
         return [place]
     raise Fault(
         f"init_from: {place} contains neither stage_*/stage.json nor adapter_config.json; name an adapter folder or a "
         "run folder with a finished stage"
     )
+
+
+def _placed(run: Path, entry: str, written_in: str | None) -> Path:
+    """The adapter that a stage.json names relative to its run: there or, if the run alone was moved, where it was."""
+    for folder in (run, Path(written_in or run)):
+        if (adapter := Path(os.path.normpath(folder / entry))).is_dir():
+            return adapter
+    raise Fault(f"{run} was trained on the adapter {entry}, which is not there; move it back beside the run")
+
+
+def check_adapter(adapter: Path) -> None:
+    """Raise a Fault if an adapter is not the one that its stage saved: its weights or settings were changed."""
+    note = adapter.parent / "stage.json"
+    saved = json.loads(note.read_text(encoding="utf-8")).get("adapter_digest")
+    if saved is not None and saved != adapter_digest(adapter):
+        raise Fault(
+            f"{adapter} was changed after {note} was written; put back the adapter that the stage saved, or train the "
+            "stage again in another folder"
+        )
+
+
+def adapter_digest(adapter: Path) -> str:
+    """Sixteen hexadecimal digits that name an adapter: its tensors' files and its settings (r, lora_alpha and so on).
+
+    The base model's path and the order of the layers' names do not count.
+
+    Raises:
+        Fault: ``adapter_config.json`` cannot be read.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("base_model_name_or_path", None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise Fault(f"{file} cannot be read ({error}); name the folder of an adapter") from None
+    config = {key: sorted(map(str, value)) if isinstance(value, list) else value for key, value in config.items()}
+    weights = sorted(file for file in adapter.iterdir() if file.suffix in (".safetensors", ".bin"))
+    content = [config, [[file.name, digest(file)] for file in weights]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def transformers_name(key: str) -> str:

@@ -29,6 +29,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
 from povid.internals import cluster_environment, correct_logged_step, script_launcher
+from povid.run.identity import Identity
 
 log = logging.getLogger(__name__)
 
@@ -62,10 +63,13 @@ class Checkpoints(L.Callback):
         settings: when to save, and how many checkpoints to keep.
         metrics: the callback that writes metrics.csv, which is forced to disk before a checkpoint that includes its
             rows; it precedes this one in the trainer's list.
+        identity: that of the stage; a checkpoint with another is refused.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSettings, metrics: Any = None) -> None:
-        self.folder, self.settings, self.metrics = folder, settings, metrics
+    def __init__(
+        self, folder: Path, settings: CheckpointSettings, metrics: Any = None, identity: Identity | None = None
+    ) -> None:
+        self.folder, self.settings, self.metrics, self.identity = folder, settings, metrics, identity
         self.saved_step, self.saved_at = 0, 0.0
         self.waiting: int | None = None  # the signal (0: none) of a checkpoint deferred to the end of the epoch
         self.signal: int | None = None
@@ -116,8 +120,13 @@ class Checkpoints(L.Callback):
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, random_state())
         checkpoint["random"], checkpoint["batch_size"] = states, trainer.datamodule.batch_size
+        if self.identity is not None:
+            checkpoint["identity"] = self.identity.record()
 
     def on_load_checkpoint(self, trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.identity is not None:
+            cure = "restore that to resume, or start in another folder"
+            self.identity.check(checkpoint.get("identity"), f"a checkpoint in {self.folder}", cure)
         self.random = checkpoint["random"]
         if len(self.random) != trainer.world_size:
             raise Fault(
@@ -203,6 +212,11 @@ def batch_size_of(file: Path | None) -> int | None:
     if file is None or file.is_dir():
         return None
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["batch_size"]
+
+
+def identity_of(file: Path) -> dict[str, Any] | None:
+    """The identity under which a checkpoint was written; None in one of an earlier version."""
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("identity")
 
 
 def newest(folder: Path) -> Path | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,10 +18,11 @@ from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.run.build import make
+from povid.run.content import names, of_run
+from povid.run.identity import Identity
 from povid.run.loggers import RunContext, close, make_loggers, show_evaluation
 from povid.run.processes import device
 from povid.run.settings import Settings
-from povid.run.stage import digest
 
 log = logging.getLogger(__name__)
 
@@ -47,14 +47,19 @@ def evaluate(
     adapters: Sequence[Path],
     stages: Mapping[str, Any],
     started: str,
+    identity: Identity,
 ) -> dict[str, Any]:
-    """Answer the benchmarks with the adapted model and return the content of results.json, without timings."""
+    """Answer the benchmarks with the adapted model and return the content of results.json, without timings.
+
+    ``identity`` is that of the answers.
+    """
     batch = batch_that_counts(settings)
-    model = digest({"model": settings.tree["model"], "adapters": [_weights_digest(a) for a in adapters], **batch})
     answers = settings.model.answerer(
         adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed, device=device()
     )
-    scores = suite.run(settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{model}")
+    scores = suite.run(
+        settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{identity.digest}"
+    )
     samples = sample_questions(triples, settings.plain.samples)
     after = caption(answers, samples)
     results = {
@@ -77,6 +82,8 @@ def evaluate(
         "columns": suite.columns(settings.benchmarks),
         "decoding": {name: score["decoding"] | batch for name, score in scores.items() if "decoding" in score},
         "stages": dict(stages),
+        "identity": of_run(identity, list(stages.values()), settings, run / "benchmarks").record()
+        | {"named": names(settings)},
         "adapters": [str(adapter) for adapter in adapters],
         "versions": versions(),
         "started": started,
@@ -89,13 +96,6 @@ def batch_that_counts(settings: Settings) -> dict[str, int]:
     """``generation.batch_size`` where answers depend on it, else nothing."""
     depends = getattr(settings.model, "answers_depend_on_batch", True)
     return {"batch_size": settings.generation.batch_size} if depends else {}
-
-
-def _weights_digest(adapter: Path) -> str:
-    weights = hashlib.sha256()
-    for file in sorted(adapter.glob("*.safetensors")):
-        weights.update(file.read_bytes())
-    return weights.hexdigest()
 
 
 # --- captions --------------------------------------------------------------------------------------------------------

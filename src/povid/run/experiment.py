@@ -18,9 +18,12 @@ from povid import files
 from povid.fault import Fault
 from povid.machine import keep_freed_memory, packages
 from povid.model.generation import Answers
+from povid.model.policy import Policy
+from povid.model.template import Template
 from povid.preferences.triple import Triple
 from povid.run import evaluation
 from povid.run.build import make
+from povid.run.content import Content, of_answers, of_stage
 from povid.run.data import check, load_triples
 from povid.run.guards import explain_full_disk, refuse
 from povid.run.loggers import RunContext, require_loggers
@@ -69,12 +72,11 @@ class Experiment:
     def run(self) -> dict[str, Any]:
         keep_freed_memory()
         with self.timed("prepare"):
-            triples = self.prepare()
-        adapters = starting_adapters(self.settings)
+            triples, content, adapters = self.prepare()
         stages: dict[str, Any] = {}
         for number in self.settings.run_stages:
-            stage = Stage(self.settings, number, self.folder, adapters)
-            if stage.note.exists():
+            stage = self.stage(number, adapters, content)
+            if stage.finished():
                 log.info("stage %d is finished already: %s", number, stage.home)
             else:
                 self.train(stage, triples)
@@ -84,15 +86,30 @@ class Experiment:
             return {}
         leave_group()
         with self.timed("evaluate"):
-            results = evaluation.evaluate(self.settings, self.folder, triples, adapters, stages, self.started)
+            results = evaluation.evaluate(
+                self.settings,
+                self.folder,
+                triples,
+                adapters,
+                stages,
+                self.started,
+                of_answers(self.settings, adapters, content),
+            )
         results["timings"] = {name: round(seconds, 2) for name, seconds in self.timings.items()}
         files.write_json(self.folder / "results.json", results)
         log.info("results: %s", self.folder / "results.json")
         return results
 
-    def prepare(self) -> list[Triple]:
-        """Prepare data and model, check data and benchmarks, record the configuration; returns the triples."""
-        settings, record = self.settings, self.folder / "config.yaml"
+    def stage(self, number: int, adapters: tuple[Path, ...], content: Content) -> Stage:
+        identity = of_stage(self.settings, number, adapters, content)
+        return Stage(self.settings, number, self.folder, adapters, identity)
+
+    def prepare(self) -> tuple[list[Triple], Content, tuple[Path, ...]]:
+        """Prepare data and model, check data and benchmarks, record the configuration, reuse what was computed.
+
+        Returns the triples, the digests of what is read, and the adapters to begin with.
+        """
+        settings, ready = self.settings, self.folder / "packages.txt"
         if first():
             for node in (settings.data.prepare, getattr(settings.model, "prepare", None)):
                 if node:
@@ -100,24 +117,44 @@ class Experiment:
             require_loggers(settings.loggers, RunContext.of(settings, self.folder, "check"))
             evaluation.warn_of_missing(settings)
         else:
-            wait_for(record)
+            wait_for(ready)
         triples = load_triples(settings) if settings.run_stages or settings.plain.samples else []
+        if first() and settings.run_stages and not settings.data.skip_bad:
+            refuse(check(settings, triples, CHECKED_AT_START), settings.data.preferences)
+        content = Content(settings, triples)
+        adapters = starting_adapters(settings, content)
         if first():
-            if settings.run_stages and not settings.data.skip_bad:
-                refuse(check(settings, triples, CHECKED_AT_START), settings.data.preferences)
-            files.write_text(self.folder / "packages.txt", packages())
-            files.write_text(record, OmegaConf.to_yaml(OmegaConf.create(settings.tree)))
-        return triples
+            files.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings.tree)))
+            if not ready.exists():  # the other processes wait for it, and all must see the same stages finished
+                self.take_over(adapters, content, triples)
+            files.write_text(ready, packages())
+        return triples, content, adapters
+
+    def take_over(self, adapters: tuple[Path, ...], content: Content, triples: list[Triple]) -> None:
+        """Use again what has been computed under the identity of the first stages, up to the first that has not."""
+        for number in self.settings.run_stages:
+            stage = self.stage(number, adapters, content)
+            if not stage.note.exists():
+                if not stage.reuse():
+                    return
+                if number == self.settings.run_stages[0] and self.settings.plain.samples:
+                    self.caption_before(*stage.load(), triples)
+            adapters = (*adapters, stage.adapter)
 
     def train(self, stage: Stage, triples: list[Triple]) -> None:
         with self.timed(f"stage_{stage.number}.load"):
             policy, template = stage.load()
-            if stage.number == self.settings.run_stages[0] and first() and not self.settings.split:
-                samples = evaluation.sample_questions(triples, self.settings.plain.samples)
-                answers = Answers(policy, template, self.settings.generation.batch_size)
-                evaluation.write_captions_before(self.folder, answers, samples)
+            if stage.number == self.settings.run_stages[0] and first():
+                self.caption_before(policy, template, triples)
         with self.timed(f"stage_{stage.number}.fit"):
             stage.train(policy, template, triples)
+
+    def caption_before(self, policy: Policy, template: Template, triples: list[Triple]) -> None:
+        """Caption the samples with the policy as it is before the first stage; not where its weights are split."""
+        if not self.settings.split:
+            samples = evaluation.sample_questions(triples, self.settings.plain.samples)
+            answers = Answers(policy, template, self.settings.generation.batch_size)
+            evaluation.write_captions_before(self.folder, answers, samples)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -140,7 +177,12 @@ def claim(folder: Path, settings: Settings) -> None:
             f"{folder} holds a run already ({', '.join(taken)}); choose another hydra.run.dir, or resume it with "
             "resume=true"
         )
-    if (folder / "config.yaml").exists():
+    if taken and not (folder / "config.yaml").exists():
+        raise Fault(
+            f"{folder / 'config.yaml'} is missing, so the settings that this run was started with are unknown; put it "
+            "back, or start in another folder"
+        )
+    if taken:
         bound = ("generation.batch_size",) if evaluation.batch_that_counts(settings) else ()
         compare(folder / "config.yaml", settings.tree, bound)
     try:

@@ -13,23 +13,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from povid.fault import Fault
+from povid.run.identity import flat, is_free
 
-# Settings that may differ between the attempts of a run because they change no number (generation.batch_size does in
-# fewer than 32 bits). The suite itself compares benchmarks and their decoding with the answers on disk.
-FREE = (
-    "resume",
-    "outputs",
-    "logger",
-    "samples",
-    "checkpoint",
-    "benchmarks",
-    "judge",
-    "generation.batch_size",
-    "data.workers",
-    "data.cache_mb",
-    "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar",
-)
 SET_ANEW = ("resume", "hydra.mode", "hydra.run.dir", "hydra.sweep.dir")
 KEY = re.compile(r"\w+([.@/]\w+)*")
 ADDRESSES = ("base_url", "api_key_env", "tracking_uri")  # where keys are sent
@@ -179,14 +164,14 @@ def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = ()) 
         Fault: the file is not YAML, or the settings that differ, each with both values.
     """
     try:
-        there = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        there = dict(flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
         raise Fault(
             f"{file} cannot be read, so the settings of that run are unknown; start in another folder"
         ) from None
-    now = dict(_flat(wanted))
+    now = dict(flat(wanted))
     differing = [
-        key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and (key in bound or not _is_free(key))
+        key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and (key in bound or not is_free(key))
     ]
     if differing:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is now {now.get(key)!r}" for key in differing[:8])
@@ -194,15 +179,3 @@ def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = ()) 
             f"{file.parent} was started with other settings ({listed}): restore "
             "them to resume it, or start in another folder"
         )
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
