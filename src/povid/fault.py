@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend, and how invalid settings are put into sentences."""
+"""The one exception for errors that a user can fix, and sentences for invalid settings."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Settings = TypeVar("Settings", bound=BaseModel)
 
 
 class Fault(Exception):
-    """Something a user can mend, in one sentence: the file, record or key at fault, what was found, what to do.
+    """An error that a user can fix, in one sentence: the file, record or key, what was found, what to do.
 
-    Commands catch it, print ``error: <sentence>`` and exit with status 2; nobody sees a traceback for a typing error.
+    Commands catch it, print ``error: <sentence>`` and exit with status 2, without a traceback.
     """
 
 

@@ -1,7 +1,7 @@
-"""Files that are there whole or not at all.
+"""Atomic writes: a file or folder exists complete or not at all.
 
-One rule: what is written here is forced to disk before it takes its name, and its name is forced to disk afterwards, so
-that neither a kill nor a power cut leaves half a file under a name that somebody trusts.
+Content is forced to disk before it is renamed to its final name, and the name is forced to disk afterwards, so that
+neither a kill nor a power cut leaves an incomplete file under that name.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 def draft(place: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a path beside ``place``; a file or folder written there becomes ``place`` when the block ends.
 
-    The parent folder is made. After an exception the draft is removed and ``place`` is what it was. A folder that
-    stands at ``place`` already is replaced; with ``replace=False`` it stays and the draft is removed, so that of
-    several processes that write the same folder the first one wins.
+    The parent folder is made. After an exception the draft is removed and ``place`` is unchanged. A folder that already
+    exists at ``place`` is replaced; with ``replace=False`` it stays and the draft is removed, so that of several
+    processes that write the same folder the first one wins.
     """
     place = Path(place)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,7 @@ def draft(place: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def write_bytes(file: Path, content: bytes) -> Path:
-    """Write a file whole or not at all. Returns ``file``. Raises IsADirectoryError rather than replace a folder."""
+    """Write a file atomically. Returns ``file``. Raises IsADirectoryError rather than replace a folder."""
     if Path(file).is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     with draft(file) as beside:
@@ -56,17 +56,17 @@ def write_bytes(file: Path, content: bytes) -> Path:
 
 
 def write_text(file: Path, text: str) -> Path:
-    """Write a UTF-8 file whole or not at all, line ends as they are. Returns ``file``."""
+    """Write a UTF-8 file atomically, line ends unchanged. Returns ``file``."""
     return write_bytes(file, text.encode("utf-8"))
 
 
 def write_json(file: Path, value: Any) -> Path:
-    """Write a value as indented JSON, whole or not at all. Returns ``file``."""
+    """Write a value as indented JSON, atomically. Returns ``file``."""
     return write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def remove(place: Path) -> None:
-    """Remove a file or a folder with all that is in it; what does not exist is no error."""
+    """Remove a file, or a folder with all its content; do nothing if it does not exist."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     else:

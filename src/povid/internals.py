@@ -82,7 +82,7 @@ def without_video(processor: Any) -> Any:
 
 
 def is_watched(module: Any) -> bool:
-    """Whether somebody has registered a forward hook on a module (torch >=2.9,<2.14)."""
+    """Whether a module has forward hooks (torch >=2.9,<2.14)."""
     return bool(module._forward_hooks)
 
 

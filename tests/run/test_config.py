@@ -21,7 +21,7 @@ GROUP_OF = {"stages": "stages@stages.1"}
 
 
 def options() -> list[tuple[str, str]]:
-    """(group, option) of every file, found by looking."""
+    """(group, option) of every file in conf/."""
     found = []
     for file in sorted(CONF.rglob("*.yaml")):
         group = file.parent.relative_to(CONF).as_posix()
@@ -69,7 +69,7 @@ def test_every_configuration_composes_and_binds(group, option):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A tiny random model, and a folder where the small world is painted once."""
+    """A tiny random model, and a folder in which a small world is painted once."""
     folder = tmp_path_factory.mktemp("world")
     tiny.save_tiny_llava(folder / "tiny")
     return folder
@@ -111,7 +111,7 @@ def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_
     assert [stage["steps"] for stage in results["stages"].values()] == [2] * len(cfg.ablation.stages)
 
 
-def test_dispreferences_made_from_objects_are_a_row_of_their_own(world, tmp_path):
+def test_dispreferences_made_from_objects_are_a_separate_row(world, tmp_path):
     """Written into results, and another stage for stage 2 to start from; ablation=noise reads none of them."""
     found = {}
     for kind in ("given", "cooccurrence"):
@@ -161,7 +161,7 @@ def test_all_problems_are_reported_at_once():
     assert "the configuration has 12 problems" in report
 
 
-def test_bad_values_are_named_with_their_cure(tmp_path):
+def test_invalid_values_are_reported_with_a_fix(tmp_path):
     for overrides, sentence in (
         (["stage=3"], "stage: found 3, needed 1, 2 or all"),
         (["stage=first"], "stage: found 'first', needed 1, 2 or all"),
@@ -189,7 +189,7 @@ def test_bad_values_are_named_with_their_cure(tmp_path):
         assert sentence in str(fault.value), f"{overrides}: {fault.value}"
 
 
-def test_the_trainers_batch_size_speaks_for_every_stage():
+def test_the_trainers_batch_size_sets_every_stages():
     for value in (7, "auto"):
         checked = build(composed(f"trainer.batch_size={value}"))
         assert [stage.batch_size for stage in checked.stages.values()] == [value, value]

@@ -47,7 +47,7 @@ def test_an_interrupted_sweep_resumes_where_it_was(world, tmp_path):
 
 
 def test_a_requeue_signal_saves_and_requeues(world, tmp_path):
-    """SLURM's part is played by environment variables and a scontrol that writes down what it is told."""
+    """Environment variables and a scontrol that records its arguments stand in for SLURM."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')

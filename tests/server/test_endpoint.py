@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import multiprocessing
@@ -15,7 +16,7 @@ from email.utils import format_datetime
 import numpy as np
 import pytest
 from PIL import Image
-from servers import ChatServer, Cut, Raw, Say, Silence, Status, last_text
+from servers import ChatServer, Cut, Drip, Raw, Say, Silence, Status, last_text
 
 from povid.fault import Fault, validated
 from povid.preferences.pictures import open_picture
@@ -48,8 +49,29 @@ def endpoint(server: ChatServer, folder, **more) -> Endpoint:
         Raw(b"null"),
         Raw(b""),
         Raw(b"[1]"),
+        Raw(b"[" * 100_000),
+        Raw(b'{"choices": [' * 900 + b"1" + b"]}" * 900),
+        Raw(b'{"choices": "abc"}'),
+        Raw(b'{"choices": [{"message": "abc"}]}'),
+        Raw(b'{"choices": [{"message": {"content": ["abc"]}}]}'),
+        Raw(b'{"choices": [{"finish_reason": {"a": 1}, "message": {"content": "abc"}}]}'),
+        *(
+            Raw(json.dumps({"choices": [{"message": {"content": "abc"}}], "usage": usage}).encode())
+            for usage in (
+                {"prompt_tokens": -5, "completion_tokens": 1},
+                {"prompt_tokens": 1, "completion_tokens": 10**30},
+                {"prompt_tokens": 1.5, "completion_tokens": 1},
+                {"prompt_tokens": True, "completion_tokens": 1},
+                {"prompt_tokens": "many", "completion_tokens": 1},
+                {"prompt_tokens": 1, "completion_tokens": [1]},
+                "many",
+                [1],
+            )
+        ),
+        Drip(headers=True),
+        Drip(headers=False),
     ],
-    ids=repr,
+    ids=lambda bad: repr(bad)[:60],
 )
 def test_a_bad_reply_is_asked_again(tmp_path, bad):
     with ChatServer(lambda body, n: bad if n < 2 else Say("fine")) as server:
@@ -328,6 +350,69 @@ def test_half_characters_are_sent_and_kept(tmp_path):
         assert endpoint(server, tmp_path).ask(ask_for("a\ud800")).text == "re\ud83da?"
         assert endpoint(server, tmp_path).ask(ask_for("a\ud800")).text == "re\ud83da?"
     assert len(server.requests) == 1
+
+
+def test_a_reply_has_a_greatest_size(tmp_path, monkeypatch):
+    huge = b'{"choices": [{"message": {"content": "' + b"a" * 200_000 + b'"}}]}'
+    with ChatServer(lambda body, n: Raw(huge) if n < 1 else Say("fine")) as server:
+        model = endpoint(server, tmp_path)
+        model._client._client.most_bytes = 100_000
+        assert model.ask(ask_for("1")).text == "fine"
+        assert len(model.ask(ask_for("2")).text) == 4
+    packed = gzip.compress(huge * 50)
+    zipped = Raw(packed, "application/json", "gzip")
+    with ChatServer(lambda body, n: zipped) as server:
+        model = endpoint(server, tmp_path, retries=0)
+        model._client._client.most_bytes = 2 * len(packed)
+        with pytest.raises(NoReply, match="the reply is longer than"):
+            model.ask(ask_for("3"))
+
+
+def test_secrets_stay_where_they_are(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    secret = "sk-verysecret123"
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+
+    def echo(body, number):
+        return (Status(500, f"bad key {secret}"), Say(f"You sent {secret}."), Status(401, f"No: {secret}"))[number]
+
+    with ChatServer(echo) as server:
+        model = endpoint(server, tmp_path)
+        assert model.ask(ask_for("1")).text == "You sent [key]."
+        with pytest.raises(Fault, match=r"status 401: .*No: \[key\]"):
+            model.ask(ask_for("2"))
+    assert server.headers[0]["authorization"] == f"Bearer {secret}"
+    assert "bad key [key]" in caplog.text and secret not in caplog.text
+    assert secret not in (tmp_path / "replies.jsonl").read_text()
+
+    for settings, sentence in (
+        ({"base_url": "http://me:hunter2@host/v1"}, "base_url: the address holds a user name or password"),
+        ({"base_url": "host:8000/v1"}, "base_url: needed an address that begins with http"),
+        ({"base_url": "http://[hunter2/v1"}, "base_url: needed an address that begins with http"),
+        ({"api_key_env": "sk-hunter2"}, "api_key_env: needed the name of an environment variable, not the key itself"),
+    ):
+        with pytest.raises(Fault, match=f"judge.{sentence}") as caught:
+            validated(EndpointSettings, settings, "judge")
+        assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:hunter2@host/v1")
+    with pytest.raises(Fault, match="OPENAI_BASE_URL: the address holds a user name") as caught:
+        Endpoint(EndpointSettings(model="m"), tmp_path / "r.jsonl")
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "hunter2\nx")
+    with pytest.raises(Fault, match="OPENAI_API_KEY holds characters that no key has"):
+        Endpoint(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"), tmp_path / "r.jsonl")
+
+
+def test_replies_on_disk_are_of_the_right_kind(tmp_path):
+    file = tmp_path / "replies.jsonl"
+    sound = {"key": "k", "text": "a", "prompt_tokens": 1, "completion_tokens": 1, "cost": 0.0, "finish_reason": ""}
+    settings = EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1")
+    for change in ({"text": 3}, {"prompt_tokens": "1"}, {"cost": -1}, {"cost": float("inf")}, {"finish_reason": None}):
+        file.write_text(json.dumps(sound | change) + "\n")
+        with pytest.raises(Fault, match="replies.jsonl: a line is not a reply"):
+            Endpoint(settings, file)
+    file.write_text("[" * 100_000 + "\n" + json.dumps(sound) + "\n")
+    assert Endpoint(settings, file).total.requests == 1
 
 
 def test_a_key_is_needed_only_without_a_server_of_ones_own(tmp_path, monkeypatch):

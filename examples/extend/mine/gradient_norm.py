@@ -12,8 +12,7 @@ from pydantic import Field
 class GradientNorm(L.Callback):
     """Logs ``train/gradient_norm`` once an optimizer step, before the gradient is clipped.
 
-    The norm is that of all gradients taken as one vector. It is not meant for ``trainer=fsdp2``, under which a device
-    holds a part of each gradient only.
+    The norm is that of all gradients taken as one vector, on one device or several (DDP, FSDP2).
 
     Args:
         order: p of the p-norm, more than 0.

@@ -1,4 +1,4 @@
-"""The model and the data that are measured: random weights in a model's proportions, random words, random pictures."""
+"""The measured model and data: random weights in a model's proportions, random words, random pictures."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def template_for(processor: Any) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step of every arm works on."""
+    """The data of one step, the same for every arm."""
 
     examples: Sequence[Example]
     text: PreferenceBatch  # stage 1

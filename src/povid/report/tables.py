@@ -160,7 +160,7 @@ def _comparable(world: tuple[str, str]) -> list[str]:
     if data.startswith("scenes") or model.startswith("scenes"):
         return [
             f"These numbers come from the embedded world (data={data}, model={model}): painted pictures and a "
-            "tiny model with a vocabulary of its own. Their level cannot be compared with the paper's rows, which "
+            "tiny model with its own vocabulary. Their level cannot be compared with the paper's rows, which "
             "are LLaVA-1.5-7B on COCO; only the order of the rows can."
         ]
     if model != REAL or data != "povid_17k":
@@ -211,7 +211,7 @@ def _difference(row: Row, against: Row, column: Column, says_less: bool) -> Cell
 
 
 def _order(lines: list[tuple[Row, Line]]) -> list[str]:
-    """Sentences on the order of the four rows in CHAIR, ours and the paper's, if each of ours is there once."""
+    """Sentences on the order of the four rows in CHAIR, ours and the paper's, if each of ours appears exactly once."""
     if sorted(row.name for row, _ in lines) != sorted(PAPER_ROWS):
         return []
     sentences = []

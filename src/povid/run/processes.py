@@ -65,8 +65,9 @@ def wait_for(file: Path, seconds: float = 3600) -> None:
 def one_job(folder: Path) -> Iterator[None]:
     """Inside, processes that Lightning starts run only this job, in this folder; afterwards their group is left.
 
-    Lightning starts them with this process's command line, which with ``-m`` would run the whole sweep. It also leaves
-    the process group and its environment behind, with which the next job would start no processes.
+    Lightning starts them with this process's command line, which under ``-m`` would be the whole sweep, so here it
+    becomes the job's own overrides and the folders in which their files are found. Lightning also leaves the process
+    group and its environment behind, in which the next job would start none.
     """
     starts_group = not any(name in os.environ for name in GROUP)
     argv = list(sys.argv)
@@ -74,7 +75,9 @@ def one_job(folder: Path) -> Iterator[None]:
         config: Any = HydraConfig.instance().cfg
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.run.dir = str(folder)
-        sys.argv[1:] = list(config.hydra.overrides.task)
+        overrides = config.hydra.overrides
+        places = [override for override in overrides.hydra if override.startswith("hydra.searchpath=")]
+        sys.argv[1:] = [*places, *overrides.task]
     try:
         yield
     finally:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from povid.fault import Fault
 
@@ -26,16 +30,21 @@ FREE = (
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
 )
+SET_ANEW = ("resume", "hydra.mode", "hydra.run.dir", "hydra.sweep.dir")
+KEY = re.compile(r"\w+([.@/]\w+)*")
+ADDRESSES = ("base_url", "api_key_env", "tracking_uri")  # where keys are sent
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """The command line with ``resume=latest`` replaced by the run or the sweep that it stands for.
+    """The command line with ``resume=latest`` replaced by the run or the sweep that it refers to.
 
     The overrides of that run come first, so that ``python train.py resume=latest`` is enough; those given now take
-    precedence (and are refused later if they would change a number). With ``-m`` only sweeps are considered.
+    precedence (and are refused later if they would change a number). With ``-m`` only sweeps are considered; folders of
+    other users are skipped.
 
     Raises:
-        Fault: there is nothing to resume below ``outputs``.
+        Fault: there is nothing to resume below ``outputs``, or an override of that run is not taken from a file (see
+            :func:`distrusted`).
     """
     if "resume=latest" not in arguments:
         return list(arguments)
@@ -43,11 +52,13 @@ def expand(arguments: Sequence[str]) -> list[str]:
     options = [argument for argument in given if argument.startswith("-")]
     outputs = Path(next((a.partition("=")[2].strip("'\"") for a in given if a.startswith("outputs=")), "outputs"))
     sweeps_only = any(option in ("-m", "--multirun") for option in options)
-    waiting = sorted(unfinished(outputs, sweeps_only=sweeps_only))
+    found = sorted(unfinished(outputs, sweeps_only=sweeps_only))
+    waiting = [(started, folder) for started, folder in found if is_own(folder)]
     if not waiting:
+        others = f" by you ({len(found)} by others, the newest is {found[-1][1]})" if found else ""
         raise Fault(
-            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started and not finished; leave out "
-            "resume=latest to start one"
+            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started{others} and not finished; leave "
+            "out resume=latest to start one"
         )
     _, folder = waiting[-1]
     sweep = (folder / "multirun.yaml").exists()
@@ -56,6 +67,12 @@ def expand(arguments: Sequence[str]) -> list[str]:
     now = [argument for argument in given if not argument.startswith("-")]
     keys = {_key(argument) for argument in now}
     before = [entry for entry in _overrides(folder) if _key(entry) not in keys]
+    for entry in before:
+        if reason := distrusted(entry):
+            raise Fault(
+                f"{folder} was started with {entry!r}, which is not taken from there ({reason}); if it is yours, give "
+                "it again after resume=latest"
+            )
     place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     return [*options, *before, *now, "resume=true", f"hydra.{'sweep' if sweep else 'run'}.dir='{place}'"]
 
@@ -65,14 +82,71 @@ def _key(override: str) -> str:
 
 
 def _overrides(folder: Path) -> Iterator[str]:
-    """The overrides with which a run or sweep was started, except its folders, which are set again."""
-    if (folder / "multirun.yaml").exists():
-        saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
-    else:
-        saved = yaml.safe_load((folder / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
-    for override in (*saved["hydra"], *saved["task"]):
-        if _key(override) not in ("resume", "hydra.mode", "hydra.run.dir", "hydra.sweep.dir"):
-            yield override
+    """The overrides with which a run or sweep was started, but for the places that are set anew."""
+    note = folder / "multirun.yaml"
+    if not note.exists():
+        note = folder / ".hydra" / "hydra.yaml"
+    try:
+        saved = yaml.safe_load(note.read_text(encoding="utf-8"))["hydra"]["overrides"]
+        overrides = [] + saved["hydra"] + saved["task"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
+        overrides = [None]
+    if not all(isinstance(override, str) for override in overrides):
+        raise Fault(
+            f"{note} does not hold the command line of a run; resume with resume=true "
+            f"hydra.{'sweep' if note.name == 'multirun.yaml' else 'run'}.dir={folder} and the overrides of then"
+        )
+    return (override for override in overrides if _key(override) not in SET_ANEW)
+
+
+def distrusted(override: str) -> str | None:
+    """Why an override is not taken from a file on disk, which somebody else may have written; None if it is taken.
+
+    Taken are values of the settings and the names of files in conf/: nothing of Hydra's own, nothing that names code or
+    reads the environment, no address that keys are sent to.
+    """
+    from povid.run.settings import KEYS
+
+    if re.fullmatch(r"hydra/launcher=\w+", override):  # the name of an installed launcher, with its own settings
+        return None
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        value = parsed.value()
+    except (HydraException, RecursionError):
+        return "it is not an override"
+    key = parsed.key_or_group
+    parts = re.split(r"[.@/]", key)
+    if not KEY.fullmatch(key) or parts[0] not in (*KEYS, "experiment") or parsed.package not in (None, *_PACKAGES):
+        return "its key is no setting of a run"
+    if any(part.startswith("_") for part in parts) or re.search(r"\b_\w+_\b", override):
+        return "it names code"
+    if re.search(r"\$\{[^}]*:", override):
+        return "it holds a resolver"
+    if any(address in override for address in ADDRESSES):
+        return "keys are sent to it"
+    if "." not in key and any(".." in PurePosixPath(text).parts or text.startswith("/") for text in _names(value)):
+        return "it may lead out of conf/" if key not in _PLACES else None
+    return None
+
+
+_PACKAGES = ("stages.1", "stages.2")
+_PLACES = ("outputs", "init_from", "adapters")
+
+
+def _names(value: Any) -> list[str]:
+    """All texts in the value of an override, a sweep's choices included."""
+    if isinstance(value, str):
+        return [str(value)]
+    if isinstance(value, Mapping):
+        return [text for entry in value.values() for text in _names(entry)]
+    members = value if isinstance(value, (list, tuple)) else getattr(value, "list", None) or ()
+    return [text for entry in members for text in _names(entry)]
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder and what Hydra wrote there belong to the user who runs this."""
+    places = (folder, folder / "multirun.yaml", folder / ".hydra", folder / ".hydra" / "hydra.yaml")
+    return all(place.stat().st_uid == os.getuid() for place in places if place.exists())
 
 
 def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[float, Path]]:

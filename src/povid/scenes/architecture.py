@@ -1,4 +1,4 @@
-"""The tiny model that lives in the embedded world: a LLaVA of 2.3 million parameters, its tokenizer and processor.
+"""The embedded world's model: a LLaVA of 2.3 million parameters, its tokenizer and processor.
 
 A picture of 96 x 96 pixels becomes 36 image tokens. Prompts read ``USER: <image>\\nQUESTION ASSISTANT: ANSWER</s>``.
 """
@@ -43,7 +43,7 @@ def corpus() -> list[str]:
 
 
 def make_processor() -> LlavaProcessor:
-    """Byte-level BPE learnt from the world's own language, and CLIP's image processor for pictures of 96 pixels."""
+    """Byte-level BPE learnt from the world's language, and CLIP's image processor for pictures of 96 pixels."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()

@@ -28,7 +28,7 @@ def build(folder: Path, seed: int = 0, course: Course | None = None) -> dict[str
     Returns the figures on the tuning split (``tuning``) and on new scenes of the kind it learnt from (``habitual``).
     """
     if folder.exists():
-        raise Fault(f"{folder} exists already; remove it or choose another folder for the base model")
+        raise Fault(f"{folder} already exists; remove it or choose another folder for the base model")
     keep_freed_memory()
     started = time.monotonic()
     processor = make_processor()

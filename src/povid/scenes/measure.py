@@ -22,10 +22,10 @@ def answers_of(folder: Path = FOLDER) -> Answerer:
 
 def measure(answers: Answerer, split: Path) -> dict[str, float]:
     """CHAIR_S, CHAIR_I, coverage, POPE F1 (mean and per split) and yes-ratio in percent; words per caption."""
-    said = _scores(CHAIR(data=split, max_new_tokens=LONGEST), answers)
+    captions = _scores(CHAIR(data=split, max_new_tokens=LONGEST), answers)
     answered = _scores(POPE(data=split, suffix="", max_new_tokens=3), answers)  # the tiny model knows the bare question
     return {
-        **{key: said[key] for key in ("CHAIR_S", "CHAIR_I", "coverage", "words")},
+        **{key: captions[key] for key in ("CHAIR_S", "CHAIR_I", "coverage", "words")},
         "POPE_F1": answered["f1"],
         "yes_ratio": answered["yes_ratio"],
         **{f"POPE_F1_{name}": answered[name]["f1"] for name in ("random", "popular", "adversarial")},

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -201,7 +202,7 @@ class ReplyFile:
             return
         try:
             record = json.loads(line)
-        except ValueError:  # a process was killed while writing; its request will be asked again
+        except (ValueError, RecursionError):  # a process was killed while writing; its request will be asked again
             log.warning("%s: an incomplete line is skipped: %s", self.file, line[:60])
             return
         try:
@@ -213,11 +214,14 @@ class ReplyFile:
                 record["finish_reason"],
                 cached=True,
             )
+            sound = isinstance(reply.text, str) and isinstance(reply.finish_reason, str)
+            if not (sound and min(reply.prompt_tokens, reply.completion_tokens, reply.cost) >= 0 and reply.cost < inf):
+                raise TypeError("a value of another kind")
             self._replies[record["key"]] = reply
         except (KeyError, TypeError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise Fault(
-                f"{self.file}: a line is not a reply ({error} is missing); "
-                "name another file, this one belongs to something else"
+                f"{self.file}: a line is not a reply ({what}); name another file, this one belongs to something else"
             ) from error
         self.total.add(reply)
 
