@@ -42,7 +42,7 @@ class LocalModel(BaseModel):
         name: its name in results.
         path: folder or hub id; ``package:NAME`` is a folder shipped inside povid.
         dtype: of the frozen weights. What is trained is in float32 at least.
-        style, system, pad_square, max_length: see ``Template``.
+        style, system, pad_square, max_length, masking: see ``Template``.
         train_projector: whether the projector is trained along with LoRA.
         attention: transformers' ``attn_implementation``; None for its own choice.
         gradient_checkpointing: recompute activations in the backward pass, which takes time and saves memory.
@@ -70,6 +70,7 @@ class LocalModel(BaseModel):
     system: str = ""
     pad_square: bool = False
     max_length: int = Field(1024, ge=1)
+    masking: Literal["all", "released"] = "all"
     train_projector: bool = True
     attention: str | None = None
     gradient_checkpointing: bool = False
@@ -132,6 +133,7 @@ class LocalModel(BaseModel):
             system=self.system,
             pad_square=self.pad_square,
             max_length=self.max_length,
+            masking=self.masking,
         )
 
     def answerer(
