@@ -29,7 +29,10 @@ def target(node: Mapping[str, Any], key: str, problems: list[str]) -> Callable |
     """What a node builds; None, with the problem noted, where it cannot be imported."""
     path = node.get("_target_")
     try:
-        return pkgutil.resolve_name(path)
+        call = pkgutil.resolve_name(path)
+        if not callable(call):
+            raise TypeError("it is no class or function")
+        return call
     except Exception as error:  # whatever importing somebody's module raises
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problems.append(f"{key}._target_: {path!r} cannot be imported ({reason}); name a class or function")
@@ -61,7 +64,7 @@ def check(node: Mapping[str, Any], key: str, problems: list[str], given: Collect
 def build(node: Mapping[str, Any], key: str, problems: list[str]) -> Any:
     """Check a node and build it; None after a problem.
 
-    What the target itself refuses (ValueError, TypeError, an import that fails) is a problem like any other.
+    What the target itself refuses is a problem like any other.
     """
     arguments = check(node, key, problems)
     if arguments is None:
@@ -70,7 +73,7 @@ def build(node: Mapping[str, Any], key: str, problems: list[str]) -> Any:
         return make(node)
     except ValidationError as error:
         problems += sentences(error.errors(), key, BaseModel)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever a target makes of values that its signature does not bound
         named = re.match(r"(\w+): ", str(error))  # our own targets name the argument at fault
         problems.append(f"{key}.{error}" if named and named[1] in arguments else f"{key}: {error}")
     return None
