@@ -63,7 +63,7 @@ class LocalModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     trainable: ClassVar[bool] = True
 
-    name: str
+    name: str = Field(min_length=1)
     path: str = Field(min_length=1)
     dtype: Dtype = "bfloat16"
     style: Literal["vicuna_v1", "chat", "bare"] = "vicuna_v1"
@@ -72,7 +72,7 @@ class LocalModel(BaseModel):
     max_length: int = Field(1024, ge=1)
     masking: Literal["all", "released"] = "all"
     train_projector: bool = True
-    attention: str | None = None
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
     gradient_checkpointing: bool = False
     quantize: Literal["4bit"] | None = None
     merge: Literal["float16"] | None = None

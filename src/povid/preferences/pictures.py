@@ -44,7 +44,10 @@ def open_picture(image: Path | bytes) -> Image.Image:
     except FileNotFoundError:
         raise Fault(f"{name} does not exist; correct the path or data.images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Fault(f"{name} cannot be decoded ({error}); replace the file or remove its record") from None
+        raise Fault(
+            f"{name} cannot be decoded ({error}); replace the file, remove its record, or skip it with "
+            "data.skip_bad=true"
+        ) from None
 
 
 def picture_fault(image: Path | bytes) -> str | None:
