@@ -41,8 +41,8 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
         for argument in arguments:
             key, _, value = argument.partition("=")
             if key.partition("@")[0] in groups and re.fullmatch(r"null|true|false|[-+.\d]*", value, re.IGNORECASE):
-                choices = ", ".join(options(key.partition("@")[0]))
-                return f"{argument}: {key} is chosen by name, of {choices}"
+                names = ", ".join(options(key.partition("@")[0]))
+                return f"{argument}: {key} is chosen by name, of {names}"
     return text
 
 
