@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -11,6 +12,11 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 Settings = TypeVar("Settings", bound=BaseModel)
+
+
+def holds_login(text: str) -> bool:
+    """Whether a text is an address with a user name or password, which must not be written to files."""
+    return bool(re.search(r"://[^/\s'\"]*@", text))
 
 
 class Fault(Exception):
@@ -97,6 +103,8 @@ _NEEDED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
+    "string_too_short": "text",
+    "string_pattern_mismatch": "text without / that does not begin with a space or a dot",
 }
 
 

@@ -57,7 +57,7 @@ class CHAIR(Benchmark):
     )
     notice: ClassVar[str] = "The images take 6 GB; if you have them elsewhere, set benchmarks.chair.images instead."
 
-    prompt: str = "Describe this image."
+    prompt: str = Field("Describe this image.", min_length=1)
     number: int | None = Field(500, ge=1)
     seed: int = 0
     ids: Folder | Annotated[tuple[int | str, ...], Strict(False)] | None = None

@@ -199,9 +199,9 @@ class POPE(Benchmark):
                 by_position += [(asked[i], record["answer"]) for i, (_, record) in enumerate(records)]
                 by_id += [(asked[place], record["answer"]) for place, (_, record) in zip(places, records)]
                 moved = True
-        score = self.score(*zip(*by_position))
+        score = self.score(*_columns(by_position))
         if moved:
-            score.scores["by_id"] = _all_figures(*zip(*by_id), says_no) | {"what": BY_ID}
+            score.scores["by_id"] = _all_figures(*_columns(by_id), says_no) | {"what": BY_ID}
         return score
 
     def notes(self, score: Score) -> list[str]:
@@ -469,3 +469,8 @@ def _figures(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | int]:
         "tn": tn,
         "fn": fn,
     }
+
+
+def _columns(pairs: list[tuple[Question, str]]) -> tuple[list[Question], list[str]]:
+    """(question, answer) pairs as questions and answers."""
+    return [question for question, _ in pairs], [answer for _, answer in pairs]

@@ -42,7 +42,7 @@ class LocalModel(BaseModel):
         name: its name in results.
         path: folder or hub id; ``package:NAME`` is a folder shipped inside povid.
         dtype: of the frozen weights. What is trained is in float32 at least.
-        style, system, pad_square, max_length: see ``Template``.
+        style, system, pad_square, max_length, masking: see ``Template``.
         train_projector: whether the projector is trained along with LoRA.
         attention: transformers' ``attn_implementation``; None for its own choice.
         gradient_checkpointing: recompute activations in the backward pass, which takes time and saves memory.
@@ -63,15 +63,16 @@ class LocalModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     trainable: ClassVar[bool] = True
 
-    name: str
+    name: str = Field(min_length=1)
     path: str = Field(min_length=1)
     dtype: Dtype = "bfloat16"
     style: Literal["vicuna_v1", "chat", "bare"] = "vicuna_v1"
     system: str = ""
     pad_square: bool = False
     max_length: int = Field(1024, ge=1)
+    masking: Literal["all", "released"] = "all"
     train_projector: bool = True
-    attention: str | None = None
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
     gradient_checkpointing: bool = False
     quantize: Literal["4bit"] | None = None
     merge: Literal["float16"] | None = None
@@ -132,6 +133,7 @@ class LocalModel(BaseModel):
             system=self.system,
             pad_square=self.pad_square,
             max_length=self.max_length,
+            masking=self.masking,
         )
 
     def answerer(

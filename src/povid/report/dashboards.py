@@ -102,7 +102,7 @@ def _for_wandb(wandb: Any, column: str, value: Any) -> Any:
 def _picture(value: Any) -> Image:
     from PIL import Image
 
-    from povid.pixels import rgb
+    from povid.preferences.pictures import rgb
 
     if isinstance(value, (bytes, bytearray)):
         return rgb(Image.open(io.BytesIO(value)))

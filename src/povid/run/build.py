@@ -29,7 +29,10 @@ def target(node: Mapping[str, Any], key: str, problems: list[str]) -> Callable |
     """The target of a node; None, with the problem noted, if it cannot be imported."""
     path = node.get("_target_")
     try:
-        return pkgutil.resolve_name(path)
+        call = pkgutil.resolve_name(path)
+        if not callable(call):
+            raise TypeError("it is no class or function")
+        return call
     except Exception as error:  # importing a module may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problems.append(f"{key}._target_: {path!r} cannot be imported ({reason}); name a class or function")
@@ -69,7 +72,7 @@ def check(
 def build(node: Mapping[str, Any], key: str, problems: list[str]) -> Any:
     """Check a node and build it; None after a problem.
 
-    A ValueError, TypeError or ImportError that the target raises is noted as a problem too.
+    What the target itself refuses is noted as a problem too.
     """
     arguments = check(node, key, problems)
     if arguments is None:
@@ -78,7 +81,7 @@ def build(node: Mapping[str, Any], key: str, problems: list[str]) -> Any:
         return make(node)
     except ValidationError as error:
         problems += sentences(error.errors(), key, BaseModel)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever a target makes of values that its signature does not bound
         named = re.match(r"(\w+): ", str(error))  # our own targets name the argument at fault
         problems.append(f"{key}.{error}" if named and named[1] in arguments else f"{key}: {error}")
     return None

@@ -13,8 +13,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from povid.fault import Fault
+from povid.fault import Fault, holds_login
 from povid.machine import conf_folder
+from povid.run.overrides import explain
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -98,6 +99,11 @@ def main() -> int:
     try:
         if moved := _moved(sys.argv[1:]):
             raise Fault(moved)
+        if any(holds_login(argument) for argument in sys.argv[1:]):
+            raise Fault(
+                "an argument is an address with a user name or password, which would be written to the run folder; "
+                "leave it out and put the key into the environment variable that api_key_env names"
+            )
         if "resume=latest" in sys.argv:
             sys.argv[1:] = expand(sys.argv[1:])
             print("resume=latest:", *sys.argv[1:])
@@ -106,11 +112,10 @@ def main() -> int:
         return 2
     try:
         _job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         if jobs_started:
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        print("error:", *lines, file=sys.stderr)
+        print(f"error: {explain(error, sys.argv[1:])}", file=sys.stderr)
         return 2
     except OSError as error:
         if jobs_started:

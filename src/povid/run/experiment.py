@@ -29,7 +29,7 @@ from povid.run.guards import explain_full_disk, refuse
 from povid.run.loggers import RunContext, require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
 from povid.run.resume import compare
-from povid.run.settings import Settings, build
+from povid.run.settings import Settings, build, check_devices
 from povid.run.stage import Stage, starting_adapters
 
 log = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         Stopped: the run received a signal to stop and has saved a checkpoint.
     """
     settings = build(cfg)
+    check_devices(settings)
     with explain_full_disk(folder), one_job(folder):
         if first():
             claim(folder, settings)

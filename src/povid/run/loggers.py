@@ -9,10 +9,11 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 from lightning.pytorch.loggers import Logger, WandbLogger
+from pydantic import AfterValidator
 
 from povid import files
 from povid.fault import Fault
@@ -115,7 +116,22 @@ def _target(node: Mapping[str, Any]) -> Any:
     return pkgutil.resolve_name(node["_target_"])
 
 
-def wandb_logger(run: RunContext, project: str = "povid", entity: str | None = None, mode: str = "auto") -> WandbLogger:
+def _logged_in(mode: str) -> str:
+    """``online`` is for who has logged in: a run would stop at its first stage to ask for a key."""
+    if wandb_mode(mode) == "online":
+        import wandb
+
+        if not wandb.api.api_key:
+            raise ValueError("online needs a login: run `wandb login`, set WANDB_API_KEY, or use auto")
+    return mode
+
+
+Mode = Annotated[Literal["auto", "online", "offline", "disabled"], AfterValidator(_logged_in)]
+
+
+def wandb_logger(
+    run: RunContext, project: str = "povid", entity: str | None = None, mode: Mode = "auto"
+) -> WandbLogger:
     """The W&B run of one job of a run folder, in the group of its sweep.
 
     Its id is stored in ``folder/wandb_ids/JOB``, so that a resumed job continues the same W&B run, also offline.

@@ -29,7 +29,7 @@ from PIL import ExifTags, Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from povid.fault import Fault
-from povid.pixels import rgb
+from povid.preferences.pictures import rgb
 from povid.server.bounded import BoundedClient
 from povid.server.replies import Reply, ReplyFile, Spent
 
@@ -347,7 +347,7 @@ class Endpoint:
             raise _Malformed(str(completion)[:120])
         message, usage = choices[0].message, completion.usage
         text = message.content or message.refusal or ""
-        finish = choices[0].finish_reason or ""
+        finish: Any = choices[0].finish_reason or ""
         if not isinstance(text, str) or not isinstance(finish, str):
             raise _Malformed(str(message)[:120])
         counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)

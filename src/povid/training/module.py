@@ -35,8 +35,8 @@ class StageSettings(BaseModel):
     name: str
     dispreferences: list[Literal["text", "noise"]]
     epochs: Annotated[int, Field(ge=0)]
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    projector_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    lr: Annotated[float, Field(gt=0, le=1)]
+    projector_lr: Annotated[float, Field(ge=0, le=1)]
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
     accumulate: Annotated[int, Field(ge=1)] = 1
     max_steps: Annotated[int, Field(ge=-1)] = -1
@@ -46,6 +46,8 @@ class StageSettings(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_length(self) -> StageSettings:
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0, which trains nothing; -1 leaves the length to epochs")
         if self.epochs < 1 and self.max_steps < 1:
             raise ValueError(f"epochs is {self.epochs} and max_steps {self.max_steps}; one must be at least 1")
         return self
