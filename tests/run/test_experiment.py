@@ -119,8 +119,8 @@ def test_the_batch_names_the_answers_where_rounding_makes_it_count(world, tmp_pa
     assert finish(again, folder) == (2 if dtype == "bfloat16" else 0), log.read_text()
     if dtype == "bfloat16":
         assert "generation.batch_size was 64 and is now 3" in log.read_text()
-        for file in folder.glob("config.yaml"):
-            file.unlink()
+        record = folder / "config.yaml"
+        record.write_text(record.read_text().replace("batch_size: 64", "batch_size: 3"))
         assert finish(again, folder) == 0
         assert (
             "by a different model" in json.loads((folder / "results.json").read_text())["benchmarks"]["pope"]["missing"]
