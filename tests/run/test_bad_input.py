@@ -66,8 +66,7 @@ def refused(world: Path, tmp_path: Path, *arguments: str) -> str:
         (["stages.1.lrr=1"], "Could not override 'stages.1.lrr'"),
         (
             ["stage=2"],
-            "holds no finished stage 1 with this model, data, objective, seed and stage settings: run the same "
-            "command with stage=1 first",
+            "holds no finished stage 1; run the same command with stage=1 first, or name one with init_from=",
         ),
         (["resume=latest"], "holds no run that was started and not finished"),
         (["model.max_length=20"], "of 20 tokens; shorten it"),

@@ -25,7 +25,7 @@ def answer(*overrides: str) -> str:
     """The sentence with which a command line is refused before anything is made; "" for one that would run."""
     try:
         cfg = composed(*overrides)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         return explain(error, overrides)
     try:
         check_devices(build(cfg))

@@ -105,8 +105,12 @@ def settings(kind: type[Kind], node: Any, key: str, problems: list[str]) -> Kind
         problems.append(f"{key}: found {node!r}, needed the settings {', '.join(kind.model_fields)}")
         return None
     found = _problems(kind, node, key)
+    try:
+        made = None if found else kind(**node)
+    except ValidationError as error:  # a node in the place of a plain value
+        made, found = None, sentences(error.errors(), key, kind)
     problems += found
-    return None if found else kind(**node)
+    return made
 
 
 def is_node(value: Any) -> bool:

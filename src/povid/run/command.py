@@ -112,7 +112,7 @@ def main() -> int:
         return 2
     try:
         _job()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
         if jobs_started:
             raise
         print(f"error: {explain(error, sys.argv[1:])}", file=sys.stderr)

@@ -16,6 +16,8 @@ from omegaconf.errors import OmegaConfBaseException
 from povid.fault import did_you_mean
 from povid.machine import conf_folder
 
+NAMES = r"(?!(?i:null|true|false)$)[A-Za-z_]\w*|\[[A-Za-z_]\w*(,[A-Za-z_]\w*)*\]"
+
 
 def explain(error: Exception, arguments: Sequence[str]) -> str:
     """The sentence for what Hydra raised before any job began."""
@@ -36,11 +38,11 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
         near = did_you_mean(found[2], choices) if choices else ""
         near = near if "did you mean" in near else ""
         return f"Could not find '{found[1]}/{found[2]}' Available options in '{found[1]}': {' '.join(choices)}{near}"
-    if "Config group override must be a string or a list" in text:
+    if isinstance(error, (ValueError, TypeError)):  # what Hydra raises for a group's value that is no name
         groups = {file.parent.relative_to(conf_folder()).as_posix() for file in conf_folder().rglob("*.yaml")}
         for argument in arguments:
             key, _, value = argument.partition("=")
-            if key.partition("@")[0] in groups and re.fullmatch(r"null|true|false|[-+.\d]*", value, re.IGNORECASE):
+            if key.partition("@")[0] in groups and not re.fullmatch(NAMES, value):
                 names = ", ".join(options(key.partition("@")[0]))
                 return f"{argument}: {key} is chosen by name, of {names}"
     return text

@@ -512,7 +512,7 @@ def _rules(
     strategy = trainer.get("strategy")
     if (
         is_node(strategy)
-        and strategy["_target_"].endswith("DeepSpeedStrategy")
+        and str(strategy["_target_"]).endswith("DeepSpeedStrategy")
         and strategy.get("stage") not in (None, 1, 2)
     ):
         yield (
