@@ -7,7 +7,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from povid.run import evaluation
 from povid.run.build import make
 from povid.run.data import check, load_triples
 from povid.run.guards import explain_full_disk, refuse
+from povid.run.lock import held
 from povid.run.processes import first, leave_group, one_job, wait_for
 from povid.run.resume import compare
 from povid.run.settings import Settings, build
@@ -48,7 +49,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         Stopped: the run was told to stop and has saved what it was doing.
     """
     settings = build(cfg)
-    with explain_full_disk(folder), one_job(folder):
+    with explain_full_disk(folder), one_job(folder), held(folder) if first() else nullcontext():
         if first():
             claim(folder, settings)
             if (folder / "results.json").exists():

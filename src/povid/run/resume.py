@@ -9,6 +9,7 @@ from typing import Any
 import yaml
 
 from povid.fault import Fault
+from povid.run.lock import in_progress
 
 # What may differ between the attempts of a run: nothing of this changes a number. Benchmarks and their decoding are
 # compared with the answers on disk by the suite itself.
@@ -46,8 +47,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     waiting = sorted(unfinished(outputs, sweeps_only=sweeps_only))
     if not waiting:
         raise Fault(
-            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started and not finished; leave out "
-            "resume=latest to start one"
+            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started and not finished and is not in "
+            "progress; leave out resume=latest to start one"
         )
     _, folder = waiting[-1]
     sweep = (folder / "multirun.yaml").exists()
@@ -76,7 +77,7 @@ def _overrides(folder: Path) -> Iterator[str]:
 
 
 def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[float, Path]]:
-    """(when last started, folder) of the sweeps and runs that were started and not finished.
+    """(when last started, folder) of the sweeps and runs that were started, not finished and are not in progress.
 
     A run is started when its config.yaml is written and finished with its results.json; a sweep is finished when all
     its jobs are and its table is there.
@@ -87,12 +88,13 @@ def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[fl
         finished = (
             all((job / "results.json").exists() for job in jobs) and (note.parent / "tables" / "table3.md").exists()
         )
-        if started and not finished:
+        if started and not finished and not any(map(in_progress, (note.parent, *jobs))):
             yield note.stat().st_mtime, note.parent
     for note in () if sweeps_only else outputs.rglob(".hydra/hydra.yaml"):
         run = note.parent.parent
         in_sweep = (run.parent / "multirun.yaml").exists()
-        if not in_sweep and (run / "config.yaml").exists() and not (run / "results.json").exists():
+        open_ = (run / "config.yaml").exists() and not (run / "results.json").exists()
+        if not in_sweep and open_ and not in_progress(run):
             yield note.stat().st_mtime, run
 
 
