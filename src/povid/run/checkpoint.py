@@ -11,24 +11,21 @@ import logging
 import os
 import random
 import re
-import signal
-import subprocess
 import time
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from pydantic import BaseModel, ConfigDict, Field
 
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
-from povid.internals import cluster_environment, correct_logged_step, script_launcher
+from povid.internals import correct_logged_step, script_launcher
+from povid.run.signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -48,33 +45,29 @@ class CheckpointSettings(BaseModel):
     keep: Annotated[int, Field(ge=1)] = 2
 
 
-class Stopped(BaseException):
-    """The run was told to stop (SIGTERM, or the cluster's requeue signal), saved and left. Not an error."""
-
-
 class Checkpoints(L.Callback):
-    """Saves a stage as the settings say and on SIGTERM; at the end of a step, never inside one.
-
-    On a SLURM cluster (``plugins`` of the trainer: SLURMEnvironment) the requeue signal saves and requeues the job.
+    """Saves a stage as the settings say and when a signal tells the run to stop; at the end of a step, never inside.
 
     Args:
-        folder: where the checkpoints lie. metrics: the file of metrics, forced to disk before a checkpoint claims its
-        rows; it stands before this among the callbacks.
+        folder: where the checkpoints lie.
+        signals: what the run does with signals.
+        metrics: the file of metrics, forced to disk before a checkpoint claims its rows; it stands before this among
+            the callbacks.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSettings, metrics: Any = None) -> None:
-        self.folder, self.settings, self.metrics = folder, settings, metrics
+    def __init__(self, folder: Path, settings: CheckpointSettings, signals: Signals, metrics: Any = None) -> None:
+        self.folder, self.settings, self.signals, self.metrics = folder, settings, signals, metrics
         self.saved_step, self.saved_at = 0, 0.0
         self.waiting: int | None = None  # the signal (0 for none) of a checkpoint put off to the end of the epoch
-        self.signal: int | None = None
-        self.requeue: int | None = None
         self.random: list[dict[str, Any]] = []
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
-        self._listen(trainer)
+        self.signals.launcher = script_launcher(trainer)
+        self.signals.training = True
+        self.signals.listen()
         if self.random:  # last of all: whatever was drawn while things were loaded is forgotten here
             set_random_state(self.random[trainer.global_rank])
         elif trainer.global_rank:
@@ -86,7 +79,7 @@ class Checkpoints(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
             return
-        due, told = self._due(trainer), self.signal or 0
+        due, told = self._due(trainer), self.signals.told or 0
         if trainer.world_size > 1:  # one process's clock or signal decides for all
             both = torch.tensor([int(due), told], device=trainer.strategy.root_device)
             torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
@@ -106,7 +99,7 @@ class Checkpoints(L.Callback):
     def _act(self, trainer: L.Trainer, told: int) -> None:
         self.save(trainer)
         if told:
-            self._leave(trainer, told)
+            self.signals.stop(told, f"saved after step {trainer.global_step}")
 
     def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         states: list[Any] = [random_state()]
@@ -153,34 +146,6 @@ class Checkpoints(L.Callback):
             (steps and trainer.global_step % steps == 0)
             or (minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes)
         )
-
-    # --- signals ----------------------------------------------------------------------------------------------------
-
-    def _listen(self, trainer: L.Trainer) -> None:
-        """Take SIGTERM and the requeue signal over from Lightning, whose handlers save in the middle of a step."""
-        environment = cluster_environment(trainer)
-        launcher = script_launcher(trainer)
-
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is None and launcher is not None:
-                launcher.kill(number)  # the processes that this one started hear of it too
-            self.signal = number
-
-        numbers = [signal.SIGTERM]
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self.requeue = environment.requeue_signal or signal.SIGUSR1
-            numbers.append(self.requeue)
-        for number in numbers:
-            signal.signal(number, note)  # Lightning puts the former handlers back when the fit ends
-
-    def _leave(self, trainer: L.Trainer, number: int) -> None:
-        name = signal.Signals(number).name
-        if number == self.requeue and trainer.is_global_zero:
-            array = os.environ.get("SLURM_ARRAY_JOB_ID")
-            job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-            subprocess.run(["scontrol", "requeue", job], check=True)
-            raise Stopped(f"{name}: saved after step {trainer.global_step} and requeued as job {job}")
-        raise Stopped(f"{name}: saved after step {trainer.global_step} in {self.folder}; resume with resume=latest")
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

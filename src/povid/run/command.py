@@ -19,7 +19,6 @@ from povid.machine import conf_folder
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
-TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
 jobs_started = 0  # before the first, an error of Hydra's is about the command line
 
 # Spellings of earlier versions, and what stands in their place.
@@ -43,9 +42,9 @@ MOVED = {
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def _job(cfg: DictConfig) -> None:
-    from povid.run.checkpoint import Stopped
     from povid.run.experiment import run
     from povid.run.processes import first
+    from povid.run.signals import Stopped
 
     global jobs_started
     jobs_started += 1
@@ -56,7 +55,7 @@ def _job(cfg: DictConfig) -> None:
     except Stopped as stopped:  # a whole sweep stops with its job
         if first():
             print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(TERMINATED if first() else 0)
+        sys.exit(stopped.status if first() else 0)
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
@@ -91,8 +90,14 @@ def _moved(arguments: list[str]) -> str | None:
     return None
 
 
+def _resumes_nothing(arguments: list[str]) -> bool:
+    """Whether a command line says resume=true and no folder, which would start a new run."""
+    given = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
+    return given.get("resume", "").lower() == "true" and not {"hydra.run.dir", "hydra.sweep.dir"} & {*given}
+
+
 def main() -> int:
-    """Run ``sys.argv``. Returns 0, 2 for what the user can mend, or 143 for a run that was told to stop."""
+    """Run ``sys.argv``. Returns 0, 2 for what the user can mend, 143 or 130 for a run that was told to stop."""
     from povid.run.resume import expand
 
     try:
@@ -101,6 +106,11 @@ def main() -> int:
         if "resume=latest" in sys.argv:
             sys.argv[1:] = expand(sys.argv[1:])
             print("resume=latest:", *sys.argv[1:])
+        elif _resumes_nothing(sys.argv[1:]):
+            raise Fault(
+                "resume=true needs the folder of the run: add hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for "
+                "a sweep), or use resume=latest for the newest that is unfinished"
+            )
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
@@ -122,4 +132,6 @@ def main() -> int:
         return 2
     except Fault:  # of a job, whose sentence has been printed
         return 2
+    except KeyboardInterrupt:  # before or between the jobs
+        return 130
     return 0

@@ -23,10 +23,11 @@ from povid.run import evaluation
 from povid.run.build import make
 from povid.run.data import check, load_triples
 from povid.run.guards import explain_full_disk, refuse
-from povid.run.lock import held
+from povid.run.lock import NAME, held
 from povid.run.processes import first, leave_group, one_job, wait_for
-from povid.run.resume import compare
+from povid.run.resume import compare, in_sweep
 from povid.run.settings import Settings, build
+from povid.run.signals import Signals, requeue_signal
 from povid.run.stage import Stage, starting_adapters
 
 log = logging.getLogger(__name__)
@@ -48,29 +49,38 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         Fault: everything that a user can mend; a finished stage stays in its folder whatever happens after it.
         Stopped: the run was told to stop and has saved what it was doing.
     """
-    settings = build(cfg)
     with explain_full_disk(folder), one_job(folder), held(folder) if first() else nullcontext():
+        new = not (folder / "config.yaml").exists()
+        with checking(folder, new), refusal(folder):
+            settings = build(cfg)
+        return _run(settings, folder, new)
+
+
+def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
+    signals = Signals(folder, requeue_signal(settings.trainer))
+    with signals.handled():
         if first():
             claim(folder, settings)
             if (folder / "results.json").exists():
                 log.info("finished already: %s", folder)
                 return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        return Experiment(settings, folder).run()
+        return Experiment(settings, folder, signals).run(new)
 
 
 class Experiment:
     """A run in its folder."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: Settings, folder: Path, signals: Signals) -> None:
+        self.settings, self.folder, self.signals = settings, folder, signals
         self.timings: dict[str, float] = {}
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def run(self) -> dict[str, Any]:
+    def run(self, new: bool) -> dict[str, Any]:
+        """``new``: the run begins here, and leaves nothing behind if the checks refuse it."""
         keep_freed_memory()
-        with self.timed("prepare"):
+        with self.timed("prepare"), checking(self.folder, new):
             triples = self.prepare()
-        adapters = starting_adapters(self.settings)
+            adapters = starting_adapters(self.settings)
         stages: dict[str, Any] = {}
         for number in self.settings.run_stages:
             stage = Stage(self.settings, number, self.folder, adapters)
@@ -91,21 +101,20 @@ class Experiment:
         return results
 
     def prepare(self) -> list[Triple]:
-        """Make data and model ready, check data and benchmarks, and record what is run; returns the triples."""
-        settings, record = self.settings, self.folder / "config.yaml"
+        """Make data and model ready and check data and benchmarks; returns the triples."""
+        settings, ready = self.settings, self.folder / "packages.txt"
         if first():
             for node in (settings.data.prepare, getattr(settings.model, "prepare", None)):
                 if node:
                     make(node)
             evaluation.warn_of_missing(settings)
         else:
-            wait_for(record)
+            wait_for(ready)
         triples = load_triples(settings) if settings.run_stages or settings.plain.samples else []
         if first():
             if settings.run_stages and not settings.data.skip_bad:
                 refuse(check(settings, triples, CHECKED_AT_START), settings.data.preferences)
-            files.write_text(self.folder / "packages.txt", packages())
-            files.write_text(record, OmegaConf.to_yaml(OmegaConf.create(settings.tree)))
+            files.write_text(ready, packages())
         return triples
 
     def train(self, stage: Stage, triples: list[Triple]) -> None:
@@ -116,13 +125,47 @@ class Experiment:
                 answers = Answers(policy, template, self.settings.generation.batch_size)
                 evaluation.write_captions_before(self.folder, answers, samples)
         with self.timed(f"stage_{stage.number}.fit"):
-            stage.train(policy, template, triples)
+            try:
+                stage.train(policy, template, triples, self.signals)
+            finally:
+                self.signals.training = False
+        self.signals.check()  # a signal after the last step waited for the stage to be saved
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         self.timings[name] = time.perf_counter() - start
+
+
+@contextmanager
+def checking(folder: Path, new: bool) -> Iterator[None]:
+    """Leave no run folder behind where the checks inside refuse a new run, which has then done nothing.
+
+    A job of a sweep keeps its folder: it is refused again, or run, when the sweep is resumed.
+    """
+    try:
+        yield
+    except Fault:
+        if new and first() and not in_sweep(folder):
+            nothing = {".hydra", NAME, "config.yaml", "packages.txt"}
+            if all(entry.name in nothing or entry.suffix == ".log" for entry in folder.iterdir()):
+                files.remove(folder)
+        raise
+
+
+@contextmanager
+def refusal(folder: Path) -> Iterator[None]:
+    """Keep the problems of a sweep's job that cannot run in error.txt, so that resume=latest does not wait for it."""
+    note = folder / "error.txt"
+    if first():
+        note.unlink(missing_ok=True)
+    try:
+        yield
+    except Fault as fault:
+        if first() and in_sweep(folder):
+            files.write_text(note, f"{fault}\n")
+        raise
 
 
 def claim(folder: Path, settings: Settings) -> None:
@@ -143,6 +186,8 @@ def claim(folder: Path, settings: Settings) -> None:
         compare(folder / "config.yaml", settings.tree)
     try:
         files.write_text(folder / ".writable", "1").unlink()
+        if not (folder / "results.json").exists():
+            files.write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings.tree)))
     except OSError as error:
         raise Fault(
             f"{folder} cannot be written ({error.strerror}); free space or choose another hydra.run.dir"

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from povid.fault import Fault
 from povid.run.lock import in_progress
@@ -67,10 +69,8 @@ def _key(override: str) -> str:
 
 def _overrides(folder: Path) -> Iterator[str]:
     """The overrides with which a run or sweep was started, but for the places that are set anew."""
-    if (folder / "multirun.yaml").exists():
-        saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
-    else:
-        saved = yaml.safe_load((folder / ".hydra" / "hydra.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
+    sweep = folder / "multirun.yaml"
+    saved = _saved(sweep if sweep.exists() else folder / ".hydra" / "hydra.yaml")
     for override in (*saved["hydra"], *saved["task"]):
         if _key(override) not in ("resume", "hydra.mode", "hydra.run.dir", "hydra.sweep.dir"):
             yield override
@@ -79,23 +79,54 @@ def _overrides(folder: Path) -> Iterator[str]:
 def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[float, Path]]:
     """(when last started, folder) of the sweeps and runs that were started, not finished and are not in progress.
 
-    A run is started when its config.yaml is written and finished with its results.json; a sweep is finished when all
-    its jobs are and its table is there.
+    A run is started when its config.yaml is written and finished with its results.json. A sweep is finished when all
+    its jobs are and its table is there; jobs whose configuration was refused (error.txt) can never run and leave a
+    sweep without its table.
     """
     for note in outputs.rglob("multirun.yaml"):
         jobs = [child for child in note.parent.iterdir() if (child / ".hydra").is_dir()]
         started = any((job / "config.yaml").exists() for job in jobs)
-        finished = (
-            all((job / "results.json").exists() for job in jobs) and (note.parent / "tables" / "table3.md").exists()
-        )
+        refused = [job for job in jobs if (job / "error.txt").exists()]
+        ended = len(refused) + sum((job / "results.json").exists() for job in jobs)
+        if refused:
+            finished = ended >= len(jobs) and ended >= job_count(note)
+        else:
+            finished = ended == len(jobs) and (note.parent / "tables" / "table3.md").exists()
         if started and not finished and not any(map(in_progress, (note.parent, *jobs))):
             yield note.stat().st_mtime, note.parent
     for note in () if sweeps_only else outputs.rglob(".hydra/hydra.yaml"):
         run = note.parent.parent
-        in_sweep = (run.parent / "multirun.yaml").exists()
         open_ = (run / "config.yaml").exists() and not (run / "results.json").exists()
-        if not in_sweep and open_ and not in_progress(run):
+        if open_ and not in_sweep(run) and not in_progress(run):
             yield note.stat().st_mtime, run
+
+
+def in_sweep(run: Path) -> bool:
+    """Whether a run folder is that of a sweep's job."""
+    return (run.parent / "multirun.yaml").exists()
+
+
+def job_count(note: Path) -> int:
+    """How many jobs a sweep has, by its multirun.yaml."""
+    overrides = OverridesParser.create().parse_overrides(_saved(note)["task"])
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    return len(jobs)
+
+
+def _saved(note: Path) -> Mapping[str, Sequence[str]]:
+    """The overrides in a hydra.yaml or multirun.yaml.
+
+    Raises:
+        Fault: it is not the file that Hydra wrote.
+    """
+    try:
+        saved = yaml.safe_load(note.read_text(encoding="utf-8"))["hydra"]["overrides"]
+        return {name: [str(override) for override in saved[name]] for name in ("hydra", "task")}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        raise Fault(
+            f"{note} is damaged, so the command that started {note.parent.name} is unknown; repeat that command with "
+            "resume=true and hydra.run.dir= or, for a sweep, hydra.sweep.dir="
+        ) from None
 
 
 def compare(file: Path, wanted: Mapping[str, Any]) -> None:

@@ -29,6 +29,7 @@ from povid.run.guards import DataCheck, FiniteLoss
 from povid.run.loggers import MetricsFile, RunContext, close, make_loggers
 from povid.run.processes import device, end_children, first
 from povid.run.settings import Settings
+from povid.run.signals import Signals
 from povid.training.datamodule import PreferenceDataModule
 from povid.training.memory import estimate, largest_batch
 from povid.training.module import POVIDModule
@@ -72,7 +73,7 @@ class Stage:
             policy = policy.to(device())
         return policy, self.settings.model.template(policy.processor)
 
-    def train(self, policy: Policy, template: Template, triples: Sequence[Triple]) -> None:
+    def train(self, policy: Policy, template: Template, triples: Sequence[Triple], signals: Signals) -> None:
         """Fit the stage, from its newest whole checkpoint if there is one, and save what it learnt."""
         settings, stage = self.settings, self.settings.stages[self.number]
         terms = settings.terms[self.number]
@@ -91,7 +92,7 @@ class Stage:
         if not settings.split:
             memory = str(estimate(module, data, data.batch_size))
         log.info("stage %d: batches of %d; %s", self.number, data.batch_size, memory)
-        steps = self._fit(module, data)
+        steps = self._fit(module, data, signals)
         weights = whole_adapter(policy)
         if first():
             self._save(policy, weights, steps, len(triples), data.batch_size)
@@ -128,7 +129,7 @@ class Stage:
             group_by_length=settings.data.group_by_length,
         )
 
-    def _fit(self, module: POVIDModule, data: PreferenceDataModule) -> int:
+    def _fit(self, module: POVIDModule, data: PreferenceDataModule, signals: Signals) -> int:
         """Returns the number of optimiser steps."""
         settings, stage = self.settings, self.settings.stages[self.number]
         checkpoint = newest(self.checkpoints)
@@ -140,7 +141,7 @@ class Stage:
         callbacks += [
             metrics,
             FiniteLoss(self.number, self.checkpoints),
-            Checkpoints(self.checkpoints, settings.checkpoint, metrics),
+            Checkpoints(self.checkpoints, settings.checkpoint, signals, metrics),
         ]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=1))
