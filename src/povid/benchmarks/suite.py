@@ -58,6 +58,9 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     """Name → scores, or {"missing": reason, "cure": what to do} if a benchmark could not be answered or scored.
 
+    A failure also has {"open": True} where running again, once its reason is gone, would complete the benchmark: a
+    server that refused, a damaged file. What was known to be missing beforehand, and an error in a scorer, has not.
+
     ``out/NAME`` receives answers.jsonl (LLaVA's records, one line as each answer arrives), the official answer files in
     ``official`` and scores.json; a second run resumes where the first stopped. ``model`` identifies who answers:
     answers of another model, to other questions or with other decoding settings are refused.
@@ -72,7 +75,8 @@ def run(
         try:
             answers = _answers(plan, answer, folder, model)
         except Fault as fault:
-            results[name] = {"missing": str(fault), "cure": "fix that and run again; the answers so far are kept"}
+            cure = "fix that and run again; the answers so far are kept"
+            results[name] = {"missing": str(fault), "cure": cure, "open": True}
             continue
         results[name] = _scored(plan, answers, folder, judge)
     return results
@@ -246,7 +250,8 @@ def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dic
         if not isinstance(error, Fault):
             log.exception("scoring %s failed", plan.name)
         reason = str(error) if isinstance(error, Fault) else f"scoring failed: {type(error).__name__}: {error}"
-        return {"missing": reason, "cure": _scoring_command(benchmark, official)}
+        failure = {"missing": reason, "cure": _scoring_command(benchmark, official)}
+        return failure | ({"open": True} if isinstance(error, Fault) else {})
     scores = score.scores | {"decoding": asdict(benchmark.decoding)}
     content = json.dumps({"scores": scores, "records": score.records}, indent=1)  # ASCII: answers may hold anything
     write_text(folder / "scores.json", content)

@@ -94,10 +94,11 @@ class Experiment:
             return {}
         leave_group()
         with self.timed("evaluate"):
-            results = evaluation.evaluate(self.settings, self.folder, triples, adapters, stages, self.started)
+            results, captions = evaluation.evaluate(self.settings, self.folder, triples, adapters, stages, self.started)
         results["timings"] = {name: round(seconds, 2) for name, seconds in self.timings.items()}
         files.write_json(self.folder / "results.json", results)
         log.info("results: %s", self.folder / "results.json")
+        evaluation.show(self.settings, self.folder, results, triples, captions)
         return results
 
     def prepare(self) -> list[Triple]:
