@@ -11,7 +11,10 @@ import logging
 import os
 import random
 import re
+import signal
+import threading
 import time
+import traceback
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,6 +61,7 @@ class Checkpoints(L.Callback):
     def __init__(self, folder: Path, settings: CheckpointSettings, signals: Signals, metrics: Any = None) -> None:
         self.folder, self.settings, self.signals, self.metrics = folder, settings, signals, metrics
         self.saved_step, self.saved_at = 0, 0.0
+        self.in_step = False
         self.waiting: int | None = None  # the signal (0 for none) of a checkpoint put off to the end of the epoch
         self.random: list[dict[str, Any]] = []
 
@@ -75,8 +79,14 @@ class Checkpoints(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         correct_logged_step(trainer)
+        self.in_step = True
+        if trainer.datamodule.workers and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise in the middle of this step when a loader process dies; without it the loader
+            # raises when the next batch is due, and a checkpoint can be written
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.in_step = False
         if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
             return
         due, told = self._due(trainer), self.signals.told or 0
@@ -95,6 +105,16 @@ class Checkpoints(L.Callback):
         if self.waiting is not None:
             told, self.waiting = self.waiting, None
             self._act(trainer, told)
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Save what was learnt before a loader process died; on several devices the others cannot join in that."""
+        if (
+            loader_died(exception)
+            and not self.in_step
+            and trainer.world_size == 1
+            and trainer.global_step > self.saved_step
+        ):
+            self.save(trainer)
 
     def _act(self, trainer: L.Trainer, told: int) -> None:
         self.save(trainer)
@@ -146,6 +166,18 @@ class Checkpoints(L.Callback):
             (steps and trainer.global_step % steps == 0)
             or (minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes)
         )
+
+
+def loader_died(error: BaseException) -> bool:
+    """Whether an error is that of a loader process that ended, as one does that is killed for its memory.
+
+    Either torch says so, or the connection broke over which the process was handing a batch (``_try_get_data`` is what
+    receives batches; an error that a living process raised is raised again elsewhere).
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+        return True
+    receiving = any(frame.f_code.co_name == "_try_get_data" for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, (OSError, EOFError)) and receiving
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

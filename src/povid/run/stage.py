@@ -24,7 +24,7 @@ from povid.model.template import Template
 from povid.preferences.triple import Triple
 from povid.run import data as run_data
 from povid.run.build import make
-from povid.run.checkpoint import Checkpoints, batch_size_of, newest, step_of
+from povid.run.checkpoint import Checkpoints, batch_size_of, loader_died, newest, step_of
 from povid.run.guards import DataCheck, FiniteLoss
 from povid.run.loggers import MetricsFile, RunContext, close, make_loggers
 from povid.run.processes import device, end_children, first
@@ -166,9 +166,16 @@ class Stage:
         )
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        except BaseException:
+        except BaseException as error:
             end_children(trainer)
             close(loggers, "failed")
+            if loader_died(error):
+                raise Fault(
+                    f"stage {self.number}: a loader process died after step {trainer.global_step} "
+                    f"({str(error).rstrip('. ')}), most likely because memory ran out; what was learnt is kept: resume "
+                    f"with resume=latest and fewer processes, data.workers={settings.data.workers // 2}, or a smaller "
+                    "data.cache_mb"
+                ) from error
             raise
         close(loggers)
         return trainer.global_step
