@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from povid import files
@@ -88,6 +90,7 @@ class Experiment:
                 log.info("stage %d is finished already: %s", number, stage.home)
             else:
                 self.train(stage, triples)
+                release_memory()
             stages[str(number)] = json.loads(stage.note.read_text(encoding="utf-8"))
             adapters = (*adapters, stage.adapter)
         if not first():
@@ -129,7 +132,7 @@ class Experiment:
             try:
                 stage.train(policy, template, triples, self.signals)
             finally:
-                self.signals.training = False
+                self.signals.training, self.signals.launcher = False, None
         self.signals.check()  # a signal after the last step waited for the stage to be saved
 
     @contextmanager
@@ -137,6 +140,16 @@ class Experiment:
         start = time.perf_counter()
         yield
         self.timings[name] = time.perf_counter() - start
+
+
+def release_memory() -> None:
+    """Give a finished stage's weights, gradients and optimiser state back before the next stage loads its own.
+
+    Trainer and module refer to each other, so that they would otherwise stay until Python happens to collect them.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 @contextmanager
