@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
-from povid.files import write_json, write_text
+from povid.files import read_json, write_json, write_text
 from povid.model.question import Answerer, Question
 
 log = logging.getLogger(__name__)
@@ -201,10 +201,7 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
             raise Fault(f"{answers} exists without {note.name}, so it is unknown what was asked; move it away")
         write_json(note, wanted)
         return
-    try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError:
-        raise Fault(f"{note} is not JSON; move the folder {note.parent} away and run again") from None
+    found = read_json(note, dict, f"move the folder {note.parent} away and run again")
     for key, what in (
         ("model", "by a different model"),
         ("decoding", "with different decoding settings"),
@@ -228,9 +225,9 @@ def _kept(plan: Plan, file: Path) -> Iterator[tuple[int, str]]:
         with file.open("r+b") as torn:
             torn.truncate(len(whole))
     places = {json.dumps(question.id): i for i, question in enumerate(plan.questions)}
-    for number, line in enumerate(whole.decode("utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
             index, text = places.pop(json.dumps(row["question_id"])), row["text"]
         except (ValueError, KeyError, TypeError):
             raise Fault(f"{file} line {number} is not an answer to an unanswered question; remove that line") from None

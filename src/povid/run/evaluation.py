@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -125,7 +124,8 @@ def write_captions_before(run: Path, answers: Answerer, samples: Sequence[Questi
 
 def captions_before(run: Path) -> list[str]:
     file = run / "captions_before.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    cure = "move it away to leave out the captions before training"
+    return files.read_json(file, list, cure) if file.exists() else []
 
 
 def show(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import os
 import time
@@ -65,7 +64,9 @@ def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
             claim(folder, settings)
             if (folder / "results.json").exists():
                 log.info("finished already: %s", folder)
-                return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+                return files.read_json(
+                    folder / "results.json", dict, "move it away and resume the run to write it again from what is kept"
+                )
         return Experiment(settings, folder, signals).run(new)
 
 
@@ -91,7 +92,7 @@ class Experiment:
             else:
                 self.train(stage, triples)
                 release_memory()
-            stages[str(number)] = json.loads(stage.note.read_text(encoding="utf-8"))
+            stages[str(number)] = stage.notes()
             adapters = (*adapters, stage.adapter)
         if not first():
             return {}

@@ -60,8 +60,14 @@ class MetricsFile(L.Callback):
         """The head, and the rows of an earlier attempt that still hold."""
         rows = []
         if self.start and self.file.exists():
-            with self.file.open(newline="", encoding="utf-8") as source:
-                rows = [row for row in csv.DictReader(source) if row["step"] and int(row["step"]) < self.start]
+            try:
+                with self.file.open(newline="", encoding="utf-8") as source:
+                    rows = [row for row in csv.DictReader(source) if row["step"] and int(row["step"]) < self.start]
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                raise Fault(
+                    f"{self.file} is damaged ({error}); restore it from a copy, or move it away to resume without the "
+                    f"metrics of the first {self.start} steps"
+                ) from None
         with files.draft(self.file) as draft, draft.open("w", newline="", encoding="utf-8") as sink:
             writer = csv.DictWriter(sink, self.columns, extrasaction="ignore")
             writer.writeheader()

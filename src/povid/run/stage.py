@@ -14,6 +14,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from safetensors import SafetensorError, safe_open
 
 from povid import files
 from povid.fault import Fault
@@ -56,6 +57,19 @@ class Stage:
     def note(self) -> Path:
         """Written last: a stage is finished when it is there."""
         return self.home / "stage.json"
+
+    def notes(self) -> dict[str, Any]:
+        """What a finished stage's note holds; Fault where the note or the adapter is damaged."""
+        cure = f"restore it from a copy, or move {self.home} away to train the stage again"
+        note = files.read_json(self.note, dict, cure, ("fingerprint", "steps", "adapter"))
+        files.read_json(self.adapter / "adapter_config.json", dict, cure)
+        weights = self.adapter / "adapter_model.safetensors"
+        try:
+            with safe_open(weights, "pt") as content:
+                content.keys()
+        except (OSError, SafetensorError) as error:
+            raise Fault(f"{weights} is damaged ({str(error).splitlines()[0]}); {cure}") from None
+        return note
 
     @property
     def adapter(self) -> Path:
