@@ -62,13 +62,9 @@ def test_damaged_metrics_are_named(world, tmp_path):
 
 
 def test_a_damaged_note_of_hydras_is_named(tmp_path):
-    for name, content in (
-        (".hydra/hydra.yaml", b"hydra: ["),
-        (".hydra/hydra.yaml", b"\xff"),
-        (".hydra/hydra.yaml", b""),
-    ):
+    for content in (b"hydra: [", b"\xff", b"", b"{}"):
         (tmp_path / "run" / ".hydra").mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / "config.yaml").write_text("{}")
-        (tmp_path / "run" / name).write_bytes(content)
+        (tmp_path / "run" / ".hydra" / "hydra.yaml").write_bytes(content)
         with pytest.raises(Fault, match=f"{tmp_path}/run/.hydra/hydra.yaml is damaged"):
             expand(["resume=latest", f"outputs={tmp_path}"])

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
-from povid.files import draft
+from povid.files import draft, read_json
 from povid.model.loading import DTYPES, LocalModel, LoraSettings
 from povid.model.policy import add_lora
 
@@ -52,7 +52,8 @@ def adapter_chain(place: Path) -> list[Path]:
         place = place.parent
     stages = sorted(place.glob("stage_*/stage.json")) or [place / "stage.json"]
     if stages[-1].exists():
-        stage = json.loads(stages[-1].read_text())
+        cure = "restore it from a copy, or name the adapter folders themselves"
+        stage = read_json(stages[-1], dict, cure, ("init_from",))
         return [*map(Path, stage["init_from"]), stages[-1].parent / "adapter"]
     if (place / "adapter_config.json").exists():
         return [place]
