@@ -126,7 +126,8 @@ def main() -> int:
         if jobs_started:
             raise
         print(
-            f"error: {error.filename}: {error.strerror}; choose another folder with outputs= or hydra.run.dir=",
+            f"error: {error.filename or 'the run folder'}: {error.strerror}; free space or choose another folder with "
+            "outputs= or hydra.run.dir=",
             file=sys.stderr,
         )
         return 2
