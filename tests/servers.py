@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -37,6 +37,7 @@ class Raw:
 
     body: bytes
     content_type: str = "application/json"
+    encoding: str | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,14 @@ class Cut:
     """The connection is closed without an answer."""
 
 
-Behaviour = Say | Status | Raw | Silence | Cut
+@dataclass(frozen=True)
+class Drip:
+    """A reply that never ends: a byte at a time, from its very beginning (``headers``) or in its body."""
+
+    headers: bool
+
+
+Behaviour = Say | Status | Raw | Silence | Cut | Drip
 
 
 class ChatServer:
@@ -90,13 +98,24 @@ class ChatServer:
                 if isinstance(how, Silence | Cut):
                     self.close_connection = True
                     return
-                if isinstance(how, Say):
+                if isinstance(how, Drip):
+                    self._drip(how)
+                elif isinstance(how, Say):
                     self._send(200, json.dumps(completion(how, body["model"])).encode())
                 elif isinstance(how, Status):
                     error = {"error": {"message": how.message, "type": "x", "code": how.error_code}}
                     self._send(how.code, json.dumps(error).encode(), headers=how.headers)
                 else:
-                    self._send(200, how.body, how.content_type)
+                    headers = {"Content-Encoding": how.encoding} if how.encoding else {}
+                    self._send(200, how.body, how.content_type, headers)
+
+            def _drip(self, how: Drip) -> None:
+                self.close_connection = True
+                if not how.headers:
+                    self._send(200, b"", headers={"Content-Length": "100000"})
+                with suppress(OSError):
+                    while not outer._ended.wait(0.01):
+                        self.wfile.write(b"H" if how.headers else b" ")
 
             def _send(
                 self, code: int, data: bytes, kind: str = "application/json", headers: Mapping[str, str] | None = None
@@ -154,6 +173,8 @@ class Files:
     cut_after: list[int] = field(default_factory=list)  # bytes sent before request n breaks off; -1: whole
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     etag: str | None = None
+    length: bool = True  # whether the length is said
+    drip: bool = False  # a few bytes, and nothing more until the client leaves
 
 
 @contextmanager
@@ -180,10 +201,16 @@ def file_server(files: Files) -> Iterator[str]:
                 self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
             else:
                 self.send_response(200)
-            self.send_header("Content-Length", str(len(data) - start))
+            if files.length:
+                self.send_header("Content-Length", str(len(data) - start))
             if files.etag:
                 self.send_header("ETag", files.etag)
             self.end_headers()
+            if files.drip:
+                self.wfile.write(data[start : start + 9])
+                with suppress(OSError):
+                    self.rfile.read(1)
+                return
             cut = files.cut_after.pop(0) if files.cut_after else -1
             self.wfile.write(data[start:] if cut < 0 else data[start : start + cut])
 

@@ -9,7 +9,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "povid"
 
 # A room may import the rooms that stand before it, itself and the ground.
 GROUND = ("fault", "files", "internals", "machine")
-ROOMS = ("method", "server", "preferences", "model", "benchmarks", "training", "report", "run")
+ROOMS = ("method", "preferences", "server", "model", "benchmarks", "training", "report", "run")
 WINGS = {  # nothing in the rooms imports a wing
     "scenes": {"preferences", "model", "benchmarks", "dispreference"},
     "dispreference": {"server", "preferences", "benchmarks"},

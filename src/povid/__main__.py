@@ -7,7 +7,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-COMMANDS = {  # each is also a command of its own: python -m MODULE
+COMMANDS = {  # each can also be run as python -m MODULE
     "train": ("povid.run", "train and evaluate: what train.py does, with the same overrides"),
     "report": ("povid.report", "write the tables and figures of all runs below a folder"),
     "benchmarks": ("povid.benchmarks", "score anybody's answers, or fetch a benchmark's files"),

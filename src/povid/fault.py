@@ -1,8 +1,9 @@
-"""The one exception for what a user can mend, and how invalid settings are put into sentences."""
+"""The one exception for errors that a user can fix, and sentences for invalid settings."""
 
 from __future__ import annotations
 
 import difflib
+import re
 import types
 import typing
 from collections.abc import Collection, Mapping, Sequence
@@ -13,10 +14,15 @@ from pydantic import BaseModel, ValidationError
 Settings = TypeVar("Settings", bound=BaseModel)
 
 
-class Fault(Exception):
-    """Something a user can mend, in one sentence: the file, record or key at fault, what was found, what to do.
+def holds_login(text: str) -> bool:
+    """Whether a text is an address with a user name or password, which must not be written to files."""
+    return bool(re.search(r"://[^/\s'\"]*@", text))
 
-    Commands catch it, print ``error: <sentence>`` and exit with status 2; nobody sees a traceback for a typing error.
+
+class Fault(Exception):
+    """An error that a user can fix, in one sentence: the file, record or key, what was found, what to do.
+
+    Commands catch it, print ``error: <sentence>`` and exit with status 2, without a traceback.
     """
 
 
@@ -97,6 +103,8 @@ _NEEDED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "literal_error": "{expected}",
+    "string_too_short": "text",
+    "string_pattern_mismatch": "text without / that does not begin with a space or a dot",
 }
 
 

@@ -1,12 +1,13 @@
-"""Files that are there whole or not at all.
+"""Atomic writes: a file or folder exists complete or not at all.
 
-One rule: what is written here is forced to disk before it takes its name, and its name is forced to disk afterwards, so
-that neither a kill nor a power cut leaves half a file under a name that somebody trusts.
+Content is forced to disk before it is renamed to its final name, and the name is forced to disk afterwards, so that
+neither a kill nor a power cut leaves an incomplete file under that name.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -22,9 +23,9 @@ from povid.fault import Fault
 def draft(place: Path, *, replace: bool = True) -> Iterator[Path]:
     """Yield a path beside ``place``; a file or folder written there becomes ``place`` when the block ends.
 
-    The parent folder is made. After an exception the draft is removed and ``place`` is what it was. A folder that
-    stands at ``place`` already is replaced; with ``replace=False`` it stays and the draft is removed, so that of
-    several processes that write the same folder the first one wins.
+    The parent folder is made. After an exception the draft is removed and ``place`` is unchanged. A folder that already
+    exists at ``place`` is replaced; with ``replace=False`` it stays and the draft is removed, so that of several
+    processes that write the same folder the first one wins.
     """
     place = Path(place)
     place.parent.mkdir(parents=True, exist_ok=True)
@@ -49,7 +50,7 @@ def draft(place: Path, *, replace: bool = True) -> Iterator[Path]:
 
 
 def write_bytes(file: Path, content: bytes) -> Path:
-    """Write a file whole or not at all. Returns ``file``. Raises IsADirectoryError rather than replace a folder."""
+    """Write a file atomically. Returns ``file``. Raises IsADirectoryError rather than replace a folder."""
     if Path(file).is_dir():
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(file))
     with draft(file) as beside:
@@ -58,12 +59,12 @@ def write_bytes(file: Path, content: bytes) -> Path:
 
 
 def write_text(file: Path, text: str) -> Path:
-    """Write a UTF-8 file whole or not at all, line ends as they are. Returns ``file``."""
+    """Write a UTF-8 file atomically, line ends unchanged. Returns ``file``."""
     return write_bytes(file, text.encode("utf-8"))
 
 
 def write_json(file: Path, value: Any) -> Path:
-    """Write a value as indented JSON, whole or not at all. Returns ``file``."""
+    """Write a value as indented JSON, atomically. Returns ``file``."""
     return write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
@@ -86,8 +87,27 @@ def read_json(file: Path, kind: type, cure: str, keys: Collection[str] = ()) -> 
     return value
 
 
+def digest(source: Path | bytes, whole: int | None = None) -> str:
+    """Sixteen hexadecimal digits that name the content of a file or of bytes.
+
+    Of a file of more than ``whole`` bytes only the size and the first ``whole`` bytes count; None counts all of it.
+    """
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()[:16]
+    found = hashlib.sha256()
+    with source.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        left = size if whole is None else min(size, whole)
+        while left > 0 and (block := file.read(min(left, 2**22))):
+            found.update(block)
+            left -= len(block)
+    if whole is not None and size > whole:
+        found.update(str(size).encode())
+    return found.hexdigest()[:16]
+
+
 def remove(place: Path) -> None:
-    """Remove a file or a folder with all that is in it; what does not exist is no error."""
+    """Remove a file, or a folder with all its content; do nothing if it does not exist."""
     if place.is_dir() and not place.is_symlink():
         shutil.rmtree(place)
     else:

@@ -40,7 +40,7 @@ def trained_copies(model: Any) -> list[Any]:
 
 
 def keep_input_gradients(model: Any) -> None:
-    """Make four-bit layers on a CPU use products that have a gradient of their input (bitsandbytes >=0.46)."""
+    """Make four-bit layers on a CPU use products that have a gradient of their input (bitsandbytes >=0.46,<0.51)."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -65,14 +65,14 @@ def attention_function(config: Any) -> Any:
     return ALL_ATTENTION_FUNCTIONS.get_interface(config._attn_implementation, eager_attention_forward)
 
 
-def processor_class(config: Any) -> type | None:
+def processor_class(config: Any) -> Any:
     """The processor for a model's configuration; None for a model without one (transformers >=5.20,<6)."""
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     return PROCESSOR_MAPPING.get(type(config), None)
 
 
-def without_video(processor: type) -> type:
+def without_video(processor: Any) -> Any:
     """A processor class without its video part, which would need torchvision (transformers >=5.20,<6)."""
     names = [name for name in processor.get_attributes() if name != "video_processor"]
     return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda cls: names)})
@@ -82,7 +82,7 @@ def without_video(processor: type) -> type:
 
 
 def is_watched(module: Any) -> bool:
-    """Whether somebody has registered a forward hook on a module (torch >=2.9,<2.14)."""
+    """Whether a module has forward hooks (torch >=2.9,<2.14)."""
     return bool(module._forward_hooks)
 
 
@@ -110,7 +110,8 @@ def script_launcher(trainer: Any) -> Any:
 
 def stop_watching_children() -> None:
     """Keep Lightning from ending this process when one that it started ends (lightning >=2.6,<2.7)."""
-    for thread in threading.enumerate():
+    threads: list[Any] = threading.enumerate()
+    for thread in threads:
         if thread.name == "child-process-observer":
             thread._child_processes = []
 

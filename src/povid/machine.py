@@ -47,11 +47,14 @@ def keep_freed_memory() -> None:
 
 
 def versions() -> dict[str, str]:
-    """Python, platform and the packages that numbers depend on."""
+    """Python, platform, torch's threads and the packages that numbers depend on."""
+    import torch
+
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
+        "threads": str(torch.get_num_threads()),
         **{name: version(name) for name in NAMED},
     }
 

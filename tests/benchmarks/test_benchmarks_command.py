@@ -32,16 +32,22 @@ def answer_file(data: Path, *captions: str) -> Path:
 
 
 def test_chair_prints_a_table_and_writes_every_decision(data: Path) -> None:
-    """Captions: cat, dog of which dog is not there; nothing; empty. CHAIR_S 1/2, CHAIR_I 1/2, coverage 1/2."""
+    """Captions: cat, dog of which dog is not there; nothing; empty. CHAIR_S 1/3, CHAIR_I 1/2, coverage 1/3: the
+    official script counts the empty caption in this layout. In POVID's, to_chair.py leaves it out."""
     file = answer_file(data, "A cat and a dog.", "Grass.", "")
     done = run("chair", "--answers", file, "--data", data, "--json", data / "new" / "out.json")
     assert done.returncode == 0, done.stderr
     lines = dict(line.split()[:2] for line in done.stdout.splitlines()[1:7])
-    assert (lines["CHAIR_S"], lines["CHAIR_I"], lines["coverage"]) == ("50.0", "50.0", "50.0")
-    assert "note: empty captions, left out as in the official to_chair.py: 1 (the first is of image 3)" in done.stderr
+    assert (lines["CHAIR_S"], lines["CHAIR_I"], lines["coverage"]) == ("33.3", "50.0", "33.3")
+    note = "empty captions, counted as the official chair.py does in this layout: 1; without them CHAIR_S is 50.0"
+    assert note in done.stderr
     assert "note: images of objects.json without a caption, left out of the score: 1" in done.stderr
+    rows = [{"id": f"{i}.jpg", "answer": text} for i, text in enumerate(["A cat and a dog.", "Grass.", ""], 1)]
+    file.write_text("\n".join(map(json.dumps, rows)))
+    done = run("chair", "--answers", file, "--data", data, "--json", data / "new" / "out.json")
+    assert "note: empty captions, left out as in the official to_chair.py: 1 (the first is of image 3)" in done.stderr
     written = json.loads((data / "new" / "out.json").read_text())
-    assert written["scores"]["CHAIR_S"] == 50.0
+    assert written["scores"]["CHAIR_S"] == 50.0 and written["scores"]["with_empty"]["CHAIR_S"] == 100 / 3
     assert written["records"] == [
         {"image_id": 1, "objects": ["cat", "dog"], "hallucinated": ["dog"], "counted": True},
         {"image_id": 2, "objects": [], "hallucinated": [], "counted": True},

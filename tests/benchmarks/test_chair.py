@@ -249,6 +249,30 @@ def test_empty_captions_leave_the_denominator_and_are_counted(tmp_path: Path) ->
     assert [record["counted"] for record in score.records] == [True, False, True]
 
 
+def test_empty_captions_count_where_the_official_script_sees_them(tmp_path: Path) -> None:
+    """One hallucinates of two captions, or of three with the empty one. to_chair.py drops it from POVID's layout."""
+    folder = data_folder(tmp_path, {"1": ["cat"], "2": ["cat"], "3": ["cat"]})
+    texts = {1: "A dog.", 2: " ", 3: "A cat."}
+    for rows, headline, beside in [
+        ([{"image_id": i, "caption": text} for i, text in texts.items()], 100 / 3, ("without_empty", 50.0)),
+        ([{"id": f"{i}.jpg", "answer": text} for i, text in texts.items()], 50.0, ("with_empty", 100 / 3)),
+        (
+            [{"overall": {}, "imgToEval": {i: {"image_id": i, "caption": text} for i, text in texts.items()}}],
+            100 / 3,
+            ("without_empty", 50.0),
+        ),
+    ]:
+        file = tmp_path / "captions.jsonl"
+        file.write_text("\n".join(map(json.dumps, rows)))
+        benchmark = CHAIR(data=folder).for_answers(file)
+        score = benchmark.score_file(file, benchmark.questions())
+        assert score.scores["CHAIR_S"] == headline and score.scores["empty"] == 1
+        assert score.scores[beside[0]]["CHAIR_S"] == beside[1]
+    questions = CHAIR(data=folder).questions()
+    written = ANY.write_official(questions, list(texts.values()), tmp_path / "official")
+    assert ANY.score_file(written, questions).scores == ANY.score(questions, list(texts.values())).scores
+
+
 def test_no_mention_at_all_is_no_division_by_zero(tmp_path: Path) -> None:
     score = scored(data_folder(tmp_path, {"1": []}), [{"image_id": 1, "caption": "Nothing here."}])
     assert (score.scores["CHAIR_S"], score.scores["CHAIR_I"], score.scores["coverage"]) == (0.0, 0.0, 0.0)

@@ -8,6 +8,7 @@ import io
 import json
 import shutil
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -153,9 +154,62 @@ def test_a_broken_archive_is_removed(tmp_path):
     assert not (tmp_path / "a.bin").exists()
 
 
+def test_odd_archives_are_a_sentence(tmp_path):
+    whole = zipped({"a.txt": b"some text " * 50})
+    encrypted = bytearray(whole)
+    for sign, at in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):
+        encrypted[whole.index(sign) + at] |= 1
+    method = bytearray(whole)
+    for sign, at in ((b"PK\x03\x04", 8), (b"PK\x01\x02", 10)):
+        method[whole.index(sign) + at] = 77
+    torn = bytearray(whole)
+    torn[60:70] = b"x" * 10
+    for number, (odd, sentence) in enumerate(
+        (
+            (encrypted, "is encrypted, which the official archive is not"),
+            (method, "is not a complete zip archive"),
+            (torn, "is not a complete zip archive"),
+            (whole[: len(whole) // 2], "is not a complete zip archive"),
+            (zipped({".": b"1"}), "is not a complete zip archive"),
+        )
+    ):
+        with pytest.raises(Fault, match=sentence):
+            get(Files({"/a.bin": bytes(odd)}), tmp_path / str(number), unpack=".")
+        assert not list((tmp_path / str(number)).glob("*.txt"))
+    for bits in range(0, len(whole) * 8, 5):  # whatever bit is flipped, it is unpacked or told of
+        flipped = bytearray(whole)
+        flipped[bits // 8] ^= 1 << bits % 8
+        file = tmp_path / "flipped.zip"
+        file.write_bytes(flipped)
+        with suppress(Fault):
+            fetch._unpack(Source("https://x", "flipped.zip", unpack="."), file, tmp_path / "out")
+
+
+def test_a_file_of_unknown_length_is_not_taken_for_whole(tmp_path):
+    with pytest.raises(Fault, match="does not say how long the file is"):
+        get(Files({"/a.bin": DATA}, length=False), tmp_path)
+    assert not (tmp_path / "a.bin").exists()
+    with pytest.raises(Fault, match="gave 5,000 bytes"):
+        get(Files({"/a.bin": DATA}, length=False, cut_after=[5_000]), tmp_path, sha256=HASH)
+    assert get(Files({"/a.bin": DATA}, length=False), tmp_path, sha256=HASH)[0].read_bytes() == DATA
+
+
+def test_a_download_that_drips_is_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "PATIENCE", 0.0)
+    with pytest.raises(Fault, match="in 3 attempts .fewer than 1,048,576 bytes came in 0 s"):
+        get(Files({"/a.bin": DATA}, drip=True), tmp_path)
+
+
+def test_a_record_that_is_none_is_told_of(tmp_path):
+    for content in ("[]", "3", '{"a.bin": 3}', "[" * 100_000):
+        (tmp_path / "fetched.json").write_text(content)
+        with pytest.raises(Fault, match="fetched.json is not a record of downloads"):
+            get(Files({"/a.bin": DATA}), tmp_path)
+
+
 def test_every_benchmark_has_official_addresses():
     for name in command.names():
         sources = command.find(name).sources
         assert sources, name
         assert len({source.file for source in sources}) == len(sources)
-        assert all(source.url.startswith(("https://", "http://images.cocodataset.org/")) for source in sources)
+        assert all(source.url.startswith("https://") for source in sources)

@@ -99,8 +99,31 @@ def test_means_are_rounded_to_three_decimals_before_the_ratio(data):
 
 
 def test_a_judge_that_answers_prose_gives_no_score(data):
-    with pytest.raises(Fault, match=r"llava_bench \(detail\): none of the 1 replies of the judge gpt-4-0314"):
-        judged(data, ["9 9", "Good.", "9 9", "9 9"])
+    with pytest.raises(Fault, match=r"llava_bench: none of the 4 replies of the judge gpt-4-0314"):
+        judged(data, ["Good."] * 4)
+
+
+def test_a_category_of_which_no_reply_can_be_read(data):
+    """Officially -1 / -1: 100.0, and in all (9 - 1 + 9 + 9) / 4 = 6.5 twice; corrected there is nothing of it."""
+    score, _ = judged(data, ["9 9", "Good.", "9 9", "9 9"])
+    assert (score.scores["detail"], score.scores["overall"], score.scores["means_x10"]["overall"]["model"]) == (
+        100,
+        100,
+        65,
+    )
+    assert score.scores["corrected"]["detail"] is None and score.scores["corrected"]["overall"] == 100
+    assert "replies of the judge that could not be read: 1" in ANY.notes(score)[0]
+
+
+def test_nan_and_infinity_are_numbers_to_the_official_script(data):
+    """conv: (8, 4) and (inf, 8) give 6 / inf, officially 0.0, and so does all; corrected 50.0. detail: (8, nan) is
+    officially nan, and without it nothing is left. All with it: corrected (4 + 9 + 9) / (8 + 9 + 9), 84.6."""
+    scores = judged(data, ["8 4", "9 9", "9 9", "inf 8"])[0].scores
+    assert (scores["conv"], scores["overall"], scores["corrected"]["conv"]) == (0.0, 0.0, 50.0)
+    assert scores["means_x10"]["conv"] == {"reference": None, "model": 60.0} and scores["unreadable_replies"] == 1
+    scores = judged(data, ["8 4", "8 nan", "9 9", "9 9"], ("e", "f", "g", "h"))[0].scores
+    assert (scores["detail"], scores["overall"], scores["corrected"]["overall"]) == (None, 84.6, 84.6)
+    json.dumps(scores, allow_nan=False)
 
 
 def test_official_file_and_back_in_any_order(data):

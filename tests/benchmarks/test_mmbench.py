@@ -90,6 +90,8 @@ def test_rules():
         ("Answer: B.", "B"),
         ("[B]", None),
         ("It is A. in this picture here", "A"),
+        ("B. Failed to obtain answer via API", None),
+        ("B. Failed to obtain answer via API (red)", "A"),
     ]:
         assert mmbench.parse(answer, {"A": "red", "B": "blue", "C": "green"}) == option
 
@@ -124,6 +126,15 @@ def test_the_judge_matches_the_rest_and_is_spared_where_a_rotation_is_wrong_alre
         server.requests[0]["messages"][0]["content"]
     )
     assert score.records[2]["by"] == "judge"
+
+
+def test_a_judge_that_says_that_it_failed_is_asked_again(tmp_path):
+    """Even where an option's text is part of that sentence."""
+    questions = MMBench(data=table(tmp_path, [row(2, "answer", "dog", "B")])).questions()
+    replies = ["Failed to obtain answer via API", "B"]
+    with ChatServer(lambda body, n: Say(replies[n])) as server:
+        score = ANY.score(questions, ["hm"], Judge(cache=tmp_path / "r.jsonl", base_url=server.url))
+    assert score.scores["accuracy"] == 100.0 and len(server.requests) == 2
 
 
 def test_after_three_unreadable_replies_an_option_is_drawn_and_the_corrected_score_has_none(tmp_path):
@@ -165,6 +176,8 @@ def test_submission_sheet_column_for_column_and_back(tmp_path):
     assert rows[1] == (2, "What is it?", "cat", "dog", None, None, "A", "A", "dev") and len(rows) == 6
     assert ANY.read_answers(file, questions) == ["A", "B", "It is a cat", "nan", "?"]
     llava = [json.loads(line) for line in (tmp_path / "out" / "mmbench_answers.jsonl").read_text().splitlines()]
+    signs = ["=B", "=1+1", "#N/A", "+A", "'A"]
+    assert ANY.read_answers(ANY.write_official(questions, signs, tmp_path / "signs"), questions) == signs
     assert llava[1]["option_char"] == ["A", "B", "C"] and llava[1]["options"] == ["red", "blue", "green"]
     assert ANY.read_answers(tmp_path / "out" / "mmbench_answers.jsonl", questions)[1] == "B\x01"
 

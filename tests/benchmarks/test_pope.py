@@ -270,6 +270,39 @@ def test_ids_in_another_order_are_put_in_order(data: Path, tmp_path: Path) -> No
         assert ANY.read_answers(file, questions) == [f"answer {i}" for i in (1, 2, 3, 4)]
 
 
+def test_the_official_figures_count_by_position_and_those_by_id_stand_beside_them(data: Path, tmp_path: Path) -> None:
+    """Answers yes, no, yes, no to questions 1 to 4 are all right; in the order 2, 1, 4, 3 all are wrong by position.
+    In the order 1, 3, 4 the official script sees yes, yes, no beside the labels yes, no, yes: tp 1, fp 1, fn 1."""
+    right = {1: "yes", 2: "no", 3: "yes", 4: "no"}
+    benchmark = POPE(data=data, splits=["random"])
+    for order, official, missing in [((1, 2, 3, 4), 100, 0), ((2, 1, 4, 3), 0, 0), ((1, 3, 4), 50, 1)]:
+        file = write_lines(tmp_path / "a.jsonl", [{"question_id": i, "text": right[i]} for i in order])
+        score = benchmark.score_file(file, benchmark.questions())
+        assert score.scores["f1"] == pytest.approx(official), order
+        assert score.scores["random"]["questions"] == 4 - missing
+        assert ("by_id" in score.scores) == bool(benchmark.notes(score)) == (order != (1, 2, 3, 4))
+        if "by_id" in score.scores:
+            assert score.scores["by_id"]["f1"] == pytest.approx(100)
+            assert "F1 100.00" in benchmark.notes(score)[0]
+
+
+def test_our_own_ids_are_followed(data: Path, tmp_path: Path) -> None:
+    rows = [{"question_id": f"random/{i}", "text": "yes" if i % 2 else "no"} for i in (2, 1, 4, 3)]
+    benchmark = POPE(data=data, splits=["random"])
+    scores = benchmark.score_file(write_lines(tmp_path / "a.jsonl", rows), benchmark.questions()).scores
+    assert scores["f1"] == 100 and "by_id" not in scores
+
+
+def test_missing_answers_of_all_splits(data: Path, tmp_path: Path) -> None:
+    """LLaVA's ids say of which split an answer is, so a file without the first (adversarial) one is scored."""
+    asked, given = llava_rows(data)
+    write_lines(data / "llava_pope_test.jsonl", asked)
+    file = write_lines(tmp_path / "a.jsonl", given[1:])
+    benchmark = POPE(data=data).for_answers(file)
+    scores = benchmark.score_file(file, benchmark.questions()).scores
+    assert [scores[split]["questions"] for split in OBJECTS] == [4, 4, 3] and "by_id" in scores
+
+
 def test_ids_of_another_file_count_by_position_while_they_rise(data: Path, tmp_path: Path) -> None:
     rows = [{"question_id": i, "text": f"answer {i}"} for i in (8, 9, 10, 11)]
     file = write_lines(tmp_path / "a.jsonl", rows)

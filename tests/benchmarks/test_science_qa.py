@@ -42,11 +42,9 @@ def data(tmp_path):
 def test_prompt(data):
     questions = ScienceQA(data=data).questions()
     assert [question.id for question in questions] == ["4", "7", "9", "11", "12"]
-    assert questions[1].text == (
-        "Context: Look.\nQuestion: Which one?\nOptions: (A) x (B) y (C) z\n"
-        "Answer with the option's letter from the given choices directly."
-    )
-    assert questions[0].text.startswith("Context: N/A\n") and questions[0].image is None
+    suffix = "\nAnswer with the option's letter from the given choices directly."
+    assert questions[0].text == "Which  one?\nA. x\nB. y\nC. z" + suffix and questions[0].image is None
+    assert questions[1].text == "Context: Look.\nWhich  one?\nA. x\nB. y\nC. z" + suffix
     assert questions[1].image == data / "images" / "test" / "7" / "image.png"
     turns = [{"from": "human", "value": "Which?\nA. x\nB. y\n<image>"}, {"from": "gpt", "value": "A"}]
     (data / "llava_test_CQM-A.json").write_text(json.dumps([{"id": "7", "conversations": turns}]))
@@ -96,6 +94,24 @@ def test_an_image_only_file_counts_the_others_as_failed(data):
     assert answers == ["", "A", "C", "A", "B"]
     scores = ANY.score(questions, answers).scores
     assert (scores["img_accuracy"], scores["accuracy"]) == (100.0, 80.0)
+
+
+def test_an_incomplete_file_is_scored_as_officially(data):
+    """Right answers to "4" (no image), "7" and "9" of five: all 3/5; of the two answered with an image 2/2, where the
+    four with an image would give 2/4."""
+    questions, file = ScienceQA(data=data).questions(), data / "answers.jsonl"
+    lines = [{"question_id": name, "text": text} for name, text in [("9", "C"), ("4", "B"), ("7", "A")]]
+    file.write_text("\n".join(map(json.dumps, lines)))
+    score = ANY.score_file(file, questions)
+    assert (score.scores["accuracy"], score.scores["img_accuracy"], score.scores["img_questions"]) == (60.0, 100.0, 2)
+    assert score.scores["missing"] == 2 and score.scores["missing_counted"] == {"accuracy": 60.0, "img_accuracy": 50.0}
+    assert "questions without an answer: 2" in ANY.notes(score)[0]
+    whole = ANY.write_official(questions, list("BAAAA"), data / "out")
+    score = ANY.score_file(whole, questions)
+    assert score.scores == ANY.score(questions, list("BAAAA")).scores | {"missing": 0} and not ANY.notes(score)
+    file.write_text(json.dumps({"question_id": "5", "text": "A"}))
+    with pytest.raises(Fault, match="answers question '5', which is not one of the 5"):
+        ANY.score_file(file, questions)
 
 
 def test_official_file_and_back(data):

@@ -135,6 +135,50 @@ def test_answers_to_something_else_are_refused(data: Path, tmp_path: Path) -> No
         assert again.asked == []
 
 
+def test_pictures_and_truth_that_changed_since_the_answers_are_noticed(data: Path, tmp_path: Path) -> None:
+    """The names stay and the questions stay: only what the pictures show, or what the answers are compared with."""
+    suite.run(selection(data), Answers(), tmp_path / "out")
+    truth, picture = data / "objects.json", data / "images" / "a_2.png"
+    honest = truth.read_bytes(), picture.read_bytes()
+    for sentence, change, of in (
+        (
+            "holds answers to questions with other reference answers",
+            lambda: truth.write_text(json.dumps(TRUTH | {"a_1": ["dog"]})),
+            ("chair",),
+        ),
+        (
+            "holds answers about different pictures",
+            lambda: Image.new("RGB", (8, 8), "white").save(picture),
+            ("chair", "pope"),
+        ),
+    ):
+        change()
+        again = Answers()
+        results = suite.run(selection(data), again, tmp_path / "out")
+        for name in of:
+            assert sentence in results[name]["missing"], name
+        assert again.asked == []
+        truth.write_bytes(honest[0]), picture.write_bytes(honest[1])
+    assert "CHAIR_S" in suite.run(selection(data), again, tmp_path / "out")["chair"] and again.asked == []
+
+
+def test_an_answer_that_was_edited_is_not_used(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    honest = suite.run(selection(data), Answers(), tmp_path / "out")
+    file = tmp_path / "out" / "pope" / "answers.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    for number, edited in ((0, lines[0].replace('"yes"', '"no"')), (2, lines[2].replace('"answer_id"', '"answer"'))):
+        assert edited != lines[number]
+        file.write_text("".join([*lines[:number], edited, *lines[number + 1 :]]))
+        caplog.clear()
+        again = Answers()
+        assert suite.run(selection(data), again, tmp_path / "out") == honest
+        assert again.asked == [json.loads(lines[number])["question_id"]]
+        assert "answers that were changed after they were given: 1" in caplog.text
+        assert (file.parent / "answers_not_used.jsonl").read_text().endswith(edited)
+        more = Answers()
+        assert suite.run(selection(data), more, tmp_path / "out") == honest and more.asked == []
+
+
 def test_what_is_missing_is_reported_and_the_others_are_scored(data: Path, tmp_path: Path) -> None:
     wanted = selection(data) | {"chair": CHAIR(data=tmp_path / "nowhere")}
     assert list(suite.check(wanted)) == ["chair"]

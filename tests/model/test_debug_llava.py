@@ -10,8 +10,10 @@ import torch
 from hydra import compose, initialize_config_dir
 from shared import shared
 
-from povid.run.experiment import load_policy, load_triples, run
-from povid.run.settings import check
+from povid.method.objectives.dpo import DPO
+from povid.run.data import load_triples
+from povid.run.experiment import run
+from povid.run.settings import build
 from povid.training.scoring import score
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -45,7 +47,7 @@ def ran(tmp_path_factory):
 def test_both_stages_train_and_save(ran):
     _, folder, results = ran
     assert [results["stages"][stage]["steps"] for stage in ("1", "2")] == [3, 2]
-    assert results["stages"]["2"]["init_from"] == [str(folder / "stage_1" / "adapter")]
+    assert results["stages"]["2"]["init_from"] == ["stage_1/adapter"]
     lines = (folder / "stage_1" / "metrics.csv").read_text().splitlines()
     first = dict(zip(lines[0].split(","), lines[1].split(",")))
     assert float(first["train/loss"]) == pytest.approx(0.6931472, abs=1e-4)  # log 2: the policy is its reference
@@ -53,32 +55,35 @@ def test_both_stages_train_and_save(ran):
 
 def test_it_is_llava_1_5_in_small(ran):
     cfg, _, _ = ran
-    policy, template = load_policy(check(cfg).model, [])
+    settings = build(cfg)
+    policy = settings.model.policy(adapted=False)
+    template = settings.model.template(policy.processor)
     config = policy.network.config
     assert (config.model_type, config.vision_config.image_size, config.vision_feature_layer) == ("llava", 336, -2)
-    triple = load_triples(check(cfg))[0]
+    triple = load_triples(settings)[0]
     (encoded, _), images = template.encode((triple.preferred, triple.dispreferred), triple.image, triple.id)
     assert encoded.input_ids.count(config.image_token_id) == 576 and images["pixel_values"].shape == (1, 3, 336, 336)
     assert template.prompt("What?").startswith("A chat between a curious user and an artificial intelligence assistant")
 
 
 def test_the_adapter_comes_back(ran):
-    """The policy of stage 2, loaded from disk, scores otherwise than the base."""
+    """The policy of stage 2, loaded from disk, scores differently from the base."""
     from povid.training.datamodule import PreferenceDataset, collate
 
     cfg, _folder, results = ran
-    checked = check(cfg)
+    settings = build(cfg)
     scored = []
     for adapters in ([], [Path(adapter) for adapter in results["adapters"]]):
-        policy, template = load_policy(checked.model, adapters, adapted=True)
-        dataset = PreferenceDataset(load_triples(checked)[:1], template, None, 0)
-        batch = collate([dataset[0, 0]], text=True, packable=True, padding_id=2)
+        policy = settings.model.policy(adapters, adapted=True)
+        template = settings.model.template(policy.processor)
+        dataset = PreferenceDataset(load_triples(settings)[:1], template, None, 0)
+        batch = collate([dataset[0, 0]], DPO.needs, packable=True, padding_id=2)
         with torch.no_grad():
-            scored.append(score(policy.eval(), batch)[0].preferred)
+            scored.append(score(policy.eval(), batch, DPO.needs)[0].preferred)
     assert not torch.allclose(*scored)
 
 
-def test_photographs_are_captioned_and_what_lacks_is_told(ran):
+def test_photographs_are_captioned_and_missing_benchmarks_reported(ran):
     _, folder, results = ran
     page = (folder / "captions.html").read_text()
     assert page.count("data:image/") == 4  # two photographs and their noised pictures

@@ -18,19 +18,22 @@ from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from povid.fault import Fault
+from povid.method.objectives.dpo import DPO
+from povid.method.objectives.povid import POVID
 from povid.model.architectures import KNOWN, architecture_of, lora_targets
 from povid.model.generation import Answers
 from povid.model.loading import LocalModel
 from povid.model.packing import Encoded
 from povid.model.policy import Policy
 from povid.model.question import Decoding, Question
-from povid.training.datamodule import NoiseSettings, PreferenceDataset, collate
-from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
+from povid.training.datamodule import PreferenceDataset, collate
+from povid.training.module import POVIDModule
 from povid.training.scoring import score
 
 NAMES = ["llava", *tiny_models.MODELS]
 STYLES = {"llava": "vicuna_v1", "instructblip": "bare"}
-STAGE = StageSettings("image", ("text", "noise"), 1, 1e-4, 1e-4, 1)
+STAGE = tiny.stage("text", "noise")
+EQ_5 = POVID()
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +52,10 @@ def load(folders, name, **changes):
 
 def batch_of(pictures, policy, template, *, which=(0, 1, 3), noise=True):
     dataset = PreferenceDataset(
-        [tiny.triples(pictures)[i] for i in which], template, NoiseSettings() if noise else None, seed=3
+        [tiny.triples(pictures)[i] for i in which], template, tiny.noise() if noise else None, seed=3
     )
     examples = [dataset[i, 0] for i in range(len(which))]
-    return examples, collate(examples, text=True, packable=policy.packable, padding_id=2)
+    return examples, collate(examples, POVID.needs if noise else DPO.needs, packable=policy.packable, padding_id=2)
 
 
 def whole(policy, images, encoded: Encoded):
@@ -79,7 +82,7 @@ def check_scores(policy, template, pictures, *, packable):
     examples, batch = batch_of(pictures, policy, template)
     assert policy.packable == packable
     tokens_N = torch.arange(len(batch.preferred.preferred.token_N)) % 200 + 10  # near ties of random weights flip
-    fast = score(policy, batch, noise_tokens_N=tokens_N)
+    fast = score(policy, batch, POVID.needs, noise_tokens_N=tokens_N)
     with torch.no_grad():
         for context, found in ((None, fast[0]), (policy.reference, fast[1])):
             with context() if context else torch.no_grad():
@@ -100,9 +103,9 @@ def check_scores(policy, template, pictures, *, packable):
 def test_first_step_starts_at_log_two_and_has_a_gradient(folders, pictures, name):
     policy, template = load(folders, name, perturb=False)
     policy.train()
-    module = POVIDModule(policy, ObjectiveSettings(), STAGE, frozenset(("text", "noise")))
+    module = POVIDModule(policy, EQ_5, STAGE, EQ_5.needs)
     _, batch = batch_of(pictures, policy, template)
-    loss = module.loss(*score(policy, batch), batch).loss_B.mean()
+    loss = module.outcome(batch)[0].loss_B.mean()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
     loss.backward()
     lora, projector = policy.trained_parameters()
@@ -113,7 +116,7 @@ def test_first_step_starts_at_log_two_and_has_a_gradient(folders, pictures, name
     with torch.no_grad():
         for parameter in (*lora, *projector):
             parameter -= 0.05 * parameter.grad
-    assert module.loss(*score(policy, batch), batch).loss_B.mean() < loss
+    assert module.outcome(batch)[0].loss_B.mean() < loss
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -188,6 +191,30 @@ def test_earlier_adapters_are_not_rounded_away_in_bfloat16(folders, pictures, tm
     assert not any("earlier" in key for key in load_file(tmp_path / "three" / "adapter_model.safetensors"))
 
 
+def test_earlier_adapters_merged_in_float16_as_the_released_scripts_do(folders, tmp_path):
+    """Weights in float16 plus the product, rounded to float16 and then to bfloat16; nothing stays beside them."""
+    policy, _ = load(folders, "llava", perturb=False)
+    for key, parameter in policy.named_parameters():
+        if "lora_B" in key:
+            parameter.data += 3e-2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(3))
+    policy.save_adapter(tmp_path / "one")
+
+    def loaded(*earlier, **changes):
+        model = tiny.settings(folders("llava"), **changes).load_model(earlier)
+        return model, model.get_decoder().layers[0].self_attn.q_proj.weight
+
+    bare, product = loaded()[1], loaded(tmp_path / "one")[1] - loaded()[1]
+    model, found = loaded(tmp_path / "one", dtype="bfloat16", merge="float16")
+    expected = (bare.half().float() + product).half().bfloat16()
+    assert found.dtype == torch.bfloat16 and not any("earlier" in name for name, _ in model.named_buffers())
+    assert (found == expected).float().mean() > 0.99
+    assert (found == (bare + product).bfloat16()).float().mean() < 1  # the rounding to float16 shows
+    assert (found == loaded(dtype="bfloat16", merge="float16")[1]).float().mean() < 0.9
+    assert all(buffer.dtype == torch.float32 for name, buffer in model.named_buffers() if "inv_freq" in name)
+    with pytest.raises(ValueError, match="merge and quantize exclude each other"):
+        tiny.settings(folders("llava"), merge="float16", quantize="4bit")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_captions_are_those_of_the_plain_way(folders, pictures, name):
     policy, template = load(folders, name)
@@ -229,9 +256,8 @@ def test_a_step_in_bfloat16_is_near_float32(folders, pictures, name):
         for parameter in (p for group in policy.trained_parameters() for p in group):
             assert parameter.dtype == torch.float32  # steps of 1e-7 and 2e-5 would be rounded away in bfloat16
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-        module = POVIDModule(policy, ObjectiveSettings(), STAGE, frozenset(("text", "noise")))
         tokens_N = torch.arange(len(batch.preferred.preferred.token_N)) % 200 + 10
-        outcome = module.loss(*score(policy, batch, noise_tokens_N=tokens_N), batch)
+        outcome = EQ_5(*score(policy, batch, EQ_5.needs, noise_tokens_N=tokens_N), batch.tokens)
         outcome.loss_B.mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for g in policy.trained_parameters() for p in g)
         losses.append(outcome.loss_B.mean().item())
@@ -247,10 +273,10 @@ def test_gradient_checkpointing_changes_no_number(folders, pictures, name):
         policy, template = load(folders, name, gradient_checkpointing=recompute)
         policy.train()
         _, batch = batch_of(pictures, policy, template)
-        module = POVIDModule(policy, ObjectiveSettings(), STAGE, frozenset(("text", "noise")))
+        module = POVIDModule(policy, EQ_5, STAGE, EQ_5.needs)
         passes = []
         policy.network.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))  # noqa: B023
-        loss = module.loss(*score(policy, batch), batch).loss_B.mean()
+        loss = module.outcome(batch)[0].loss_B.mean()
         before = len(passes)
         parameters = [p for group in policy.trained_parameters() for p in group]
         found.append((loss, torch.autograd.grad(loss, parameters)))
@@ -286,7 +312,7 @@ def test_an_architecture_can_come_from_the_settings(folders, pictures, monkeypat
 
 def check_text_scores(policy, template, pictures):
     examples, batch = batch_of(pictures, policy, template, noise=False)
-    ours, _ = score(policy, batch)
+    ours, _ = score(policy, batch, DPO.needs)
     for i, example in enumerate(examples):
         expected = whole(policy, example.images, example.dispreferred)[0]
         torch.testing.assert_close(ours.text[i], expected, rtol=1e-5, atol=1e-4)
@@ -319,7 +345,7 @@ def test_four_bits_train_and_keep_their_adapter(pictures, tmp_path):
     _, batch = batch_of(pictures, policy, template)
     with torch.no_grad():
         score_one(policy.eval(), batch)  # captions are made before training
-    ours, theirs = score(policy.train(), batch)
+    ours, theirs = score(policy.train(), batch, DPO.needs)
     torch.testing.assert_close(ours.preferred, theirs.preferred)  # a new adapter changes nothing
     weights = policy.trained_parameters()[0]
     optimizer = torch.optim.AdamW(weights, lr=1e-2)
@@ -328,11 +354,11 @@ def test_four_bits_train_and_keep_their_adapter(pictures, tmp_path):
         optimizer.zero_grad()
         with warnings.catch_warnings():
             warnings.simplefilter("error")  # torch warns of operators that have no gradient
-            (-score(policy, batch)[0].preferred.sum()).backward()
+            (-score(policy, batch, DPO.needs)[0].preferred.sum()).backward()
         assert all(weight.grad is None or weight.grad.isfinite().all() for weight in weights)
         optimizer.step()
-    assert score(policy, batch)[0].preferred.sum().item() > before + 1
-    assert torch.equal(score(policy, batch)[1].preferred, theirs.preferred)
+    assert score(policy, batch, DPO.needs)[0].preferred.sum().item() > before + 1
+    assert torch.equal(score(policy, batch, DPO.needs)[1].preferred, theirs.preferred)
     policy.save_adapter(tmp_path / "adapter")
     again = Policy(
         policy.settings.load_model([tmp_path / "adapter"]), policy.processor, policy.settings, adapted=False
@@ -347,7 +373,7 @@ def score_one(policy, batch):
 
 def test_models_that_need_an_image_say_so(folders):
     policy, template = load(folders, "instructblip", adapted=False)
-    with pytest.raises(Fault, match="'text only' has no image and 'instructblip'"):
+    with pytest.raises(Fault, match="'text only' has no image, and 'instructblip'"):
         list(Answers(policy, template)([Question("text only", None, "What is it", {})], Decoding(4)))
 
 

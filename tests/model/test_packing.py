@@ -41,7 +41,7 @@ def check(packed, preferred, dispreferred):
         if side is None:
             continue
         found = []
-        for example, place, token in zip(*(values.tolist() for values in side)):
+        for example, place, token in zip(*(values.tolist() for values in side[:3])):
             assert packed.example_U[place] == example
             column = packed.column_U[place]
             assert packed.columns_BU[example, packed.slot_U[place]] == column

@@ -55,7 +55,7 @@ def test_rewards_of_any_response_are_drawn(write, outputs, tmp_path, drawn):
     assert len({colour for _, colour in lines.values()}) == 4
 
 
-def test_blanks_in_metrics_are_no_points(write, outputs, tmp_path, drawn):
+def test_blanks_in_metrics_are_not_drawn(write, outputs, tmp_path, drawn):
     """The later of two values of one step counts; without a step column, lines are counted."""
     log(write("text", 0), "epoch,step,train/loss,note\n0,5,0.7,a\n0,9,,\n0,9,0.6,\n0,9,0.5,\n0,11,nan,\n", version="v0")
     log(write("both", 0), "train/loss\n0.7\n0.5\n")

@@ -242,3 +242,67 @@ def test_mixed_versions_are_remarked(write, outputs):
     assert group(find_runs(outputs))[0].remarks == [
         "its runs were made with different versions: torch 2.12.0 and 2.13.0"
     ]
+
+
+def identified(row="text", data=None, places=None, **parts) -> dict:
+    """What a run of today writes about itself: the parts that do not come from the seed, and names for labels."""
+    stages = {} if row == "none" else {"1": {"steps": 25, "batch_size": 4}}
+    common = {"model.lora.r": 16, "weights": "w", "benchmarks.chair.prompt": "Describe.", "benchmarks.chair.truth": "t"}
+    trained = {} if row == "none" else {"stages.1.lr": 1e-3, "records": "a", "trainer.precision": "32-true"}
+    named = {"settings": {"data.split": "evaluation", **(data or {})}, "places": places or {}}
+    return {"stages": stages, "identity": {"row": common | trained | parts, "named": named}}
+
+
+def test_runs_are_one_row_where_their_identities_without_seed_agree(write, outputs):
+    """And are named by what differs: by settings that are parts, else by those that the content comes from."""
+    for changes, shown in (
+        ({"model.lora.r": 8}, ["model.lora.r=16", "model.lora.r=8"]),
+        ({"trainer.precision": "bf16-true"}, ["trainer.precision=32-true", "trainer.precision=bf16-true"]),
+        ({"benchmarks.chair.prompt": "What?"}, ["benchmarks.chair.prompt=Describe.", "benchmarks.chair.prompt=What?"]),
+        (
+            {"benchmarks.chair.truth": "u", "data": {"data.split": "tuning"}},
+            ["data.split=evaluation", "data.split=tuning"],
+        ),
+        (
+            {"records": "b", "data": {"data.prepare.partner": 0.5}},
+            ["data.prepare.partner=0.5", "data.prepare.partner=default"],
+        ),
+        (
+            {"records": "b", "places": {"data.preferences": "b.json"}},
+            ["data.preferences=b.json", "data.preferences=default"],
+        ),
+        ({"records": "b"}, ["records=a", "records=b"]),
+        ({"records": "b", "stages.1.lr": 0.01}, ["stages.1.lr=0.001", "stages.1.lr=0.01"]),
+        ({"experiment": None}, [""]),
+    ):
+        shutil.rmtree(outputs, ignore_errors=True)
+        write("text", 0, **identified())
+        write("text", 1, **identified())
+        recorded = identified(**{k: v for k, v in changes.items() if k != "experiment"})
+        folder = write("text", 2, folder="other", experiment="mine", **recorded)
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra" / "overrides.yaml").write_text(
+            "- stages.1.lr=7\n- +nothing=1\n"
+        )  # nothing is guessed from it
+        rows = group(find_runs(outputs))
+        assert [row.difference for row in rows] == shown, changes
+        assert sorted(len(row.runs) for row in rows) == ([3] if shown == [""] else [1, 2])
+
+
+def test_a_third_run_without_a_benchmark_hides_no_disagreement(write, outputs):
+    write("none", 0, **identified("none"))
+    write("none", 1, **identified("none", **{"benchmarks.chair.prompt": "What?"}))
+    fewer = identified("none")
+    for key in ("benchmarks.chair.prompt", "benchmarks.chair.truth"):
+        del fewer["identity"]["row"][key]
+    write("none", 2, **fewer)
+    assert sorted(len(row.runs) for row in group(find_runs(outputs))) == [1, 1, 1]
+    write("none", 1, **identified("none"))
+    assert [len(row.runs) for row in group(find_runs(outputs))] == [3]
+
+
+def test_an_identity_that_no_run_wrote_is_skipped(write, outputs, capsys):
+    write("none", 0, **identified("none"))
+    write("none", 1, folder="odd", identity={"row": 3})
+    assert len(find_runs(outputs)) == 1
+    assert "odd/results.json: 'identity' is not what a run writes" in capsys.readouterr().err

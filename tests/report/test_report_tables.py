@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import re
 import subprocess
 import sys
@@ -65,14 +66,14 @@ def test_best_and_second_best_of_ours(sweep):
 
 
 def test_ties_share_a_place_as_shown(write, outputs):
-    """49.96 and 50.04 both print 50.0 and are both best; 60.0 is second, 72.0 nothing."""
+    """49.96 and 50.04 both print 50.0 and are both best; 60.0 is second, 72.0 unmarked."""
     write("none", 0)
     for row, chair_s in (("text", 49.96), ("noise", 60.0), ("both", 50.04)):
         write(row, 0, benchmarks={"chair": {"CHAIR_S": chair_s}})
     assert places(table(3, find_runs(outputs)), "chair.CHAIR_S") == {"none": 0, "text": 1, "noise": 2, "both": 1}
 
 
-def test_one_value_is_no_best_and_the_last_of_two_no_second(write, outputs):
+def test_a_single_value_is_not_best_and_the_last_of_two_not_second(write, outputs):
     write("none", 0)
     assert places(table(3, find_runs(outputs)), "chair.CHAIR_S") == {"none": 0}
     write("both", 0)
@@ -115,7 +116,7 @@ def test_difference_from_the_base_with_its_error(sweep):
 
 
 def test_each_row_is_compared_with_the_base_evaluated_in_the_same_way(write, outputs):
-    """Base coverage is 65 with 300 captions and 40 with 30; a row with 30 captions and coverage 42 says no less."""
+    """Base coverage is 65 with 300 captions and 40 with 30; one with 30 captions and coverage 42 does not say less."""
     for row, size, coverage in (("none", 300, 65.0), ("none", 30, 40.0), ("text", 30, 42.0)):
         folder = write(row, 0, folder=f"{row}{size}", benchmarks={"chair": {"CHAIR_S": 50.0, "coverage": coverage}})
         (folder / ".hydra").mkdir()
@@ -163,7 +164,7 @@ def test_base_models_and_other_preference_data_are_omitted_from_table_3(write, o
     assert [block.title for block in table(1, find_runs(outputs)).blocks] == ["model llava_1_5_7b"]
 
 
-def test_a_partial_run_is_no_row_of_the_ablation(write, outputs):
+def test_a_partial_run_is_not_a_row_of_the_ablation(write, outputs):
     write("both", 0, stage=1)
     made = table(3, find_runs(outputs))
     assert not lines(made) and lines(made, "control")["both"].lead[-1] == "both (stage 1 only), n = 1"
@@ -264,7 +265,7 @@ def test_a_run_without_a_correction_counts_with_its_official_score(write, output
     ]
 
 
-def test_an_adapter_evaluated_without_training_is_no_base(write, outputs):
+def test_an_adapter_evaluated_without_training_is_not_a_base(write, outputs):
     write(
         "none",
         0,
@@ -348,7 +349,7 @@ def test_footnote_marks_continue_after_z(write, outputs):
         assert f"- <sup>{mark}</sup> " in text
 
 
-def test_equal_values_have_no_best(write, outputs):
+def test_equal_values_are_not_ranked(write, outputs):
     for row in ("none", "text", "noise"):
         write(row, 0, benchmarks={"chair": {"CHAIR_S": 50.0}})
     assert set(places(table(3, find_runs(outputs)), "chair.CHAIR_S").values()) == {0}
@@ -367,6 +368,26 @@ def test_latex_escapes_everything(write, outputs):
     assert not re.search(r"[^\x00-\x7f]", text)
     body = [line for line in text.splitlines() if line.endswith(r"\\") and "multicolumn" not in line]
     assert {line.replace(r"\&", "").count("&") for line in body} == {13}
+
+
+def test_names_from_other_files_stay_text(write, outputs):
+    """No formula in a spreadsheet, no picture that a viewer loads, no command in LaTeX or in a terminal."""
+    hostile = ("=HYPERLINK(1)", "![x](http://elsewhere/x.png)", "\x1b]0;title\x07", "[8pt] *row", "<b>&amp;", "@SUM(1)")
+    columns = [{"key": "mine.x", "title": "![t](u)", "better": "high", "decimals": 1, "subscript": "}$x[y](z)"}]
+    for number, name in enumerate(hostile):
+        place = write("text", 0, folder=f"r{number}", model=name, columns=columns, benchmarks={"mine": {"x": 1.0}})
+        file = place / "results.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "row": name}))
+        write("none", 0, folder=f"n{number}", model=name, benchmarks={"mine": {"missing": name}})
+    made = table(3, find_runs(outputs))
+    for row in csv.reader(io.StringIO(render.comma_separated(made))):
+        assert not any(cell.lstrip().startswith(("=", "@", "+")) for cell in row), row
+    markdown = render.markdown(made)
+    assert "HYPERLINK" in markdown and r"!\[x\](http" in markdown
+    assert not re.search(r"(?<!\\)\]\(|<b>|&amp;(?!amp;)", markdown)
+    text = render.latex(made)
+    assert "}$x[" not in text and not re.search(r"^\s*[\[*]", text, re.MULTILINE)
+    assert "\x1b" not in render.plain(made) and "title" in render.plain(made)
 
 
 def test_write_tables_writes_what_belongs_and_pictures_open(sweep):
@@ -425,3 +446,10 @@ def test_command_reports_an_error_in_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "none")]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("error: ") and printed.count("\n") == 1
+
+
+def test_a_judged_score_names_its_judge_and_the_wording(write, outputs):
+    judge = {"model": "gpt-4o", "official_model": "gpt-4-0314", "wording": "povid-1"}
+    write("both", 0, benchmarks={"mmhal": {"score": 2.5, "judge": judge}})
+    found = render.markdown(table(3, find_runs(outputs)))
+    assert "mmhal: judged by gpt-4o (officially gpt-4-0314), the prompt in our own wording (povid-1)" in found

@@ -1,4 +1,4 @@
-"""What a user can get wrong: one sentence with the file, record or key and the cure, exit status 2, no traceback.
+"""What a user can get wrong: one sentence with the file, record or key and the fix, exit status 2, no traceback.
 
 ``train.py`` runs in forks of the test's process, which have imported everything already.
 """
@@ -23,7 +23,7 @@ from povid.training.module import POVIDModule
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """A tiny model, and the painted world's files to be damaged."""
+    """A tiny model, and files of the painted world to damage."""
     from povid.scenes.world import prepare
 
     folder = tmp_path_factory.mktemp("bad")
@@ -120,7 +120,7 @@ def test_data_that_cannot_be_used(world, tmp_path, data):
     assert repr(name) in refused(world, tmp_path, *on(data))
 
 
-def test_a_broken_picture_is_told_of_or_left_out_and_counted(world, tmp_path, data):
+def test_a_broken_picture_is_reported_or_skipped_and_counted(world, tmp_path, data):
     records = json.loads((data / "preferences.json").read_text())
     picture = data / records[5]["image"]
     picture.write_bytes(picture.read_bytes()[:60])
@@ -157,7 +157,7 @@ def test_one_bad_job_does_not_end_a_sweep(world, tmp_path, data):
 
 
 @pytest.mark.parametrize("value", ["nan", "inf"])
-def test_a_loss_that_is_no_number_stops_the_run(value, world, tmp_path):
+def test_a_loss_that_is_not_finite_stops_the_run(value, world, tmp_path):
     def sabotage() -> None:
         honest = POVIDModule.outcome
 
@@ -173,12 +173,12 @@ def test_a_loss_that_is_no_number_stops_the_run(value, world, tmp_path):
     assert finish(settings(world), tmp_path / value, sabotage) == 2
     log = (tmp_path / f"{value}.log").read_text()
     names = log[log.rindex("batch [") + 7 : log.index("]", log.rindex("batch ["))]
-    assert f"error: stage 1: the loss of step 5 is {value}; its records are {names}; look at them" in log
+    assert f"error: stage 1: the loss of step 5 is {value}; its records are {names}; check them" in log
     assert f"The last good checkpoint is {tmp_path / value}/stage_1/checkpoints/step_00000004." in log
 
 
-def test_a_full_disk_costs_nothing_that_was_done(world, tmp_path):
-    """Files may grow to 30 kB only: checkpoints and adapters do not fit, nor would they on a full disk."""
+def test_a_full_disk_loses_no_finished_work(world, tmp_path):
+    """Files are limited to 30 kB, into which checkpoints and adapters do not fit, as on a full disk."""
     assert finish(settings(world), tmp_path / "free") == 0
 
     def small_files() -> None:

@@ -29,7 +29,7 @@ def test_every_damaged_file_of_a_run_is_named(world, tmp_path):
         "results.json": "move it away and resume",
         "stage_1/stage.json": "move {home} away to train the stage again",
         "stage_1/adapter/adapter_config.json": "move {home} away to train the stage again",
-        "stage_1/adapter/adapter_model.safetensors": "move {home} away to train the stage again",
+        "stage_1/adapter/adapter_model.safetensors": "put back the adapter that the stage saved",
         "captions_before.json": "move it away to leave out",
         "benchmarks/pope/asked.json": "away and run again",
         "benchmarks/pope/answers.jsonl": "remove that line",
@@ -48,7 +48,7 @@ def test_every_damaged_file_of_a_run_is_named(world, tmp_path):
             log.unlink(missing_ok=True)
             assert finish(command, folder) == 2, (name, content, log.read_text())
             said = log.read_text()[log.read_text().rindex("error: ") :]
-            assert str(folder / name) in said and cure.format(home=folder / "stage_1") in said, said
+            assert str((folder / name).parent) in said and cure.format(home=folder / "stage_1") in said, said
             assert (folder / name).read_bytes() == content
             assert (folder / "stage_1" / "adapter").is_dir()
 
@@ -66,5 +66,5 @@ def test_a_damaged_note_of_hydras_is_named(tmp_path):
         (tmp_path / "run" / ".hydra").mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / "config.yaml").write_text("{}")
         (tmp_path / "run" / ".hydra" / "hydra.yaml").write_bytes(content)
-        with pytest.raises(Fault, match=f"{tmp_path}/run/.hydra/hydra.yaml is damaged"):
+        with pytest.raises(Fault, match=f"{tmp_path}/run/.hydra/hydra.yaml does not hold the command line"):
             expand(["resume=latest", f"outputs={tmp_path}"])

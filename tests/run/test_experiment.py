@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import signal
@@ -46,7 +47,7 @@ def test_an_interrupted_sweep_resumes_where_it_was(world, tmp_path):
 
 
 def test_a_requeue_signal_saves_and_requeues(world, tmp_path):
-    """SLURM's part is played by environment variables and a scontrol that writes down what it is told."""
+    """Environment variables and a scontrol that records its arguments stand in for SLURM."""
     scontrol = tmp_path / "bin" / "scontrol"
     scontrol.parent.mkdir()
     scontrol.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/told\n')
@@ -166,3 +167,45 @@ def test_a_logger_that_fails_at_the_end_costs_no_results(world, tmp_path):
     assert finish(settings(world, "ablation=none"), folder, broken) == 0
     assert "a logger failed (ConnectionError: gone)" in folder.with_suffix(".log").read_text()
     assert json.loads((folder / "results.json").read_text())["benchmarks"]["pope"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_batch_names_the_answers_where_rounding_makes_it_count(world, tmp_path, dtype):
+    """In bfloat16 a run with other batches is another run and its answers are others'; in float32 it is resumed."""
+    folder, log = tmp_path / "run", tmp_path / "run.log"
+    command = [*settings(world, "ablation=none", f"model.dtype={dtype}", "trainer.precision=32-true"), "resume=true"]
+    assert finish(command, folder) == 0, log.read_text()
+    results = json.loads((folder / "results.json").read_text())
+    assert results["decoding"]["pope"].get("batch_size") == (64 if dtype == "bfloat16" else None)
+    assert int(results["versions"]["threads"]) >= 1
+    (folder / "results.json").unlink()
+    again = [*command, "generation.batch_size=3"]
+    assert finish(again, folder) == (2 if dtype == "bfloat16" else 0), log.read_text()
+    if dtype == "bfloat16":
+        assert "generation.batch_size was 64 and is now 3" in log.read_text()
+        for file in folder.glob("config.yaml"):
+            file.unlink()
+        assert finish(again, folder) == 0
+        assert (
+            "by a different model" in json.loads((folder / "results.json").read_text())["benchmarks"]["pope"]["missing"]
+        )
+
+
+def test_any_lightning_logger_callback_optimizer_and_schedule(world, tmp_path):
+    """Ten steps without warm-up under a linear schedule: the n-th step's rate is 1 - (n - 1) / 10 of the first."""
+    command = settings(
+        world,
+        "ablation=text",
+        "+logger.mine={_target_: lightning.pytorch.loggers.CSVLogger, name: mine, version: ''}",
+        "callbacks=[learning_rate]",
+        "optimizer._target_=torch.optim.SGD",
+        "+optimizer.momentum=0.9",
+        "schedule=linear",
+        "stages.1.warmup_ratio=0.0",
+    )
+    folder = tmp_path / "run"
+    assert finish(command, folder) == 0, folder.with_suffix(".log").read_text()
+    with (folder / "stage_1" / "mine" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    rates = [float(row["lr-SGD"]) for row in rows if row.get("lr-SGD")]
+    assert rates == pytest.approx([5e-4 * (1 - step / 10) for step in range(10)])

@@ -1,6 +1,6 @@
-"""Runs that are killed and resumed have the losses and the adapters of an undisturbed run, bit for bit.
+"""Runs that are killed and resumed have the losses and adapters of an uninterrupted run, bit for bit.
 
-Runs are forks of the test's process, so that one takes a second or two; the forks kill themselves at chosen moments.
+Runs are forks of the test process, which start within a second or two and kill themselves at chosen moments.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import yaml
 from forks import at_step, finish, outcome, run, settings
 
 from povid.fault import Fault
@@ -35,7 +36,7 @@ def world(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(world):
-    """Outcomes of runs that nobody disturbed, by their additional settings."""
+    """Outcomes of uninterrupted runs, by their additional settings."""
     known: dict[tuple[str, ...], dict[str, object]] = {}
 
     def get(*more: str) -> dict[str, object]:
@@ -92,7 +93,7 @@ def damaged(folder: Path) -> Path:
 
 
 def test_a_run_killed_everywhere_ends_as_if_nothing_had_happened(world, undisturbed):
-    """One run that dies eight times, by both signals, in both stages and in every kind of place."""
+    """One run that dies eight times, by both signals, in both stages and at every kind of moment."""
     folder, log = world / "killed", world / "killed.log"
     again = settings(world, "resume=true")
 
@@ -232,6 +233,51 @@ def test_latest_of_a_sweep_is_the_sweep(tmp_path):
         expand(["resume=latest", f"outputs={tmp_path}"])
 
 
+def test_what_a_run_folder_says_is_not_trusted(tmp_path, monkeypatch):
+    """A folder from elsewhere can run no code, load no file from outside conf/, read no variable and get no key."""
+    folder = tmp_path / "run"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "config.yaml").write_text("seed: 0")
+
+    def started(hydra: object, task: object) -> None:
+        saved = {"hydra": {"overrides": {"hydra": hydra, "task": task}}}
+        (folder / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(saved))
+
+    for hydra, task, reason in (
+        (["+hydra.callbacks.x={_target_: pandas.read_pickle}"], [], "no setting of a run"),
+        (["hydra.searchpath=[file:///elsewhere]"], [], "no setting of a run"),
+        ([], ["hydra/launcher=../elsewhere"], "no setting of a run"),
+        ([], ["model@hydra.launcher=x"], "no setting of a run"),
+        ([], ["+callbacks.x={_target_: pandas.read_pickle}"], "it names code"),
+        ([], ["data.format._target_=pandas.read_pickle"], "it names code"),
+        ([], ["experiment=../../elsewhere"], "it may lead out of conf/"),
+        ([], ["data=scenes,/elsewhere"], "it may lead out of conf/"),
+        ([], ["stages/for_model=../../elsewhere"], "it may lead out of conf/"),
+        ([], ["--config-dir=/elsewhere"], "it is not an override"),
+        ([], ["data.folder=${oc.env:HOME}"], "it holds a resolver"),
+        ([], ["judge.base_url=http://elsewhere"], "keys are sent to it"),
+    ):
+        started(hydra, task)
+        with pytest.raises(Fault) as fault:
+            expand(["resume=latest", f"outputs={tmp_path}"])
+        assert (hydra or task)[0] in str(fault.value) and reason in str(fault.value), fault.value
+
+    for damaged in ("seed=1", [3], None):
+        started([], damaged)
+        with pytest.raises(Fault, match=r"hydra\.yaml does not hold the command line of a run"):
+            expand(["resume=latest", f"outputs={tmp_path}"])
+
+    started([], ["judge.base_url=http://mine", "adapters=[/a/b]", "model.path=/weights", "seed=1,2"])
+    assert expand(["resume=latest", f"outputs={tmp_path}", "judge.base_url=http://mine"])[:3] == [
+        "adapters=[/a/b]",
+        "model.path=/weights",
+        "seed=1,2",
+    ]
+    monkeypatch.setattr(os, "getuid", lambda: folder.stat().st_uid + 1)
+    with pytest.raises(Fault, match=r"started by you \(1 by others, the newest is .*\) and not finished"):
+        expand(["resume=latest", f"outputs={tmp_path}"])
+
+
 # --- slow ------------------------------------------------------------------------------------------------------------
 
 
@@ -262,7 +308,7 @@ def test_twenty_random_kills(world, undisturbed):
 
 
 def test_an_automatic_batch_size_stays_what_it_was(world):
-    """The machine has more room when the run goes on than when it began."""
+    """The machine has more free memory when the run resumes than when it started."""
 
     def room(size: int, then: Callable[[], None] = lambda: None) -> Callable[[], None]:
         def sabotage() -> None:

@@ -1,4 +1,4 @@
-"""The shipped base model: loads as any LLaVA does, sees, speaks and answers, and hallucinates for the stated reason."""
+"""The shipped base model: loads like any LLaVA, sees, speaks and answers, and hallucinates for the stated reason."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_name_is_as_many_tokens_as_words_and_the_tokenizer_can_be_rebuilt(
     assert shipped.decode(shipped(text).input_ids, skip_special_tokens=True) == text
 
 
-def test_patch_labels_tell_what_lies_where():
+def test_patch_labels_name_what_each_patch_shows():
     """A book of 32 pixels, whose glyph fills its square, at the top left covers the first two patches of two rows."""
     labels = patch_labels(Scene("", (Thing("book", ((0, 0, 32),)),), 0)).reshape(GRID, GRID)
     expected = np.full((GRID, GRID), len(NAMES))
@@ -86,7 +86,7 @@ def test_packed_conversations_are_scored_as_if_each_were_alone():
             assert packed["labels"][row, places].tolist() == [-100] * (len(prompt) - 1) + response + [-100]
 
 
-def test_the_course_repeats_itself_and_freezes_what_it_has_taught_to_see():
+def test_the_course_is_repeatable_and_freezes_the_vision_tower():
     def lines_of_a_run() -> list[str]:
         lines: list[str] = []
         processor, vision = make_processor(), {}
@@ -120,13 +120,13 @@ def test_base_hallucinates_where_habit_fails_and_hardly_elsewhere(tmp_path):
 
 
 def test_build_refuses_a_folder_that_exists(tmp_path):
-    with pytest.raises(Fault, match="exists already"):
+    with pytest.raises(Fault, match="already exists"):
         making.build(tmp_path)
 
 
 def test_short_build_writes_what_is_shipped(tmp_path, capsys, monkeypatch):
-    """Nine steps teach nothing worth measuring, so the shipped model's figures stand in, but the files must be whole
-    and their weights must load."""
+    """Nine steps teach nothing worth measuring, so the shipped model's figures replace the measurement, but the files
+    must be complete and their weights must load."""
     shipped = json.loads((FOLDER / "figures.json").read_text())
     monkeypatch.setattr(making, "measure_base", lambda folder: answers_of(folder) and shipped)
     figures = making.build(tmp_path / "base", seed=3, course=FEW)
@@ -139,7 +139,7 @@ def test_short_build_writes_what_is_shipped(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_rebuilt_base_is_like_the_shipped_one(tmp_path):
-    """The whole course anew with the shipped seed. Threads add floats in other orders on other machines, so figures may
+    """The whole course with the shipped seed. Threads add floats in a different order on other machines, so figures may
     differ by a few standard errors (2.8 points of CHAIR_S at 300 captions)."""
     made, shipped = making.build(tmp_path / "base"), json.loads((FOLDER / "figures.json").read_text())
     for split, bounds in (

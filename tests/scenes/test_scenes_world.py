@@ -1,4 +1,4 @@
-"""The embedded world's files: the same bytes every time, splits apart, statistics and constructions as promised."""
+"""The embedded world's files: the same bytes every time, separate splits, statistics and constructions as set."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_complete_folder_is_left_alone(world):
     assert {file: file.stat().st_mtime_ns for file in world.rglob("*")} == before
 
 
-def test_another_seed_gives_other_scenes_and_other_settings_a_fault(world, tmp_path):
+def test_another_seed_gives_other_scenes_and_other_settings_an_error(world, tmp_path):
     other = prepare(tmp_path / "other", seed=1, **SMALL)
     assert (other / "preferences.json").read_bytes() != (world / "preferences.json").read_bytes()
     with pytest.raises(Fault, match="other settings \\(seed\\)"):
@@ -104,7 +104,7 @@ def test_errors_leave_nothing_behind(tmp_path, capsys):
 
 
 def test_splits_share_no_picture(world):
-    """A split's size changes nothing in the others either, as each draws from a stream of its own."""
+    """Each split draws from its own stream, so that its size does not change the others."""
     prints = [digest for file, digest in fingerprint(world).items() if file.endswith(".png")]
     assert len(prints) == 100 and len(set(prints)) == 100
 
@@ -135,7 +135,7 @@ def test_shares_decide_which_hallucinations_are_drawn(tmp_path):
     assert "object_share" not in json.loads((tmp_path / "swap_share" / "manifest.json").read_text())
 
 
-def test_partners_stand_beside_their_anchors_as_often_as_promised():
+def test_partners_appear_with_their_anchors_as_often_as_configured():
     """About 4000 anchors, so one standard error is below 0.008."""
     for wanted in (BASE_PARTNER, HARD_PARTNER):
         rng = np.random.default_rng(0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import io
 import json
 import multiprocessing
@@ -12,11 +13,13 @@ import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 
+import numpy as np
 import pytest
 from PIL import Image
-from servers import ChatServer, Cut, Raw, Say, Silence, Status, last_text
+from servers import ChatServer, Cut, Drip, Raw, Say, Silence, Status, last_text
 
 from povid.fault import Fault, validated
+from povid.preferences.pictures import open_picture
 from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
 from povid.server.replies import BudgetReached
 
@@ -46,8 +49,29 @@ def endpoint(server: ChatServer, folder, **more) -> Endpoint:
         Raw(b"null"),
         Raw(b""),
         Raw(b"[1]"),
+        Raw(b"[" * 100_000),
+        Raw(b'{"choices": [' * 900 + b"1" + b"]}" * 900),
+        Raw(b'{"choices": "abc"}'),
+        Raw(b'{"choices": [{"message": "abc"}]}'),
+        Raw(b'{"choices": [{"message": {"content": ["abc"]}}]}'),
+        Raw(b'{"choices": [{"finish_reason": {"a": 1}, "message": {"content": "abc"}}]}'),
+        *(
+            Raw(json.dumps({"choices": [{"message": {"content": "abc"}}], "usage": usage}).encode())
+            for usage in (
+                {"prompt_tokens": -5, "completion_tokens": 1},
+                {"prompt_tokens": 1, "completion_tokens": 10**30},
+                {"prompt_tokens": 1.5, "completion_tokens": 1},
+                {"prompt_tokens": True, "completion_tokens": 1},
+                {"prompt_tokens": "many", "completion_tokens": 1},
+                {"prompt_tokens": 1, "completion_tokens": [1]},
+                "many",
+                [1],
+            )
+        ),
+        Drip(headers=True),
+        Drip(headers=False),
     ],
-    ids=repr,
+    ids=lambda bad: repr(bad)[:60],
 )
 def test_a_bad_reply_is_asked_again(tmp_path, bad):
     with ChatServer(lambda body, n: bad if n < 2 else Say("fine")) as server:
@@ -143,6 +167,29 @@ def test_a_torn_line_costs_one_reply_and_a_foreign_file_is_refused(tmp_path):
     (tmp_path / "other" / "replies.jsonl").write_text('{"id": 1}\n')
     with pytest.raises(Fault, match="replies.jsonl: a line is not a reply"):
         Endpoint(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"), tmp_path / "other" / "replies.jsonl")
+
+
+def test_a_reply_that_was_edited_is_not_used(tmp_path, caplog):
+    file = tmp_path / "replies.jsonl"
+    with ChatServer(lambda body, n: Say("score: 3", 7, 3)) as server:
+        for text in ("1", "2"):
+            endpoint(server, tmp_path).ask(ask_for(text))
+        first, second = file.read_text().splitlines()
+        assert "score: 3" in first and '"completion_tokens": 3' in first
+        old = json.loads(second)
+        del old["check"]  # a line of an earlier version
+        for edited in (
+            first.replace("score: 3", "score: 6"),
+            first.replace('"completion_tokens": 3', '"completion_tokens": 4'),
+        ):
+            file.write_text(f"{edited}\n{json.dumps(old)}\n")
+            caplog.clear()
+            asked = len(server.requests)
+            again = endpoint(server, tmp_path)
+            assert "the reply to record 1 was changed after it was written" in caplog.text
+            assert again.ask(ask_for("2")).cached and len(server.requests) == asked
+            assert again.ask(ask_for("1")).text == "score: 3" and len(server.requests) == asked + 1
+            assert endpoint(server, tmp_path).ask(ask_for("1")).cached, "the new reply counts, not the edited one"
 
 
 def test_a_full_disk_is_one_sentence_and_costs_one_reply(tmp_path):
@@ -328,6 +375,69 @@ def test_half_characters_are_sent_and_kept(tmp_path):
     assert len(server.requests) == 1
 
 
+def test_a_reply_has_a_greatest_size(tmp_path, monkeypatch):
+    huge = b'{"choices": [{"message": {"content": "' + b"a" * 200_000 + b'"}}]}'
+    with ChatServer(lambda body, n: Raw(huge) if n < 1 else Say("fine")) as server:
+        model = endpoint(server, tmp_path)
+        model._client._client.most_bytes = 100_000
+        assert model.ask(ask_for("1")).text == "fine"
+        assert len(model.ask(ask_for("2")).text) == 4
+    packed = gzip.compress(huge * 50)
+    zipped = Raw(packed, "application/json", "gzip")
+    with ChatServer(lambda body, n: zipped) as server:
+        model = endpoint(server, tmp_path, retries=0)
+        model._client._client.most_bytes = 2 * len(packed)
+        with pytest.raises(NoReply, match="the reply is longer than"):
+            model.ask(ask_for("3"))
+
+
+def test_secrets_stay_where_they_are(tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    secret = "sk-verysecret123"
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+
+    def echo(body, number):
+        return (Status(500, f"bad key {secret}"), Say(f"You sent {secret}."), Status(401, f"No: {secret}"))[number]
+
+    with ChatServer(echo) as server:
+        model = endpoint(server, tmp_path)
+        assert model.ask(ask_for("1")).text == "You sent [key]."
+        with pytest.raises(Fault, match=r"status 401: .*No: \[key\]"):
+            model.ask(ask_for("2"))
+    assert server.headers[0]["authorization"] == f"Bearer {secret}"
+    assert "bad key [key]" in caplog.text and secret not in caplog.text
+    assert secret not in (tmp_path / "replies.jsonl").read_text()
+
+    for settings, sentence in (
+        ({"base_url": "http://me:hunter2@host/v1"}, "base_url: the address holds a user name or password"),
+        ({"base_url": "host:8000/v1"}, "base_url: needed an address that begins with http"),
+        ({"base_url": "http://[hunter2/v1"}, "base_url: needed an address that begins with http"),
+        ({"api_key_env": "sk-hunter2"}, "api_key_env: needed the name of an environment variable, not the key itself"),
+    ):
+        with pytest.raises(Fault, match=f"judge.{sentence}") as caught:
+            validated(EndpointSettings, settings, "judge")
+        assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_BASE_URL", "http://me:hunter2@host/v1")
+    with pytest.raises(Fault, match="OPENAI_BASE_URL: the address holds a user name") as caught:
+        Endpoint(EndpointSettings(model="m"), tmp_path / "r.jsonl")
+    assert "hunter2" not in str(caught.value)
+    monkeypatch.setenv("OPENAI_API_KEY", "hunter2\nx")
+    with pytest.raises(Fault, match="OPENAI_API_KEY holds characters that no key has"):
+        Endpoint(EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1"), tmp_path / "r.jsonl")
+
+
+def test_replies_on_disk_are_of_the_right_kind(tmp_path):
+    file = tmp_path / "replies.jsonl"
+    sound = {"key": "k", "text": "a", "prompt_tokens": 1, "completion_tokens": 1, "cost": 0.0, "finish_reason": ""}
+    settings = EndpointSettings(model="m", base_url="http://127.0.0.1:1/v1")
+    for change in ({"text": 3}, {"prompt_tokens": "1"}, {"cost": -1}, {"cost": float("inf")}, {"finish_reason": None}):
+        file.write_text(json.dumps(sound | change) + "\n")
+        with pytest.raises(Fault, match="replies.jsonl: a line is not a reply"):
+            Endpoint(settings, file)
+    file.write_text("[" * 100_000 + "\n" + json.dumps(sound) + "\n")
+    assert Endpoint(settings, file).total.requests == 1
+
+
 def test_a_key_is_needed_only_without_a_server_of_ones_own(tmp_path, monkeypatch):
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
@@ -382,11 +492,25 @@ def test_transparent_parts_become_white_and_small_pictures_lose_nothing():
     assert (head, image.mode, image.getpixel((0, 0))) == ("data:image/png", "RGB", (255, 255, 255))
 
 
-def test_a_turned_photograph_is_sent_upright():
+def test_a_rotated_photograph_is_sent_as_local_models_see_it():
+    """The pixels as they are stored, and no EXIF data by which a server would rotate them."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    _, image, _ = decoded(image_part(encoded((30, 20), "JPEG", exif=exif)))
-    assert image.size == (20, 30)
+    data = encoded((30, 20), "JPEG", exif=exif)
+    for side in (100, 30, 15):
+        _, image, _ = decoded(image_part(data, side))
+        assert image.size == (min(30, side), min(20, side * 2 // 3)) and not image.getexif()
+    assert open_picture(data).size == (30, 20)
+
+
+def test_sixteen_bits_of_grey_are_scaled_everywhere():
+    """A ramp from 0 to 65,535: shades 0 to 255, where Pillow's conversion makes all above 255 white."""
+    ramp = Image.fromarray(np.arange(256, dtype=np.uint16).reshape(16, 16) * 257)
+    buffer = io.BytesIO()
+    ramp.save(buffer, "PNG")
+    wanted = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, 2)
+    for picture in (open_picture(buffer.getvalue()), decoded(image_part(buffer.getvalue()))[1]):
+        np.testing.assert_array_equal(np.asarray(picture), wanted)
 
 
 def test_broken_absent_and_enormous_pictures_are_named(tmp_path, monkeypatch):

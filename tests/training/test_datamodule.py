@@ -18,7 +18,7 @@ def loaded(tmp_path_factory):
     return tiny.load(tiny.save_tiny_llava(folder)), tiny.triples(folder)
 
 
-def test_a_packed_pair_as_a_reader_can_see_it():
+def test_a_packed_pair_by_hand():
     """Shared 1 2 3 (3 is the first token of both responses), y_w continues 4 9, y_l 5 6 9.
 
     Token 3 is predicted from column 1, 4 and 5 both from column 2; 9 of y_w from its 4 in column 3; of y_l, 6 from its
@@ -48,7 +48,7 @@ def test_a_packed_pair_as_a_reader_can_see_it():
     ]
 
 
-def test_every_record_comes_once_an_epoch_and_epochs_differ():
+def test_every_record_appears_once_per_epoch_and_epochs_differ():
     batches = [list(EpochBatches(list(range(23)), 4, seed=1, epoch=epoch)) for epoch in (0, 0, 1)]
     for epoch in batches:
         assert sorted(record for batch in epoch for record, _ in batch) == list(range(23))
@@ -58,8 +58,8 @@ def test_every_record_comes_once_an_epoch_and_epochs_differ():
 
 
 def test_devices_share_the_same_global_batches():
-    """Two devices with batches of 2 see together what one device with batches of 4 sees; the odd one of the last
-    global batch (3 records on 2 devices) is left out."""
+    """Two devices with batches of 2 see together what one device with batches of 4 sees; the odd record of the
+    last global batch (3 records on 2 devices) is dropped."""
     lengths = [7 * i % 13 for i in range(11)]
     one = [{record for record, _ in batch} for batch in EpochBatches(lengths, 4, seed=5)]
     shards = [list(EpochBatches(lengths, 2, seed=5, rank=rank, world=2)) for rank in (0, 1)]
@@ -73,7 +73,7 @@ def test_skipping_resumes_where_an_interrupted_epoch_stopped():
     assert list(EpochBatches([1] * 10, 3, seed=2, epoch=4, skip=2)) == whole[2:]
 
 
-def test_like_lengths_come_together():
+def test_batches_group_similar_lengths():
     lengths = torch.randint(1, 200, (640,), generator=torch.Generator().manual_seed(0)).tolist()
 
     def spread(**options):

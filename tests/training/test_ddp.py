@@ -29,7 +29,7 @@ def losses(home: Path) -> list[dict[str, float]]:
 
 def test_a_sweep_over_two_processes_equals_single_runs(world):
     """Global batches of 4 records: 2 x 2 in two processes, 4 in one. 9 records: two batches and one left over, which
-    two processes cannot share and leave out, so 8 records are used."""
+    two processes cannot share and drop, so 8 records are used."""
     common = ("data.limit=8", "model.lora.dropout=0")
     sweep = world / "sweep"
     status, printed = train(
@@ -49,10 +49,10 @@ def test_a_sweep_over_two_processes_equals_single_runs(world):
             )
             == 0
         )
-        ours, theirs = losses(alone / f"stage_{stage}"), losses(job / f"stage_{stage}")
-        assert len(ours) == len(theirs) == 4
-        assert any(abs(a["train/loss"] - ours[0]["train/loss"]) > 0.01 for a in ours), "it must learn something"
-        for a, b in zip(ours, theirs):
+        single, double = losses(alone / f"stage_{stage}"), losses(job / f"stage_{stage}")
+        assert len(single) == len(double) == 4
+        assert any(abs(a["train/loss"] - single[0]["train/loss"]) > 0.01 for a in single), "it must learn something"
+        for a, b in zip(single, double):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5), "metrics are means over the processes"
         one = load_file(alone / f"stage_{stage}" / "adapter" / "adapter_model.safetensors")
         two = load_file(job / f"stage_{stage}" / "adapter" / "adapter_model.safetensors")
@@ -62,8 +62,8 @@ def test_a_sweep_over_two_processes_equals_single_runs(world):
 
 
 @pytest.mark.slow
-def test_two_processes_stop_together_and_go_on(world, tmp_path):
-    """SIGTERM reaches the first process; both save, and dropout goes on in both from where it was."""
+def test_two_processes_stop_together_and_resume(world, tmp_path):
+    """SIGTERM reaches the first process; both save, and both resume with the same dropout."""
     command = settings(world, *TWO, "data.limit=8", "ablation=text")
     status, printed = train(*command, f"hydra.run.dir={tmp_path}/whole", log=tmp_path / "log")
     assert status == 0, printed

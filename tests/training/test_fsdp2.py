@@ -28,25 +28,25 @@ def losses(home: Path) -> list[dict[str, float]]:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
-def equal(ours: Path, theirs: Path) -> None:
-    """Metrics and adapter of both stages are the same within float error, and the adapter's files the same in kind."""
+def equal(whole: Path, split: Path) -> None:
+    """Metrics and adapter of both stages agree within float error; the adapters' configuration and keys are equal."""
     for stage in ("stage_1", "stage_2"):
-        rows, others = losses(ours / stage), losses(theirs / stage)
+        rows, others = losses(whole / stage), losses(split / stage)
         assert len(rows) == len(others) == 4
         assert any(abs(row["train/loss"] - rows[0]["train/loss"]) > 0.01 for row in rows), "it must learn something"
         for row, other in zip(rows, others):
             assert row == pytest.approx(other, rel=1e-3, abs=1e-5)
-        one, two = ours / stage / "adapter", theirs / stage / "adapter"
+        one, two = whole / stage / "adapter", split / stage / "adapter"
         assert (one / "adapter_config.json").read_text() == (two / "adapter_config.json").read_text()
-        mine, yours = (load_file(place / "adapter_model.safetensors") for place in (one, two))
-        assert any("multi_modal_projector" in name for name in mine)
-        assert mine.keys() == yours.keys()
-        for name in mine:
-            torch.testing.assert_close(mine[name], yours[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
+        a, b = (load_file(place / "adapter_model.safetensors") for place in (one, two))
+        assert any("multi_modal_projector" in name for name in a)
+        assert a.keys() == b.keys()
+        for name in a:
+            torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def test_split_weights_learn_what_whole_ones_learn(world):
-    """Both stages, the second one from the first one's adapter; gradients are clipped in every step."""
+    """Both stages, the second from the first one's adapter; gradients are clipped in every step."""
     clipped = ("model.lora.dropout=0", "stages.1.max_grad_norm=0.01", "stages.2.max_grad_norm=0.01")
     status, printed = train(*settings(world, *COMMON, *TWO, *clipped, f"hydra.run.dir={world}/two"), log=world / "log")
     assert status == 0, printed
@@ -58,7 +58,7 @@ def test_split_weights_learn_what_whole_ones_learn(world):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_offloaded_weights_learn_what_whole_ones_learn(world, devices):
-    """Gradients are clipped, so that their norm over what lies in the machine's memory is used."""
+    """Gradients are clipped, which uses their norm over weights in the machine's memory."""
     clipped = ("model.lora.dropout=0", "stages.1.max_grad_norm=0.01", "stages.2.max_grad_norm=0.01")
     offload = ("trainer=offload", f"trainer.devices={devices}", *TWO[1:2], *TWO[3:])
     sizes = () if devices == 2 else ("stages.1.batch_size=4", "stages.2.batch_size=4")
@@ -76,8 +76,8 @@ def test_offloaded_weights_learn_what_whole_ones_learn(world, devices):
     equal(world / "one", folder)
 
 
-def test_offload_is_handed_to_fsdp2(monkeypatch):
-    """On CUDA, where memory that is pinned travels faster."""
+def test_offload_reaches_fsdp2(monkeypatch):
+    """On CUDA with pinned memory, which is copied faster."""
     from torch import nn
     from torch.distributed.fsdp import CPUOffloadPolicy
 
@@ -112,7 +112,7 @@ def test_the_norm_of_offloaded_gradients_is_summed_in_the_machine(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("offload", [False, True])
-def test_split_weights_stop_and_go_on(world, offload):
+def test_split_weights_stop_and_resume(world, offload):
     command = settings(world, *COMMON, *TWO, f"trainer.strategy.offload={offload}", f"outputs={world}/{offload}")
     status, printed = train(*command, f"hydra.run.dir={world}/{offload}/whole", log=world / "log")
     assert status == 0, printed

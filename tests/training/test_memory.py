@@ -1,4 +1,4 @@
-"""What a run says of its memory, and the batch it chooses."""
+"""The estimate of memory, and the batch size chosen by it."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import tiny
 import torch
 
 from povid.fault import Fault
+from povid.method.objectives.dpo import DPO
 from povid.training import memory
 from povid.training.datamodule import PreferenceDataModule
-from povid.training.module import ObjectiveSettings, POVIDModule, StageSettings
+from povid.training.module import POVIDModule
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     policy, template = tiny.load(tiny.save_tiny_llava(folder))
-    stage = StageSettings("text", ("text",), 1, 1e-3, 1e-3, 1)
-    module = POVIDModule(policy, ObjectiveSettings(), stage, frozenset(["text"]))
+    module = POVIDModule(policy, DPO(), tiny.stage("text"), DPO.needs)
     data = PreferenceDataModule(
-        tiny.triples(folder) * 4, template, noise=None, text=True, packable=True, batch_size=1, seed=0
+        tiny.triples(folder) * 4, template, terms=DPO.needs, packable=True, batch_size=1, seed=0
     )
     return module, data
 
@@ -42,14 +42,14 @@ def test_activations_grow_with_the_batch(ready):
     assert 2 * one < four < 6 * one
 
 
-def test_reference_keeps_nothing(ready, monkeypatch):
-    """Under no gradient nothing is kept: what is counted is the policy's."""
+def test_passes_without_gradient_keep_no_activations(ready):
+    """So the reference adds nothing to the count."""
     module, data = ready
     with torch.no_grad():
         assert memory.kept_bytes(module, memory.longest(module, data, 1)) == 0
 
 
-def test_looking_changes_nothing(ready):
+def test_estimating_restores_modes_gradients_and_random_state(ready):
     module, data = ready
     module.policy.eval()
     state = torch.random.get_rng_state()
@@ -69,25 +69,25 @@ def test_largest_batch_follows_the_memory(ready, monkeypatch):
 
     room = single.adapter / 0.9
     assert chosen(room + 5.5 * single.step / 0.9) == 4
-    assert chosen(2**40) == 16  # all the records there are
+    assert chosen(2**40) == 16  # all records
     with pytest.raises(Fault, match="not even one record"):
         chosen(room)
 
 
-def test_longest_records_are_the_ones_looked_at(ready):
+def test_the_longest_records_are_measured(ready):
     module, data = ready
     batch = memory.longest(module, data, 2)
     assert max(data.lengths) == data.lengths[batch.records[0]] == data.lengths[batch.records[1]]
 
 
-def test_batch_size_auto_is_a_setting_of_one_device():
+def test_batch_size_auto_needs_a_single_device():
     from hydra import compose, initialize_config_dir
 
-    from povid.run.settings import check
+    from povid.run.settings import build
 
     def checked(*overrides):
         with initialize_config_dir(str(Path(__file__).resolve().parents[2] / "conf"), version_base=None):
-            return check(compose("config", [*overrides, "hydra.run.dir=."]))
+            return build(compose("config", [*overrides, "hydra.run.dir=."]))
 
     assert checked("stages.1.batch_size=auto").stages[1].batch_size == "auto"
     with pytest.raises(Fault, match="one device"):

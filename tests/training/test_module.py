@@ -12,10 +12,12 @@ from povid.method.objectives.dpo import DPO
 from povid.method.objectives.povid import POVID
 from povid.method.objectives.preferred_only import PreferredOnly
 from povid.method.objectives.released import Released
+from povid.model.template import Template
 from povid.training.datamodule import PreferenceDataModule
 from povid.training.module import POVIDModule
 
 STAGE = tiny.stage("text", "noise")
+EQ_5 = POVID()
 
 
 @pytest.fixture(scope="module")
@@ -23,9 +25,7 @@ def folder(tmp_path_factory):
     return tiny.save_tiny_llava(tmp_path_factory.mktemp("tiny"))
 
 
-def fit(
-    folder, out, objective=POVID(), *, terms=frozenset({"text", "noise"}), stage=STAGE, precision="32-true", **model
-):
+def fit(folder, out, objective=EQ_5, *, terms=frozenset({"text", "noise"}), stage=STAGE, precision="32-true", **model):
     L.seed_everything(0, verbose=False)
     policy, template = tiny.load(folder, perturb=False, **model)
     scored = objective.terms(terms)
@@ -120,3 +120,15 @@ def test_the_control_needs_no_dispreference(folder, tmp_path):
     _, steps = fit(folder, tmp_path, PreferredOnly(), terms=frozenset(), stage=stage)
     losses = [float(step["train/loss"]) for step in steps]
     assert losses[-1] < losses[0] and "train/reward_text" not in steps[0]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_record_without_response_tokens_teaches_nothing(folder, tmp_path, monkeypatch, batch_size):
+    """As the released masking leaves records of several rounds: loss log 2, and the adapter stays what it was."""
+    monkeypatch.setattr(Template, "_released_marks", lambda self, text, length: [False] * length)
+    stage = STAGE.model_copy(update={"batch_size": batch_size, "epochs": 1})
+    module, rows = fit(folder, tmp_path, stage=stage, masking="released")
+    losses = [float(row["train/loss"]) for row in rows]
+    assert losses == pytest.approx([math.log(2)] * len(losses)) and losses
+    added = [weight for name, weight in module.policy.named_parameters() if "lora_B" in name]
+    assert added and all(not weight.any() for weight in added)

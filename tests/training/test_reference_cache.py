@@ -138,6 +138,40 @@ def test_another_process_and_a_torn_line(loaded, tmp_path):
     assert ReferenceCache(tmp_path, "k" * 64).find(batch).preferred.tolist() == [-1, -2]
 
 
+def test_a_damaged_line_is_dropped_counted_and_computed_again(loaded, tmp_path, caplog):
+    _, template = loaded
+    batch = batch_of(template, tmp_path, (0, 1))
+    honest = Terms(torch.tensor([-1.0, -2.0]), torch.tensor([-3.0, -4.0]))
+    cache = ReferenceCache(tmp_path, "k" * 64)
+    cache.keep(batch, honest)
+    cache.flush()
+    (file,) = cache.folder.glob("*.jsonl")
+    content = file.read_text()
+    first = batch.digests[0]
+    for old, new in (
+        ("[-1.0, -3.0]", "[9.0, -3.0]"),
+        ("2, [-1.0, -3.0]", "1, [-1.0]"),
+        ("[-1.0, -3.0]", '"ab"'),
+        (first, batch.digests[0][::-1]),
+        ("[-1.0, -3.0]", "[" * 5000),
+    ):
+        assert old in content
+        file.write_text(content.replace(old, new, 1))
+        caplog.clear()
+        again = ReferenceCache(tmp_path, "k" * 64)
+        assert list(again.known) == [batch.digests[1]] and again.find(batch) is None, new[:40]
+        assert "fail their checksum and are not used: 1;" in caplog.text
+        again.load()
+        assert caplog.text.count("fail their checksum") == 1, "told once"
+        again.keep(batch, honest)
+        again.flush()
+        assert ReferenceCache(tmp_path, "k" * 64).find(batch).preferred.tolist() == [-1, -2]
+    file.rename(tmp_path / "moved.jsonl")
+    (tmp_path / ("l" * 32)).mkdir()
+    (tmp_path / "moved.jsonl").rename(tmp_path / ("l" * 32) / file.name)
+    assert not ReferenceCache(tmp_path, "l" * 64).known, "values of another key"
+
+
 def test_values_wait_before_they_are_written(loaded, tmp_path):
     _, template = loaded
     batch, cache = batch_of(template, tmp_path, (0,)), ReferenceCache(tmp_path, "k" * 64)

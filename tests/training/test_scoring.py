@@ -1,4 +1,4 @@
-"""The fast scoring equals the plain one, which is written here as obviously as it can be."""
+"""The fast scoring equals a plain one, written here as simply as possible."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def plain_logp(logits, encoded, tokens=None):
 
 
 def plain_score(policy, examples, terms):
-    """Per model the log-probabilities of the terms, [B]; every sequence goes through the model by itself."""
+    """Log-probabilities [B] of the terms for each model; each sequence goes through the model separately."""
     network = policy.network
 
     def one_model(example, chosen=None):
@@ -101,7 +101,7 @@ def batch_of(folder, tmp_path, template, which, terms, *, packable=True):
 
 
 class EveryTerm(Objective):
-    """Reads all there is to be scored."""
+    """Reads every term."""
 
     needs = frozenset(Terms._fields)
 
@@ -216,7 +216,7 @@ def test_models_that_cannot_be_packed_are_scored_the_plain_way(folder, tmp_path)
 
 
 def sequences(draw, prefix):
-    """A pair of random token sequences behind a prefix; few words, so that responses often begin alike."""
+    """A pair of random token sequences behind a prefix; few words, so that responses often begin with the same ones."""
     word, mark = st.integers(4, 9), st.booleans()
     sides = []
     for _ in range(2):
@@ -268,7 +268,7 @@ def test_gradient_checkpointing_changes_nothing(folder, tmp_path):
         ours, theirs = score(policy, batch, ALL)
         loss = sum((a - b).sum() for a, b in zip(ours[:3], theirs[:3]))
         gradients.append(torch.autograd.grad(loss, [p for group in policy.trained_parameters() for p in group]))
-        assert len(calls) == (6 if checkpointing else 4)  # policy and reference, clean and noised; two come again
+        assert len(calls) == (6 if checkpointing else 4)  # policy and reference, clean and noised; two are recomputed
     for one, other in zip(*gradients):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

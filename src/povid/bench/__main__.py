@@ -1,4 +1,4 @@
-"""``python -m povid.bench``: what a training step costs, ours beside others, on one model and the same data."""
+"""``python -m povid.bench``: the cost of a training step, ours and others', on the same model and data."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import tempfile
 import warnings
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,17 +40,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--random-weights",
         action="store_true",
-        help="the architecture without its weights; the only way there is, and asked for by name "
-        "because the time is real and the losses are not",
+        help="random weights in the model's architecture; required for llava_1_5_7b, as a reminder that the "
+        "times are meaningful and the losses are not",
     )
     parser.add_argument("--repetitions", type=int, default=20)
     parser.add_argument("--warmups", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--batches", type=int, default=4, help="different batches, taken in turn")
     parser.add_argument("--threads", type=int, default=None, help="threads of torch (CPU)")
-    parser.add_argument("--arms", default="", help="measure only the arms whose names hold this text, e.g. ours")
-    parser.add_argument("--no-trl", action="store_true", help="leave TRL out (it is the optional extra `bench`)")
-    parser.add_argument("--profile", action="store_true", help="also say where each arm's time goes")
+    parser.add_argument("--arms", default="", help="measure only the arms whose names contain this text, e.g. ours")
+    parser.add_argument("--no-trl", action="store_true", help="skip TRL (which the optional extra `bench` installs)")
+    parser.add_argument("--profile", action="store_true", help="also report where each arm's time goes")
     parser.add_argument(
         "--peak-tflops",
         type=float,
@@ -61,9 +62,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         type=int,
         nargs="*",
         default=[2, 0],
-        help="loader processes with which the wait for data is measured (on a CPU)",
+        help="numbers of loader processes for which to measure the wait for data (on a CPU)",
     )
-    parser.add_argument("--photographs", type=int, default=60, help="how many photographs are loaded for that")
+    parser.add_argument("--photographs", type=int, default=60, help="number of photographs loaded for that")
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
     return parser.parse_args(arguments)
 
@@ -73,19 +74,19 @@ def build_arms(
 ) -> list[tuple[Arm, list[torch.nn.Parameter]]]:
     """Every arm with the parameters that it trains."""
     stock = adapt(twin(base), processor, SHAPES[options.model], fused=False)
-    mine, theirs = ([p for group in each.trained_parameters() for p in group] for each in (policy, stock))
+    mine, others = ([p for group in each.trained_parameters() for p in group] for each in (policy, stock))
     cache = filled_cache(policy, made, folder)
     built = [
         (ours(policy, "stage 1"), mine),
         (ours(policy, "stage 1", cache), mine),
-        (plain(stock, "stage 1"), theirs),
+        (plain(stock, "stage 1"), others),
         (ours(policy, "released"), mine),
-        (released_code(stock), theirs),
-        (released_code(stock, checkpoint=True), theirs),
+        (released_code(stock), others),
+        (released_code(stock, checkpoint=True), others),
         (ours(policy, "eq5"), mine),
         (ours(policy, "eq5", cache), mine),
-        (plain(stock, "eq5"), theirs),
-        (plain(stock, "eq5", checkpoint=True), theirs),
+        (plain(stock, "eq5"), others),
+        (plain(stock, "eq5", checkpoint=True), others),
     ]
     if not options.no_trl:
         from povid.bench.trl_arm import trl_dpo
@@ -95,7 +96,7 @@ def build_arms(
 
 
 def check_same(arms: list[Arm], policy: Policy, step: Step, tolerance: float) -> dict[str, float]:
-    """The loss of each task; every arm must give it (y_l^n pinned, since near ties flip)."""
+    """The loss of each task, which every arm must give (with y_l^n pinned, since near ties could fall either way)."""
     with torch.no_grad():
         side = step.both.preferred.preferred
         logits_UV = policy.predict(step.both.preferred, policy.look(step.both.noised))
@@ -107,7 +108,7 @@ def check_same(arms: list[Arm], policy: Policy, step: Step, tolerance: float) ->
         if abs(loss - expected) > tolerance * abs(expected):
             raise Fault(
                 f"{arm.name} computes the loss {loss:.7f} in {arm.task} where {expected:.7f} was expected; the "
-                "arms do not do the same work and no times are taken"
+                "arms do not do the same work, so nothing is timed"
             )
     return losses
 
@@ -116,9 +117,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     shape = SHAPES[options.model]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.model == "llava_1_5_7b" and not options.random_weights:
-        raise Fault("--model llava_1_5_7b: the benchmark loads no weights; add --random-weights to say that you know")
+        raise Fault("--model llava_1_5_7b: the benchmark uses random weights; add --random-weights to confirm")
     if options.model == "llava_1_5_7b" and device == "cpu":
-        raise Fault("--model llava_1_5_7b needs a CUDA device with 40 GB; there is none here, use --model proportional")
+        raise Fault("--model llava_1_5_7b needs a CUDA device with 40 GB, and none was found; use --model proportional")
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -151,7 +152,7 @@ def measured(
         optimizers[id(parameters)].step()
         optimizers[id(parameters)].zero_grad()
 
-    calls = [lambda number, a=arm, p=parameters: one(a, p, number) for arm, parameters in built]
+    calls = [partial(one, arm, parameters) for arm, parameters in built]
     load_before = os.getloadavg()[0]
     seconds = measure.interleaved(calls, warmups=options.warmups, repetitions=options.repetitions, device=device)
     load_after = os.getloadavg()[0]
@@ -169,13 +170,13 @@ def measured(
             "processor_ms": 1e3 * worked,
             "quartiles_ms": [1e3 * low, 1e3 * high],
             "ms_per_example": 1e3 * middle / options.batch_size,
-            "peak_mb": measure.peak_bytes(lambda c=call: c(0), device=device) / 2**20,
-            "gflop": measure.flops(lambda c=call: c(0)) / 1e9,
+            "peak_mb": measure.peak_bytes(partial(call, 0), device=device) / 2**20,
+            "gflop": measure.flops(partial(call, 0)) / 1e9,
             "floor_gflop": floor / 1e9,
             "uncached_floor_gflop": least / 1e9,
         }
         if options.profile:
-            row["shares"] = measure.shares(lambda c=call: c(0), device=device, repetitions=min(options.repetitions, 10))
+            row["shares"] = measure.shares(partial(call, 0), device=device, repetitions=min(options.repetitions, 10))
         if device == "cuda":
             row["utilisation"] = floor / middle / (options.peak_tflops * 1e12)
         rows.append(row)
@@ -197,7 +198,7 @@ def measured(
 
 
 def _mixed(shape: Shape, device: str) -> torch.autocast:
-    """Lightning's bf16-mixed where the weights are in bf16."""
+    """Lightning's bf16-mixed if the weights are in bf16."""
     return torch.autocast(device, torch.bfloat16, enabled=shape.dtype == "bfloat16")
 
 
@@ -209,7 +210,7 @@ def _version(package: str) -> str | None:
 
 
 def ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How many times as long another way takes as ours: ratios of medians, and of peak memory."""
+    """Other arms against ours: ratios of median times and of peak memory."""
     at = {(row["task"], row["arm"]): row for row in rows}
 
     def ratio(what: str, other: tuple[str, str], mine: list[tuple[str, str]]) -> dict[str, Any] | None:

@@ -1,8 +1,8 @@
-"""The ways to take one step. Each returns the loss of a batch and computes the adapter's gradients.
+"""Implementations of one training step. Each returns the loss of a batch and computes the adapter's gradients.
 
-Ours is ``povid.training.scoring``. The plain way sends every sequence through the whole model by itself. The released
-code's way computes what its trainer does (public repository YiyangZhou/POVID, tool/dpo_trainer_inherent.py): three
-forward passes per model, and two more vision passes that only serve to lay out labels.
+Ours is ``povid.training.scoring``. The plain one sends each sequence through the whole model separately. The released
+one computes what the authors' trainer does (YiyangZhou/POVID, tool/dpo_trainer_inherent.py): three forward passes per
+model, and two more vision passes that only align labels.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ OBJECTIVES: dict[str, Objective] = {"stage 1": DPO(), "eq5": POVID(), "released"
 
 @dataclass(frozen=True, slots=True)
 class Arm:
-    """``name``: who; ``task``: stage 1, released or eq5; ``run(step, pinned)``: forward and backward, returns the loss.
+    """``task`` is stage 1, released or eq5; ``run(step, pinned)`` computes forward and backward and returns the loss.
 
-    ``pinned`` fixes y_l^n [N] for the check that all arms compute the same.
+    ``pinned`` fixes y_l^n [N], to check that all arms compute the same loss.
     """
 
     name: str
@@ -52,7 +52,7 @@ def checkpointing(policy: Policy, on: bool) -> Iterator[None]:
         return
     policy.network.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in policy.network.get_decoder().layers:
-        layer.training = True  # transformers computes a layer again in training mode alone
+        layer.training = True  # transformers recomputes a layer only in training mode
     yield
     policy.network.gradient_checkpointing_disable()
     policy.train()
@@ -62,7 +62,7 @@ def checkpointing(policy: Policy, on: bool) -> Iterator[None]:
 
 
 def ours(policy: Policy, task: str, cache: ReferenceCache | None = None) -> Arm:
-    """The exact algorithm; with a cache that holds the batch, the reference of the text pair is read from it."""
+    """This project's algorithm; the reference of the text pair is read from ``cache`` if it contains the batch."""
 
     def run(step: Step, pinned: Tensor | None = None) -> Tensor:
         batch = step.text if task == "stage 1" else step.both
@@ -76,7 +76,7 @@ def ours(policy: Policy, task: str, cache: ReferenceCache | None = None) -> Arm:
 
 
 def filled_cache(policy: Policy, steps: list[Step], folder) -> ReferenceCache:
-    """A cache that holds every batch, made as in a first epoch."""
+    """A cache of the reference of every batch, filled as in a first epoch."""
     cache = ReferenceCache(folder, "bench" * 8)
     for step in steps:
         with torch.no_grad():
@@ -85,7 +85,7 @@ def filled_cache(policy: Policy, steps: list[Step], folder) -> ReferenceCache:
     return cache
 
 
-# --- the plain way ---------------------------------------------------------------------------------------------------
+# --- plain -----------------------------------------------------------------------------------------------------------
 
 
 def whole_logits(policy: Policy, encoded: Encoded, images: dict[str, Tensor]) -> Tensor:
@@ -123,7 +123,7 @@ def _stacked(task: str, rows: list[list[Tensor]]) -> Terms:
 
 
 def plain(policy: Policy, task: str, *, checkpoint: bool = False) -> Arm:
-    """Every sequence by itself, full logits, vision each time: Eq. 3 (stage 1) or Eq. 5."""
+    """Each sequence separately, full logits, vision each time: Eq. 3 (stage 1) or Eq. 5."""
 
     def sides(example: Example, chosen: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
         terms = [
@@ -150,12 +150,15 @@ def plain(policy: Policy, task: str, *, checkpoint: bool = False) -> Arm:
     return Arm("plain, checkpointing" if checkpoint else "plain", task, run)
 
 
-# --- the released code's way -----------------------------------------------------------------------------------------
+# --- released code ---------------------------------------------------------------------------------------------------
 
 
 def released_code(policy: Policy, *, checkpoint: bool = False) -> Arm:
-    """Ten vision passes, six language-model passes, full logits in float32. The noised forward of the policy records a
-    graph that nothing reads; each model takes y_l^n from its own noised logits and scores it on its clean ones."""
+    """Ten vision passes, six language-model passes, full logits in float32.
+
+    The policy's forward pass of the noised image records a graph that is never used. Each model takes y_l^n from its
+    own noised logits and scores it on its clean ones.
+    """
 
     def lay_out_labels(images: dict[str, Tensor]) -> None:
         policy.network.get_image_features(pixel_values=images["pixel_values"].to(policy.network.dtype))

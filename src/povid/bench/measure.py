@@ -1,4 +1,4 @@
-"""Time, memory and operations of arms, and the least that the mathematics needs."""
+"""Time, memory and operations of arms, and the minimum of operations that the mathematics requires."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def interleaved(
 ) -> list[list[tuple[float, float]]]:
     """(seconds, seconds of processor time) of every repetition of every arm.
 
-    The arms take turns, each time beginning with another one, so that a slow minute of the machine falls on all of
-    them. An arm is called with the number of the repetition.
+    The arms take turns, each round starting with another one, so that a slow minute of the machine affects all of them.
+    An arm is called with the number of the repetition.
     """
     seconds: list[list[tuple[float, float]]] = [[] for _ in arms]
     for repetition in range(-warmups, repetitions):
@@ -49,9 +49,9 @@ def spread(seconds: Sequence[float]) -> tuple[float, float, float]:
 
 
 def peak_bytes(step: Callable[[], object], *, device: str) -> int:
-    """Most bytes that a step holds at once on top of what was there before it (weights, adapter, optimiser).
+    """Peak bytes of a step, beyond what was allocated before it (weights, adapter, optimiser).
 
-    On a CPU every allocation of torch's allocator is followed by the profiler; on CUDA the allocator's own count.
+    On a CPU the profiler records every allocation; on CUDA the allocator counts them.
     """
     gc.collect()
     if device == "cuda":
@@ -63,7 +63,7 @@ def peak_bytes(step: Callable[[], object], *, device: str) -> int:
         return torch.cuda.max_memory_allocated() - before
     from torch.profiler import ProfilerActivity, profile
 
-    step()  # what is allocated once and kept is not the step's
+    step()  # allocates what later steps reuse
     with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         step()
     changes = sorted(
@@ -78,7 +78,7 @@ def peak_bytes(step: Callable[[], object], *, device: str) -> int:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """The profiler's library writes to the error stream each time it starts and stops."""
+    """Silence stderr, to which the profiler's library writes each time it starts and stops."""
     sys.stderr.flush()
     kept = os.dup(2)
     with open(os.devnull, "wb") as nowhere:
@@ -92,7 +92,7 @@ def _quiet() -> Iterator[None]:
 
 KINDS = ("matrix products", "attention", "optimizer", "element by element", "Python, autograd, dispatch")
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution")
-_LAYOUT = {  # operators that only say how memory is to be read, or get some
+_LAYOUT = {  # operators that only change how memory is read, or allocate it
     "view",
     "t",
     "transpose",
@@ -128,7 +128,7 @@ _LAYOUT = {  # operators that only say how memory is to be read, or get some
 
 
 def kind_of(operator: str) -> str:
-    """Which of KINDS an event of the profiler is, by its name on a CPU (``aten::mm``) or its kernel's on CUDA."""
+    """The kind (of KINDS) of a profiler event, from its name on a CPU (``aten::mm``) or its kernel's name on CUDA."""
     name = operator.removeprefix("aten::").lower()
     if "attention" in name or "fmha" in name or "flash" in name:
         return "attention"
@@ -145,8 +145,8 @@ def kind_of(operator: str) -> str:
 def shares(step: Callable[[], object], *, device: str, repetitions: int = 10) -> dict[str, float]:
     """Share of a step's time in each of KINDS.
 
-    The kernels' time is the profiler's, the whole is a step's without profiler (both medians or sums over the same
-    number of steps); what no kernel explains is Python, autograd and dispatch, on CUDA the time the device idles.
+    Kernel times are the profiler's, averaged over ``repetitions``; the total is the median time of a step without the
+    profiler. The rest is Python, autograd and dispatch; on CUDA it is the time in which the device is idle.
     """
     from torch.profiler import ProfilerActivity, profile
 
@@ -180,18 +180,17 @@ def shares(step: Callable[[], object], *, device: str, repetitions: int = 10) ->
 def flops(step: Callable[[], object]) -> int:
     """Floating-point operations of a step's matrix products and attentions, as torch counts them.
 
-    Attention is counted for every pair of positions, masked or not, and its backward with the scores that it makes
-    again.
+    Attention is counted for every pair of positions, masked or not; its backward pass includes recomputed scores.
     """
     from torch.utils import flop_counter
 
-    def attention(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return flop_counter.sdpa_flop_count(q, k, v)
 
-    def attention_backward(g: Any, q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
+    def attention_backward(g: Any, q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
         return flop_counter.sdpa_backward_flop_count(g, q, k, v)
 
-    on_cpu = {  # which torch leaves out
+    on_cpu = {  # not counted by torch
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attention_backward,
     }
@@ -201,15 +200,17 @@ def flops(step: Callable[[], object]) -> int:
 
 
 def floor_flops(shape: Shape, task: str, *, cached: bool = False) -> int:
-    """Operations per example that the exact mathematics needs: what is shared computed once, logits and the last
-    layer's queries, output and MLP where a response token is predicted, visible pairs of positions alone in attention,
-    no gradient of frozen weights."""
+    """The minimum of operations per example that the exact mathematics requires.
+
+    Shared parts are computed once; logits and the last layer's queries, output and MLP only where a response token is
+    predicted; attention only for visible pairs of positions; no gradients of frozen weights.
+    """
     s = shape
     prefix = s.image_tokens + s.prompt
     packed, noised = prefix + 2 * s.response, prefix + s.response
-    base = 4 * s.width**2 + 3 * s.width * s.inner  # of a layer
+    base = 4 * s.width**2 + 3 * s.width * s.inner  # per layer
     adapter = s.lora * (4 * 2 * s.width + 3 * (s.width + s.inner))
-    in_part = 2 * s.width**2 + 3 * s.width * s.inner  # of the last one, what the predicting positions alone need
+    in_part = 2 * s.width**2 + 3 * s.width * s.inner  # the last layer's, for predicting positions only
     adapter_in_part = s.lora * (2 * 2 * s.width + 3 * (s.width + s.inner))
 
     projector = 2 * s.image_tokens * s.vision_width * s.width  # its first layer; the second is square
@@ -227,7 +228,7 @@ def floor_flops(shape: Shape, task: str, *, cached: bool = False) -> int:
         return linear(tokens, predicting, int(adapted)) + attention + projector + 2 * s.image_tokens * s.width**2
 
     def backward(tokens: int, visible: int, predicting: int) -> int:
-        """Of the inputs of everything, of the weights of adapter and projector."""
+        """Gradients of all inputs, and of the weights of adapter and projector."""
         attention = 8 * s.layers * visible * s.width
         return linear(tokens, predicting, 2) + attention + projector + 4 * s.image_tokens * s.width**2
 

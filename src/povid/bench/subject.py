@@ -1,4 +1,4 @@
-"""The model and the data that are measured: random weights in a model's proportions, random words, random pictures."""
+"""The measured model and data: random weights in a model's proportions, random words, random pictures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from povid.method.distortions.diffusion import Diffusion
 from povid.method.objectives.povid import POVID
-from povid.model.loading import LocalModel, LoraSettings
+from povid.model.loading import Dtype, LocalModel, LoraSettings
 from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
@@ -38,7 +38,7 @@ class Shape:
     prompt: int
     response: int
     pixels: int = 336
-    dtype: str = "float32"
+    dtype: Dtype = "float32"
 
     @property
     def image_tokens(self) -> int:
@@ -80,7 +80,7 @@ def build_model(shape: Shape, *, device: str, seed: int = 0) -> nn.Module:
             eos_token_id=1,
             pad_token_id=2,
         ),
-        image_token_id=3,
+        image_token_index=3,
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )
@@ -175,8 +175,9 @@ def triples(shape: Shape, count: int, *, pixels: tuple[int, int] | None = None, 
     made = []
     for i in range(count):
         asked = Turn("user", words(shape.prompt - 3))  # with <s>, USER: and ASSISTANT:
-        sides = [(asked, Turn("assistant", words(shape.response - 1))) for _ in range(2)]
-        made.append(Triple(f"record {i}", photograph(pixels or (shape.pixels, shape.pixels), seed + i), *sides))
+        preferred, dispreferred = ((asked, Turn("assistant", words(shape.response - 1))) for _ in range(2))
+        picture = photograph(pixels or (shape.pixels, shape.pixels), seed + i)
+        made.append(Triple(f"record {i}", picture, preferred, dispreferred))
     return made
 
 
@@ -186,7 +187,7 @@ def template_for(processor: Any) -> Template:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step of every arm works on."""
+    """The data of one step, the same for every arm."""
 
     examples: Sequence[Example]
     text: PreferenceBatch  # stage 1
@@ -197,7 +198,8 @@ def paper_noise() -> Diffusion:
     """Eq. 4 with the schedule of appendix A.1."""
     from diffusers import DDPMScheduler
 
-    return Diffusion(DDPMScheduler(beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3))
+    scheduler: Any = DDPMScheduler(beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3)
+    return Diffusion(scheduler)
 
 
 def steps(shape: Shape, processor: Any, *, count: int, batch_size: int, device: str) -> list[Step]:

@@ -9,16 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from povid.bench.arms import OBJECTIVES, Arm
+from povid.bench.arms import Arm
 from povid.bench.subject import Step, twin
+from povid.method.objectives.dpo import DPO
 from povid.model.policy import Policy
 
 
 def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool) -> tuple[Arm, list[nn.Parameter]]:
     """An arm and the parameters that it trains: a fresh peft model of TRL's making with the policy's adapter weights.
 
-    TRL wraps the bare model itself, so that its reference is the model without adapter, as ours is. ``checkpoint`` is
-    TRL's default.
+    TRL wraps the bare model itself, so that its reference is the model without adapter, as here. ``checkpoint``:
+    gradient checkpointing, which TRL uses by default.
     """
     from datasets import Dataset
     from PIL import Image
@@ -31,7 +32,7 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
         model=model,
         args=DPOConfig(
             folder,
-            beta=OBJECTIVES["stage 1"].alpha,
+            beta=DPO().alpha,  # the objective of stage 1
             gradient_checkpointing=checkpoint,
             bf16=policy.settings.dtype == "bfloat16",
             use_cpu=device.type == "cpu",
@@ -41,7 +42,7 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
             disable_tqdm=True,
             save_strategy="no",
         ),
-        # TRL asks for a data set when it is made; its steps below get batches as its own collator lays them out.
+        # TRL's constructor requires a data set; the steps below pass batches laid out as by its collator.
         train_dataset=Dataset.from_list(
             [{"images": [Image.new("RGB", (8, 8))], "prompt": "USER: <image>", "chosen": "w1", "rejected": "w2"}]
         ),
@@ -49,7 +50,7 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
         peft_config=copy.deepcopy(policy.model.peft_config["default"]),
     )
     peft_model = trainer.model
-    trainer.current_gradient_accumulation_steps = 1  # this and the next are what train() does first
+    trainer.current_gradient_accumulation_steps = 1  # train() would do this and the next
     if checkpoint:
         peft_model.gradient_checkpointing_enable(trainer.args.gradient_checkpointing_kwargs)
     mine = {name: p for name, p in policy.model.named_parameters() if p.requires_grad}

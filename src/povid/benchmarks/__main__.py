@@ -140,12 +140,13 @@ def _score(arguments: Sequence[str]) -> int:
         raise Fault(f"{given.name} is scored by a judge; name its model with --judge-model")
     benchmark = validated(kind, {"data": given.data, "images": given.images}, given.name).for_answers(given.answers)
     questions = benchmark.questions()
-    answers = benchmark.read_answers(given.answers, questions)
     judging = _judge(given) if given.judge_model and kind.judged != "never" else None
-    score = benchmark.score(questions, answers, judging)
+    score = benchmark.score_file(given.answers, questions, judging)
     if given.json:
         write_text(given.json, json.dumps({"scores": score.scores, "records": score.records}, indent=1))
-    print(f"{given.name}: {len(answers)} answers of {given.answers} (scored as {benchmark.official})")
+    print(f"{given.name}: {given.answers}, {len(questions)} questions (scored as {benchmark.official})")
+    if judging:
+        print(f"judge: {judging.model_for(benchmark)}, the prompt in our own wording ({benchmark.wording})")
     print(table(score.scores, decimals=benchmark.decimals))
     for line in benchmark.notes(score):
         print(f"note: {line}", file=sys.stderr)

@@ -111,6 +111,14 @@ class Benchmark(BaseModel, ABC):
     def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
         """The answers of an official file, in the order of the questions. Raises Fault for one that does not fit."""
 
+    def score_file(self, file: Path, questions: Sequence[Question], judge: Judge | None = None) -> Score:
+        """The score of an answer file as the official script scores it.
+
+        Override it where that depends on more than one answer for each question: on the file's layout or order, or on
+        answers that are missing.
+        """
+        return self.score(questions, self.read_answers(file, questions), judge)
+
     def for_answers(self, file: Path) -> Benchmark:
         """This benchmark, restricted to the questions that an answer file is about; by default all of them."""
         return self

@@ -57,7 +57,7 @@ class CHAIR(Benchmark):
     )
     notice: ClassVar[str] = "The images take 6 GB; if you have them elsewhere, set benchmarks.chair.images instead."
 
-    prompt: str = "Describe this image."
+    prompt: str = Field("Describe this image.", min_length=1)
     number: int | None = Field(500, ge=1)
     seed: int = 0
     ids: Folder | Annotated[tuple[int | str, ...], Strict(False)] | None = None
@@ -128,10 +128,10 @@ class CHAIR(Benchmark):
         return [answers[coco.image_key(question.id)] for question in questions]
 
     def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
-        """captions.jsonl ({"image_id", "caption"}, what OPERA's chair.py reads) and chair.json for the official script.
+        """povid_captions.jsonl, captions.jsonl and chair.json: what to_chair.py, OPERA's chair.py and chair.py read.
 
-        chair.json is to_chair.py's layout, empty captions left out; the official script also requires the caption
-        metrics of another evaluator and stops without them, so they are written as NaN: not computed.
+        chair.json is what to_chair.py makes of the first, empty captions left out; the official script also requires
+        the caption metrics of another evaluator and stops without them, so they are written as NaN: not computed.
         """
         rows = [
             {"image_id": coco.image_key(question.id), "caption": text} for question, text in zip(questions, answers)
@@ -142,28 +142,51 @@ class CHAIR(Benchmark):
         evaluated = {str(i): row | other for i, row in enumerate(rows) if row["caption"].strip()}
         lines = "".join(json.dumps(row) + "\n" for row in rows)
         write_text(folder / "chair.json", json.dumps({"overall": other, "imgToEval": evaluated}))
-        return write_text(folder / "captions.jsonl", lines)
+        write_text(folder / "captions.jsonl", lines)
+        povid = [
+            {"id": _file_name(question), "question": question.text, "answer": text}
+            for question, text in zip(questions, answers)
+        ]
+        return write_text(folder / "povid_captions.jsonl", "".join(json.dumps(row) + "\n" for row in povid))
+
+    def score_file(self, file: Path, questions: Sequence[Question], judge: Judge | None = None) -> Score:
+        """Empty captions are skipped in POVID's layout, which goes through to_chair.py, and count in the others."""
+        answers = self.read_answers(file, questions)
+        return self._score(questions, answers, empty_count=not _is_povids(Path(file)))
 
     def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
         """CHAIR_S, CHAIR_I, coverage in percent; words per caption; counts; the same under "corrected".
 
         CHAIR_I: hallucinated mentions of all mentions in the corpus. CHAIR_S: captions with one of all captions.
         Coverage: true objects named at least once, of all (OPERA's recall). Empty captions leave every denominator, as
-        to_chair.py drops them, and are counted in "empty". A ratio of nothing (no mention, no true object) is 0.
+        to_chair.py drops them, and are counted in "empty"; "with_empty" has the figures with them, as official scripts
+        print them for captions that do not pass through to_chair.py (there "without_empty" has the others). A ratio of
+        nothing (no mention, no true object) is 0.
         Records: {"image_id", "objects", "hallucinated", "counted"}, node words in order of mention with repeats.
         "corrected" reads captions, human ones too, with singulars that keep "bus" and "tie" and with the synonyms that
         a stray space or capital disables (" motor bike", " cheesecake", "iPhone").
         """
-        if not any(answer.strip() for answer in answers):
+        return self._score(questions, answers, empty_count=False)
+
+    def _score(self, questions: Sequence[Question], answers: Sequence[str], *, empty_count: bool) -> Score:
+        empty = [not answer.strip() for answer in answers]
+        if all(empty):
             raise Fault(f"CHAIR has nothing to score: every caption ({len(answers)}) is empty; give captions with text")
         synonyms = questions[0].meta["synonyms"]
         mended = {word.strip().lower(): node for word, node in synonyms.items()}
         singular = mended_singular(mended)
-        kept = [(question, answer) for question, answer in zip(questions, answers, strict=True) if answer.strip()]
+        pairs = list(zip(questions, answers, strict=True))
+        whole = [pair for pair, nothing in zip(pairs, empty) if not nothing]
+        kept, others = (pairs, whole) if empty_count else (whole, pairs)
         mentions = [objects(answer, synonyms) for _, answer in kept]
         scores: dict[str, Any] = _figures(mentions, [question.meta["objects"] for question, _ in kept])
         scores["words"] = sum(len(answer.split()) for _, answer in kept) / len(kept)
-        scores |= {"captions": len(kept), "empty": len(answers) - len(kept)}
+        scores |= {"captions": len(kept), "empty": sum(empty)}
+        if any(empty):
+            scores["without_empty" if empty_count else "with_empty"] = _figures(
+                [objects(answer, synonyms) for _, answer in others],
+                [question.meta["objects"] for question, _ in others],
+            )
         if questions[0].meta["listed"] is not None:
             scores["without_caption"] = questions[0].meta["listed"] - len(questions)
         corrected = _figures(
@@ -190,11 +213,28 @@ class CHAIR(Benchmark):
         if empty := [record["image_id"] for record in score.records if not record["counted"]]:
             notes.append(
                 f"empty captions, left out as in the official to_chair.py: {len(empty)} (the first is of image "
-                f"{empty[0]!r})"
+                f"{empty[0]!r}); with them CHAIR_S is {score.scores['with_empty']['CHAIR_S']:.1f}"
+            )
+        if other := score.scores.get("without_empty"):
+            notes.append(
+                f"empty captions, counted as the official chair.py does in this layout: {score.scores['empty']}; "
+                f"without them CHAIR_S is {other['CHAIR_S']:.1f}"
             )
         if missing := score.scores.get("without_caption"):
             notes.append(f"images of objects.json without a caption, left out of the score: {missing}")
         return notes
+
+
+def _file_name(question: Question) -> str:
+    """How POVID's captions name an image: by its file."""
+    return question.image.name if isinstance(question.image, Path) else str(question.id)
+
+
+def _is_povids(file: Path) -> bool:
+    """Whether a file of captions has POVID's layout, which to_chair.py reads: {"id", "answer"}."""
+    return all(
+        isinstance(record, dict) and "answer" in record and "image_id" not in record for _, record in read_records(file)
+    )
 
 
 def _true_objects(

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from povid.benchmarks import llava_format
 from povid.benchmarks.benchmark import Source
 from povid.fault import Fault
 
@@ -16,10 +17,20 @@ _SPACE = re.compile(r"\s*")
 _NUMBERED = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?0*(\d+)")
 _SUFFIXES = (".jpg", ".jpeg", ".png")
 
-VAL2014 = Source("http://images.cocodataset.org/zips/val2014.zip", "val2014.zip", unpack="images")
+HOST = "https://s3.amazonaws.com/images.cocodataset.org"  # which images.cocodataset.org is, without a certificate
+# Sizes and hashes as TensorFlow Datasets records them (url_checksums/coco.txt).
+VAL2014 = Source(
+    f"{HOST}/zips/val2014.zip",
+    "val2014.zip",
+    size=6645013297,
+    sha256="fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
+    unpack="images",
+)
 ANNOTATIONS = Source(
-    "http://images.cocodataset.org/annotations/annotations_trainval2014.zip",
+    f"{HOST}/annotations/annotations_trainval2014.zip",
     "annotations_trainval2014.zip",
+    size=252872794,
+    sha256="031296bbc80c45a1d1f76bf9a90ead27e94e99ec629208449507a4917a3bf009",
     unpack=".",
     only=("instances_train2014.json", "instances_val2014.json", "captions_train2014.json", "captions_val2014.json"),
 )
@@ -55,8 +66,7 @@ def picture(folder: Path, name: int | str) -> Path:
     if isinstance(key, int):
         names += [f"COCO_val2014_{key:012d}.jpg", f"{key:012d}.jpg"]
     names += [stem + suffix for suffix in _SUFFIXES]
-    places = [place / one for place in (folder, folder / "val2014") for one in names]
-    return next((place for place in places if place.is_file()), folder / names[0])
+    return llava_format.picture([folder, folder / "val2014"], names)
 
 
 def annotation_file(data: Path, name: str) -> Path:

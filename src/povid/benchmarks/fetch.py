@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import http.client
 import json
+import lzma
 import os
 import shutil
+import struct
 import time
 import urllib.error
 import urllib.request
 import zipfile
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
@@ -20,7 +24,8 @@ from povid.benchmarks.benchmark import Benchmark, Source
 from povid.fault import Fault
 from povid.files import sync, write_json
 
-BLOCK = 1 << 20
+BLOCK = 1 << 20  # bytes
+PATIENCE = 300.0  # seconds in which a block must come
 RECORD = "fetched.json"  # in the data folder: address, size and sha256 of what came
 
 
@@ -42,8 +47,9 @@ def fetch(sources: Sequence[Source], data: Path, *, tries: int = 5, pause: float
     checked. Its address, size and sha256 are recorded in ``data/fetched.json``.
 
     Raises:
-        Fault: no connection after ``tries`` attempts, an address that answers with an error, a wrong size or hash, a
-            full disk, an archive that is broken or would write outside ``data``.
+        Fault: no connection after ``tries`` attempts, an address that answers with an error or too slowly, a wrong size
+            or hash, a length that is nowhere stated, a full disk, an archive that is damaged, encrypted or would write
+            outside ``data``.
     """
     data = Path(data)
     try:
@@ -53,8 +59,9 @@ def fetch(sources: Sequence[Source], data: Path, *, tries: int = 5, pause: float
     record = data / RECORD
     try:
         known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-    except ValueError as error:
-        raise Fault(f"{record} is not JSON ({error}); remove it and run again") from error
+        known = {str(name): dict(entry) for name, entry in known.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Fault(f"{record} is not a record of downloads ({error}); remove it and run again") from error
     files = []
     for source in sources:
         file = data / source.file
@@ -131,12 +138,21 @@ def _transfer(source: Source, part: Path) -> None:
         part.unlink()
         raise EOFError("the partial download was of another file") from error
     with answer:
+        if source.url.startswith("https:") and not answer.url.startswith("https:"):
+            raise Fault(f"{source.url} leads to {answer.url}, which is not encrypted; download {source.file} by hand")
         resumed = answer.status == 206
+        if resumed and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+            part.unlink()
+            raise EOFError("the server sent another part than the missing one")
         start = have if resumed else 0
-        length = answer.headers.get("Content-Length")
-        total = start + int(length) if length else None
+        total = start + answer.length if answer.length is not None else None
+        if total is None and not answer.chunked and not (source.size or source.sha256 or source.unpack):
+            raise Fault(
+                f"{source.url} does not say how long the file is, so that nobody could tell whether it is whole; open "
+                f"it in a browser, download {source.file} by hand and put it into {part.parent}"
+            )
         if total is not None and total - start > shutil.disk_usage(part.parent).free:
-            raise OSError(28, "No space left on device")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         tag.write_text(answer.headers.get("ETag") or "")
         with (
             part.open("ab" if resumed else "wb") as sink,
@@ -149,15 +165,30 @@ def _transfer(source: Source, part: Path) -> None:
                 disable=None,
             ) as bar,
         ):
-            while block := answer.read(BLOCK):
+            for block in _blocks(answer):
                 sink.write(block)
                 bar.update(len(block))
+                if len(block) < BLOCK and sink.tell() != total and not answer.isclosed():
+                    raise TimeoutError(f"fewer than {BLOCK:,} bytes came in {PATIENCE:g} s")
             sink.flush()
             os.fsync(sink.fileno())
             end = sink.tell()
     if total is not None and end < total:
         raise EOFError(f"the connection ended after {end:,} of {total:,} bytes")
     tag.unlink(missing_ok=True)
+
+
+def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
+    """The body in blocks; one is shorter at the end, and where the rest of it did not come within PATIENCE."""
+    while True:
+        block, start = bytearray(), time.monotonic()
+        while len(block) < BLOCK and (piece := answer.read1(BLOCK - len(block))):
+            block += piece
+            if time.monotonic() - start > PATIENCE:
+                break
+        if not block:
+            return
+        yield bytes(block)
 
 
 def _unpack(source: Source, file: Path, folder: Path) -> None:
@@ -171,6 +202,12 @@ def _unpack(source: Source, file: Path, folder: Path) -> None:
                 and not member.filename.startswith("__MACOSX")
                 and (not source.only or member.filename.endswith(source.only))
             ]
+            if any(member.flag_bits & 1 for member in members):
+                raise Fault(
+                    f"{file} is encrypted, which the official archive is not; remove it and run the same command again"
+                )
+            if sum(member.file_size for member in members) > shutil.disk_usage(file.parent).free:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             for member in members:
                 path = PurePosixPath(member.filename.replace("\\", "/"))
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
@@ -186,16 +223,27 @@ def _unpack(source: Source, file: Path, folder: Path) -> None:
                     shutil.copyfileobj(inside, sink, BLOCK)
                 os.replace(half, target)
         os.sync()  # once, not twice for each of 40,000 images; until then the archive is there to unpack again
-    except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+    except _DAMAGED as error:
         file.unlink(missing_ok=True)
         raise Fault(
             f"{file} is not a complete zip archive ({error}); it was removed, run the same command again"
         ) from error
     except OSError as error:
+        if error.errno is None:  # what bz2 raises for damaged data
+            file.unlink(missing_ok=True)
+            raise Fault(
+                f"{file} is not a complete zip archive ({error}); it was removed, run the same command again"
+            ) from error
         raise Fault(
             f"{file} cannot be unpacked into {folder} ({error.strerror or error}); make room and run the same "
             "command again"
         ) from error
+
+
+_DAMAGED = (  # what zipfile and the modules under it raise for archives that are damaged or odd
+    zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, EOFError, NotImplementedError, RuntimeError,
+    ValueError, IndexError, KeyError, OverflowError,
+)  # fmt: skip
 
 
 def _sha256(file: Path) -> str:

@@ -20,6 +20,7 @@ from povid.server.endpoint import Request
 
 HUB = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild/resolve/main"
 FILES = ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
+WHAT = "replies without two finite numbers in their first line are left out; officially they count as -1 for both"
 CATEGORIES = ("conv", "detail", "complex")
 
 
@@ -80,11 +81,19 @@ class LLaVABench(Benchmark):
             Path(folder) / "llava_bench_answers.jsonl", llava_format.records(questions, answers)
         )
 
+    def notes(self, score: Score) -> list[str]:
+        """How many replies could not be read."""
+        if not (count := score.scores["unreadable_replies"]):
+            return []
+        return [f"replies of the judge that could not be read: {count}; officially each counts as -1 for both answers"]
+
     def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
         """100 x mean score of ours / mean score of the reference, overall and for each category, one decimal.
 
         Officially a reply whose first line is not two numbers counts as -1 for both and stays in the means; "corrected"
-        leaves it out. Raises Fault when no reply of some category can be read.
+        leaves it out, and has None for a category without any readable reply. A rating of nan or infinity is a number
+        to the official script; where it prints no finite number for that, the corrected figure takes its place.
+        Raises Fault when no reply at all can be read.
         """
         judge = required(self, judge)
         requests = [
@@ -99,14 +108,14 @@ class LLaVABench(Benchmark):
         ]
         replies = [reply.text for reply in judge.ask(self, requests)]
         pairs = [parse(reply) for reply in replies]
-        for category in {question.meta["category"] for question in questions}:
-            here = [pair for question, pair in zip(questions, pairs) if question.meta["category"] == category]
-            if not any(here):
-                raise unreadable(self, judge, len(here), category)
-        scores = _figures(questions, [pair or (-1.0, -1.0) for pair in pairs])
+        if not any(pairs):
+            raise unreadable(self, judge, len(replies))
+        official = _figures(questions, [_numbers(reply) or (-1.0, -1.0) for reply in replies])
+        corrected = _figures(questions, pairs)
+        scores = {name: corrected.get(name) if figure is None else figure for name, figure in official.items()}
         scores["unreadable_replies"] = pairs.count(None)
         if None in pairs:
-            scores["corrected"] = _figures(questions, pairs)
+            scores["corrected"] = dict.fromkeys(official) | corrected | {"what": WHAT}
         records = [
             {
                 "id": question.id,
@@ -121,18 +130,25 @@ class LLaVABench(Benchmark):
 
 
 def _figures(questions: Sequence[Question], pairs: Sequence[tuple[float, float] | None]) -> dict[str, Any]:
+    """Ratios and means of the pairs that are there; None for one that is not a finite number."""
     rows: dict[str, list[tuple[float, float]]] = defaultdict(list)
     for question, pair in zip(questions, pairs):
         if pair is not None:
             rows["overall"].append(pair)
             rows[question.meta["category"]].append(pair)
     means = {name: [round(mean, 3) for mean in np.asarray(values).mean(0).tolist()] for name, values in rows.items()}
-    ratios = {name: round(ours / theirs * 100, 1) if theirs else None for name, (theirs, ours) in means.items()}
+    ratios = {
+        name: _finite(round(ours / theirs * 100, 1)) if theirs else None for name, (theirs, ours) in means.items()
+    }
     times_ten = {
-        name: {"reference": round(theirs * 10, 1), "model": round(ours * 10, 1)}
+        name: {"reference": _finite(round(theirs * 10, 1)), "model": _finite(round(ours * 10, 1))}
         for name, (theirs, ours) in means.items()
     }
     return {**ratios, "means_x10": times_ten, "questions": len(questions)}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 SYSTEM = "You are a precise and helpful assistant who checks the quality of answers."
@@ -160,13 +176,18 @@ def request(name: str, context: str, question: str, reference: str, answer: str)
 
 
 def parse(reply: str) -> tuple[float, float] | None:
-    """(reference's score, model's score) of the first line; None (officially -1, -1) unless it is two numbers.
+    """(reference's score, model's score) of the first line; None unless it is two finite numbers.
 
     Commas become spaces and the line is split at single spaces, so "8,9" is read and "8, 9" is not.
     """
+    pair = _numbers(reply)
+    return pair if pair and all(map(math.isfinite, pair)) else None
+
+
+def _numbers(reply: str) -> tuple[float, float] | None:
+    """As the official script reads a reply: "nan" and "inf" are numbers; None is officially (-1, -1)."""
     parts = reply.split("\n")[0].replace(",", " ").split(" ")
     try:
-        pair = (float(parts[0]), float(parts[1])) if len(parts) == 2 else None
+        return (float(parts[0]), float(parts[1])) if len(parts) == 2 else None
     except ValueError:
         return None
-    return pair if pair and all(map(math.isfinite, pair)) else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from povid.benchmarks.answer_file import read_records
@@ -112,6 +113,27 @@ def fields(place: str, record: Any, *names: str) -> list[Any]:
 
 
 def picture(folders: Iterable[Path | None], names: Iterable[str]) -> Path:
-    """The first file that exists, each name tried in each folder, or the first path tried."""
-    places = [folder / name for folder in folders if folder is not None for name in names]
-    return next((place for place in places if place.is_file()), places[0])
+    """The first file that exists, each name tried in each folder, or the first path tried.
+
+    Every benchmark finds its pictures here: a file that somebody else made names pictures inside their folder only,
+    since they may be sent to a server.
+
+    Raises:
+        Fault: a name is absolute, contains ``..`` or is a link that leads out of the folder.
+    """
+    names = list(names)
+    roots = [folder for folder in folders if folder is not None]
+    for name in names:
+        if not isinstance(name, str):
+            raise Fault(f"a picture of {roots[0]} is named {name!r:.60}, needed text; correct that record")
+        parts = PurePosixPath(name.replace("\\", "/")).parts
+        if ".." in parts or PurePosixPath(name).is_absolute() or PureWindowsPath(name).drive or "\0" in name:
+            raise Fault(f"{name!r:.200} names a picture outside {roots[0]}; correct that record or download it again")
+    for folder in roots:
+        for name in names:
+            place = folder / name
+            if os.path.isfile(place):  # False for a name that the file system does not take
+                if os.path.commonpath([os.path.realpath(place), os.path.realpath(folder)]) != os.path.realpath(folder):
+                    raise Fault(f"{place} is a link to a picture outside {folder}; copy the picture into the folder")
+                return place
+    return roots[0] / names[0]

@@ -134,7 +134,7 @@ def _figures(questions: Sequence[Question], grades: Sequence[Sequence[float | No
                 ]:
                     sums[place].append(grade)
         for (part, name), values in sums.items():
-            parts[part][name].append(sum(values) / len(values) * 100)
+            parts[part][name].append(_added(values) / len(values) * 100)
     totals = np.array(parts[""]["total"])
     rounded = {
         part: {name: float(round(np.mean(values), 1)) for name, values in sorted(names.items())}
@@ -147,6 +147,14 @@ def _figures(questions: Sequence[Question], grades: Sequence[Sequence[float | No
         **rounded,
         "questions": len(questions),
     }
+
+
+def _added(values: Sequence[float]) -> float:
+    """The sum as repeated +=, which the official script uses: from Python 3.12 on, sum() rounds differently."""
+    total = 0.0
+    for value in values:
+        total += value
+    return total
 
 
 _ICE = (
@@ -205,7 +213,10 @@ def request(name: str, question: str, truth: str, prediction: str, attempt: int,
 
 
 def parse(reply: str) -> float | None:
-    """What stands before the first space, as a number in [0, 1]; None if it is none (also for a leading space)."""
+    """What stands before the first space, as a number in [0, 1]; None if it is none (also for a leading space).
+
+    "nan" is none and is asked again; the official script takes it, and every figure that it enters prints as nan.
+    """
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:

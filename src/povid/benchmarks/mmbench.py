@@ -27,6 +27,7 @@ SUFFIX = "Answer with the option's letter from the given choices directly."
 COPY = 1_000_000  # index of a rotated copy = index of its question + k x COPY
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 SEED = 2680  # of the random option that officially stands in for an unmatched answer
+NO_ANSWER = "Failed to obtain answer via API"  # what official scripts write where a server gave no answer
 _DECORATIONS = (
     ("", "."),
     ("", ","),
@@ -156,7 +157,12 @@ class MMBench(Benchmark):
         printable = ["".join(c for c in llava_format.whole(answer) if c >= " " or c in "\t\n\r") for answer in answers]
         sheet.insert(min(6, len(sheet.columns)), "prediction", printable)
         content = io.BytesIO()
-        sheet.to_excel(content, index=False, engine="openpyxl")
+        with pandas.ExcelWriter(content, engine="openpyxl") as writer:
+            sheet.to_excel(writer, index=False)
+            for cells in writer.book.active.iter_rows():
+                for cell in cells:
+                    if cell.data_type in "fe":  # text such as "=B" or "#N/A", taken for a formula or an error
+                        cell.data_type = "s"
         return write_bytes(folder / "mmbench_submission.xlsx", content.getvalue())
 
     def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
@@ -229,7 +235,8 @@ class MMBench(Benchmark):
                 for row in asked
             ]
             for row, reply in zip(asked, judge.ask(self, requests) if requests else []):
-                if option := parse(reply.text.strip(), questions[row].meta["options"]):
+                text = reply.text.strip()
+                if NO_ANSWER not in text and (option := parse(text, questions[row].meta["options"])):
                     matched[row] = option
         return matched
 
@@ -238,9 +245,10 @@ def parse(answer: str, options: dict[str, str]) -> str | None:
     """The option that rules find in an answer: its letter as a word, else its text; None leaves it to the judge.
 
     Official rules, quirks included: exactly one of the letters A to E among the words, bare or decorated ("A.", "(A)",
-    ":A" ...); a bare letter is not taken where "A" is a word of an answer of more than three (it may be an article).
+    ":A" ...); a bare letter is not taken where "A" is a word of an answer of more than three (it may be an article); no
+    letter is read in an answer that says NO_ANSWER.
     """
-    words = answer.split()
+    words = [] if NO_ANSWER in answer else answer.split()
     bare = [letter for letter in "ABCDE" if letter in words]
     if len(bare) == 1 and not ("A" in words and len(words) > 3):
         return bare[0]

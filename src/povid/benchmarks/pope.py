@@ -24,8 +24,9 @@ Split = Literal["random", "popular", "adversarial"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 WHAT = "case and punctuation ignored, a leading yes or no decides, n't, nope, none and the like are no, empty is no"
+BY_ID = "each answer to the question that its id names, where the official script counts by position"
 
-_ASKED = re.compile(r"is there (?:an? )?(.+?) in the im", re.IGNORECASE)
+_ASKED = re.compile(r"is there (?:an? )?(.{1,300}?) in the im", re.IGNORECASE)
 _WORD = re.compile(r"[a-z]+(?:['’]t)?")
 _NEGATIONS = {"no", "not", "nope", "nah", "none", "nothing", "never", "neither", "nor", "cannot", "without"}
 
@@ -113,6 +114,9 @@ class POPE(Benchmark):
             return there
         if len(named) == 1:
             return named
+        homes = _homes(records, splits)
+        if None not in homes:
+            return tuple(split for split in there if split in homes)
         fitting: tuple[Split, ...] = tuple(split for split in there if _fits(records, splits[split]))
         if len(fitting) == 1:
             return fitting
@@ -136,14 +140,8 @@ class POPE(Benchmark):
         complete set of ids in another order is put in order. Raises Fault if answers are missing, too many or
         ambiguous.
         """
-        file, splits = Path(file), _by_split(questions)
-        if file.is_dir():
-            parts = {split: _only_file(file, split) for split in splits}
-            matched = {split: _match(parts[split], _answers(parts[split]), asked) for split, asked in splits.items()}
-        else:
-            records = _answers(file)
-            divided = _divide(file, records, splits) if len(splits) > 1 else dict.fromkeys(splits, records)
-            matched = {split: _match(file, divided[split], asked) for split, asked in splits.items()}
+        splits = _by_split(questions)
+        matched = {split: _match(*part, splits[split]) for split, part in _parts(Path(file), splits).items()}
         return [matched[question.meta["split"]][question.meta["position"]] for question in questions]
 
     def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
@@ -178,6 +176,43 @@ class POPE(Benchmark):
                 )
         write_text(folder / "llava_pope_test.jsonl", "\n".join(asked_lines) + "\n")
         return write_text(folder / "llava_answers.jsonl", "\n".join(answer_lines) + "\n")
+
+    def score_file(self, file: Path, questions: Sequence[Question], judge: Judge | None = None) -> Score:
+        """The figures of the official script, which counts answers by position, whatever ids they carry.
+
+        Our own ids ("random/1"), which it does not know, are followed. Where official ids say another order, or that
+        some questions have no answer, "by_id" holds the figures of the answers as their ids say. Raises Fault where
+        ``read_answers`` does, except for answers that are missing by their ids.
+        """
+        by_position, by_id, moved = [], [], False
+        splits = _by_split(questions)
+        for split, (where, records) in _parts(Path(file), splits).items():
+            asked = splits[split]
+            places = _places(records, asked)
+            own = {str(record.get("question_id")) for _, record in records} <= {str(question.id) for question in asked}
+            if own or places is None or places == list(range(len(asked))):
+                pairs = list(zip(asked, _match(where, records, asked)))
+                by_position += pairs
+                by_id += pairs
+            else:
+                _check_asked(records, [asked[place] for place in places], split)
+                by_position += [(asked[i], record["answer"]) for i, (_, record) in enumerate(records)]
+                by_id += [(asked[place], record["answer"]) for place, (_, record) in zip(places, records)]
+                moved = True
+        score = self.score(*_columns(by_position))
+        if moved:
+            score.scores["by_id"] = _all_figures(*_columns(by_id), says_no) | {"what": BY_ID}
+        return score
+
+    def notes(self, score: Score) -> list[str]:
+        """That the file's order is not that of the questions."""
+        if "by_id" not in score.scores:
+            return []
+        return [
+            "the answers' ids are in another order than the questions, or some are missing; the official script counts "
+            "answers by position, so its figures are of answers to other questions: by_id has the right ones "
+            f"(F1 {score.scores['by_id']['f1']:.2f})"
+        ]
 
     def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
         """Per split accuracy, precision, recall, F1 and yes ratio in percent, and their means over the splits.
@@ -294,22 +329,15 @@ def _divide(
     file: Path, records: list[tuple[str, dict[str, Any]]], splits: Mapping[str, Sequence[Question]]
 ) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     """One file about several splits, divided among them by category, by id, or by what consecutive answers ask."""
+    homes = _homes(records, splits)
+    if None not in homes:
+        return {name: [pair for pair, split in zip(records, homes) if split == name] for name in splits}
     counts = ", ".join(f"{split} {len(asked)}" for split, asked in splits.items())
     if len(records) != sum(map(len, splits.values())):
         raise Fault(
             f"{file.name} has {len(records)} answers, but the splits have {counts} questions; "
             "an answer file made with another version of POPE cannot be scored against these labels"
         )
-    home = {
-        str(question.meta["llava_id"]): split
-        for split, asked in splits.items()
-        for question in asked
-        if "llava_id" in question.meta
-    }
-    home |= {str(question.id): split for split, asked in splits.items() for question in asked}
-    where = [record.get("category", home.get(str(record.get("question_id")))) for _, record in records]
-    if all(split in splits for split in where):
-        return {name: [pair for pair, split in zip(records, where) if split == name] for name in splits}
     divided, rest = {}, records
     while rest:
         found = next(
@@ -325,8 +353,47 @@ def _divide(
     return divided
 
 
+def _homes(records: Sequence[tuple[str, Mapping[str, Any]]], splits: Mapping[str, Sequence[Question]]) -> list[Any]:
+    """The split of each answer by its category or its id; None where neither says."""
+    known = {
+        str(question.meta["llava_id"]): split
+        for split, asked in splits.items()
+        for question in asked
+        if "llava_id" in question.meta
+    }
+    known |= {str(question.id): split for split, asked in splits.items() for question in asked}
+    found = [record.get("category", known.get(str(record.get("question_id")))) for _, record in records]
+    return [split if isinstance(split, str) and split in splits else None for split in found]
+
+
 def _old(*lists: Sequence[Any]) -> str:
     return " (2910 is the older random split)" if 2910 in map(len, lists) else ""
+
+
+def _parts(
+    file: Path, splits: Mapping[str, Sequence[Question]]
+) -> dict[str, tuple[Path, list[tuple[str, dict[str, Any]]]]]:
+    """Split → the file with its answers, and the answers in the file's order."""
+    if file.is_dir():
+        files = {split: _only_file(file, split) for split in splits}
+        return {split: (part, _answers(part)) for split, part in files.items()}
+    records = _answers(file)
+    divided = _divide(file, records, splits) if len(splits) > 1 else dict.fromkeys(splits, records)
+    return {split: (file, divided[split]) for split in splits}
+
+
+def _places(records: Sequence[tuple[str, Mapping[str, Any]]], asked: Sequence[Question]) -> list[int] | None:
+    """Which question each answer is for by its id; None unless all ids are different ones of these questions."""
+    ids = [str(record.get("question_id")) for _, record in records]
+    for known in (
+        [str(question.meta.get("llava_id")) for question in asked],
+        [str(question.id) for question in asked],
+        [str(question.meta["question_id"]) for question in asked],
+    ):
+        place = {one: i for i, one in enumerate(known)}
+        if len(place) == len(known) and len(set(ids)) == len(ids) and place.keys() >= set(ids):
+            return [place[one] for one in ids]
+    return None
 
 
 def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequence[Question]) -> list[str]:
@@ -340,24 +407,24 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
         )
     if all("question_id" in record for _, record in records):
         ids = [str(record["question_id"]) for _, record in records]
-        known = [
-            [str(question.meta.get("llava_id")) for question in asked],
-            [str(question.id) for question in asked],
-            [str(question.meta["question_id"]) for question in asked],
-        ]
         if len(set(ids)) < len(ids):
             twice = next(i for i, one in enumerate(ids) if one in ids[:i])
             raise Fault(f"{records[twice][0]} answers question_id {ids[twice]!r} a second time; keep one answer each")
-        order = next((order for order in known if set(order) == set(ids)), None)
-        if order is not None:
-            place = {one: i for i, one in enumerate(order)}
-            records = sorted(records, key=lambda pair: place[str(pair[1]["question_id"])])
+        places = _places(records, asked)
+        if places is not None:
+            records = [pair for _, pair in sorted(zip(places, records), key=lambda one: one[0])]
         elif wrong := next((i for i in range(1, len(ids)) if not _rises(ids[i - 1], ids[i])), None):
             raise Fault(
                 f"{records[wrong][0]} has question_id {ids[wrong]!r} after {ids[wrong - 1]!r}, and "
                 f"coco_pope_{split}.json does not have these ids: answers count by position, so write them in "
                 "the order of the questions"
             )
+    _check_asked(records, asked, split)
+    return [record["answer"] for _, record in records]
+
+
+def _check_asked(records: Sequence[tuple[str, Mapping[str, Any]]], asked: Sequence[Question], split: str) -> None:
+    """Raise Fault for an answer that repeats a question other than the one it is taken for."""
     for (where, record), question in zip(records, asked):
         if _asks(record) is not None and _asks(record) != _object(question.meta["question"]):
             raise Fault(
@@ -365,7 +432,6 @@ def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequenc
                 f"{question.meta['question_id']} of coco_pope_{split}.json asks {question.meta['question']!r}; "
                 "write the answers in the order of the questions"
             )
-    return [record["answer"] for _, record in records]
 
 
 def _rises(before: str, after: str) -> bool:
@@ -403,3 +469,8 @@ def _figures(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | int]:
         "tn": tn,
         "fn": fn,
     }
+
+
+def _columns(pairs: list[tuple[Question, str]]) -> tuple[list[Question], list[str]]:
+    """(question, answer) pairs as questions and answers."""
+    return [question for question, _ in pairs], [answer for _, answer in pairs]

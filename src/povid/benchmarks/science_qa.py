@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,7 +23,7 @@ GITHUB = "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienc
 
 
 class ScienceQA(Benchmark):
-    """``data`` holds problems.json, pid_splits.json, images/SPLIT/ and, for the very prompts, llava_test_CQM-A.json.
+    """``data`` holds problems.json, pid_splits.json, images/SPLIT/ and, if you have it, llava_test_CQM-A.json.
 
     Attributes:
         split: a split of pid_splits.json.
@@ -38,9 +39,9 @@ class ScienceQA(Benchmark):
         Source("https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip", "test.zip", unpack="images"),
     )
     notice: ClassVar[str] = (
-        "The prompts themselves (llava_test_CQM-A.json) are in LLaVA's eval.zip, behind Google Drive: open "
+        "LLaVA's own prompts (llava_test_CQM-A.json) are in its eval.zip, behind Google Drive: open "
         "https://drive.google.com/file/d/1atZSBBrAX54yYpxtVVW33zFvcnaHeFPy in a browser, download it, and "
-        "put scienceqa/llava_test_CQM-A.json into {data}; without it the prompts are built in that form."
+        "put scienceqa/llava_test_CQM-A.json into {data}; without it the same prompts are built from problems.json."
     )
 
     split: str = "test"
@@ -88,16 +89,42 @@ class ScienceQA(Benchmark):
         A file that answers only the questions with an image is accepted too: the others count as failed.
         """
         file = Path(file)
-        rows = read_records(file)
-        if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("outputs"), dict):
-            found = [(f"{file.name} outputs {name}", name, text) for name, text in rows[0][1]["outputs"].items()]
-        else:
-            found = list(llava_format.texts(file))
+        found = _texts(file)
         names, with_image = {name for _, name, _ in found}, [question for question in questions if question.image]
         if with_image and names == {str(question.id) for question in with_image}:
             answers = iter(llava_format.in_order(file, found, with_image))
             return [next(answers) if question.image else "" for question in questions]
         return llava_format.in_order(file, found, questions)
+
+    def score_file(self, file: Path, questions: Sequence[Question], judge: Judge | None = None) -> Score:
+        """As the official script, which takes a question without an answer for a failed one without an image.
+
+        So such a question leaves the accuracy of questions with an image; "missing_counted" holds the accuracies with
+        those questions counted as wrong, and "missing" their number.
+        """
+        file = Path(file)
+        found = _texts(file)
+        names = {name for _, name, _ in found}
+        known = names <= {str(question.id) for question in questions}
+        there = [question for question in questions if str(question.id) in names] if known and names else questions
+        given = {q.id: text for q, text in zip(there, llava_format.in_order(file, found, there))}
+        missing = [question for question in questions if question.id not in given]
+        answers = [given.get(question.id, "") for question in questions]
+        score = self.score([replace(q, image=q.image if q.id in given else None) for q in questions], answers)
+        score.scores["missing"] = len(missing)
+        if any(question.image for question in missing):
+            counted = self.score(questions, answers).scores
+            score.scores["missing_counted"] = {key: counted[key] for key in ("img_accuracy", "accuracy")}
+        return score
+
+    def notes(self, score: Score) -> list[str]:
+        """How many questions have no answer, and what the official script makes of them."""
+        if not score.scores.get("missing"):
+            return []
+        return [
+            f"questions without an answer: {score.scores['missing']}; as in the official script they count as wrong "
+            "among all questions and not at all among those with an image"
+        ]
 
     def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
         """The JSON Lines that eval_science_qa.py scores; image questions have "<image>" in the saved prompt."""
@@ -136,10 +163,11 @@ class ScienceQA(Benchmark):
 
 
 def cqm(problem: dict[str, Any]) -> str:
-    """Context, question, options: the CQM-A prompt of LLaVA's scripts/convert_sqa_to_llava_base_prompt.py."""
-    options = " ".join(f"({letter}) {choice}" for letter, choice in zip(LETTERS, problem["choices"]))
-    context = problem["hint"].strip() or "N/A"
-    return f"Context: {context}\nQuestion: {problem['question']}\nOptions: {options}\n".replace("  ", " ").strip()
+    """As LLaVA's llava_test_CQM-A.json: a context line if there is a hint, the question, one line for each option."""
+    lines = [f"Context: {problem['hint']}"] if problem["hint"].strip() else []
+    lines.append(problem["question"])
+    lines += [f"{letter}. {choice}" for letter, choice in zip(LETTERS, problem["choices"])]
+    return "\n".join(lines).strip()
 
 
 def parse(answer: str) -> str | None:
@@ -170,6 +198,14 @@ def _accuracies(records: Sequence[dict[str, Any]], key: str) -> dict[str, Any]:
         "img_questions": len(image),
         "questions": len(right),
     }
+
+
+def _texts(file: Path) -> list[tuple[str, str, Any]]:
+    """(place, question's id, answer) of LLaVA's JSON Lines, or of a result file of eval_science_qa.py."""
+    rows = read_records(file)
+    if len(rows) == 1 and isinstance(rows[0][1], dict) and isinstance(rows[0][1].get("outputs"), dict):
+        return [(f"{file.name} outputs {name}", name, text) for name, text in rows[0][1]["outputs"].items()]
+    return list(llava_format.texts(file))
 
 
 def _object(file: Path) -> dict[str, Any]:

@@ -16,10 +16,12 @@ from tqdm import tqdm
 
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
-from povid.files import read_json, write_json, write_text
+from povid.files import digest, read_json, write_bytes, write_json, write_text
 from povid.model.question import Answerer, Question
 
 log = logging.getLogger(__name__)
+
+PICTURE_BYTES = 2**19  # of a larger picture only the size and this many bytes are compared
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +149,7 @@ def _answers(plan: Plan, answer: Answerer, folder: Path, model: str) -> list[str
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "answers.jsonl"
     _claim(plan, folder / "asked.json", file, model)
-    done = dict(_kept(plan, file))
+    done = dict(_kept(plan, file, model))
     unanswered = [i for i in range(len(plan.questions)) if i not in done]
     asked = [plan.questions[i] for i in unanswered]
     if asked:
@@ -186,16 +188,8 @@ def _row(question: Question, text: str, model: str) -> dict[str, Any]:
 
 def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
     """Record what is asked, or refuse a folder whose answers belong to other questions, decoding or model."""
-    identity = hashlib.sha256()
-    for question in plan.questions:
-        image = question.image.name.encode() if isinstance(question.image, Path) else question.image or b""
-        identity.update(json.dumps([question.id, question.text]).encode() + hashlib.sha256(image).digest())
-    wanted = {
-        "model": model,
-        "decoding": asdict(plan.benchmark.decoding),
-        "questions": len(plan.questions),
-        "sha256": identity.hexdigest(),
-    }
+    wanted = {"model": model, "decoding": asdict(plan.benchmark.decoding), "questions": len(plan.questions)}
+    wanted |= _content(plan.questions)
     if not note.is_file():
         if answers.is_file() and answers.stat().st_size:
             raise Fault(f"{answers} exists without {note.name}, so it is unknown what was asked; move it away")
@@ -206,7 +200,9 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
         ("model", "by a different model"),
         ("decoding", "with different decoding settings"),
         ("questions", "to a different number of questions"),
-        ("sha256", "to different questions"),
+        ("texts", "to different questions"),
+        ("pictures", "about different pictures"),
+        ("truth", "to questions with other reference answers"),
     ):
         if found.get(key) != wanted[key]:
             raise Fault(
@@ -215,8 +211,34 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
             )
 
 
-def _kept(plan: Plan, file: Path) -> Iterator[tuple[int, str]]:
-    """(index, answer) of what is on disk; a last line that was only partly written is removed from the file."""
+def _content(questions: Sequence[Question]) -> dict[str, str]:
+    """What is asked, about which pictures, and what the answers are compared with: a digest of each."""
+    pictures = {
+        image: digest(image, PICTURE_BYTES)
+        for image in dict.fromkeys(question.image for question in questions)
+        if image is not None
+    }
+    found = {name: hashlib.sha256() for name in ("texts", "pictures", "truth")}
+    for question in questions:
+        found["texts"].update(json.dumps([question.id, question.text]).encode())
+        found["pictures"].update(pictures.get(question.image, "none").encode())
+        found["truth"].update(json.dumps(question.meta, sort_keys=True, default=_plain).encode())
+    return {name: value.hexdigest()[:16] for name, value in found.items()}
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has no form for; a file counts by its name, so that data may be moved."""
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return value.name if isinstance(value, Path) else str(value)
+
+
+def _kept(plan: Plan, file: Path, model: str) -> Iterator[tuple[int, str]]:
+    """(index, answer) of what is on disk; a last line that was only partly written is removed from the file.
+
+    An answer that no longer fits its ``answer_id`` was changed after it was given. It is moved to the file
+    ``answers_not_used.jsonl``, and its question is asked again.
+    """
     if not file.is_file():
         return
     content = file.read_bytes()
@@ -225,13 +247,31 @@ def _kept(plan: Plan, file: Path) -> Iterator[tuple[int, str]]:
         with file.open("r+b") as torn:
             torn.truncate(len(whole))
     places = {json.dumps(question.id): i for i, question in enumerate(plan.questions)}
-    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
+    lines = whole.split(b"\n")[:-1]
+    changed = []
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line.decode("utf-8"))
-            index, text = places.pop(json.dumps(row["question_id"])), row["text"]
+            place, text = json.dumps(row["question_id"]), row["text"]
+            index = places[place]
+            if row.get("answer_id") != _row(plan.questions[index], text, model)["answer_id"]:
+                changed.append(line)
+                continue
+            del places[place]
         except (ValueError, KeyError, TypeError):
             raise Fault(f"{file} line {number} is not an answer to an unanswered question; remove that line") from None
         yield index, text
+    if changed:
+        aside = file.with_name("answers_not_used.jsonl")
+        log.warning(
+            "%s: answers that were changed after they were given: %d; they are moved to %s and asked for again",
+            file,
+            len(changed),
+            aside.name,
+        )
+        with aside.open("ab") as sink:
+            sink.writelines(line + b"\n" for line in changed)
+        write_bytes(file, b"".join(line + b"\n" for line in lines if line not in changed))
 
 
 def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
@@ -50,9 +51,9 @@ def run(config: DictConfig) -> None:
         print(f"{out}\n{folder_of(out)}/report.html")
 
 
-def _generator(config: DictConfig):
+def _generator(config: DictConfig) -> Any:
     """The object that ``dispreference`` names, its settings checked."""
-    settings = OmegaConf.to_container(config.dispreference, resolve=True)
+    settings: Any = OmegaConf.to_container(config.dispreference, resolve=True)
     return validated(hydra.utils.get_class(settings.pop("_target_")), settings)
 
 

@@ -152,11 +152,13 @@ def learn(
 
     ``synonyms`` (word to object) are further words for objects, which take precedence over the everyday ones.
     """
-    learned = Statistics({name: frozenset(listed) for name, listed in present.items()}, Counter(), defaultdict(Counter))
+    pictures: Counter[str] = Counter()
+    together: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    learned = Statistics({name: frozenset(listed) for name, listed in present.items()}, pictures, together)
     for listed in learned.present.values():
-        learned.pictures.update(sorted(listed))
+        pictures.update(sorted(listed))
         for one, other in itertools.permutations(sorted(listed), 2):
-            learned.together[one][other] += 1
+            together[one][other] += 1
     learned.names = everyday_names() | {n: n for n in learned.pictures if n != "orange"} | dict(synonyms or {})
     for caption in captions:
         learned.said.update(words(caption))

@@ -21,9 +21,11 @@ class Unusable(Exception):
     """A reply that yields no pair; the message is the reason under which it is counted."""
 
 
-_ANSWER = re.compile(r"^[\s*#>_\"'`(-]*answer[\s*_]*[:：][\s*_]*", re.IGNORECASE | re.MULTILINE)
+LONGEST_REPLY = 50_000  # characters
+# What may be repeated before a word is bounded, or a reply of asterisks would take time by the square of its length.
+_ANSWER = re.compile(r"^[\s*#>_\"'`(-]{0,40}answer[\s*_]{0,20}[:：][\s*_]*", re.IGNORECASE | re.MULTILINE)
 _INLINE = re.compile(r"\bAnswer\s*:\s*")
-_LABEL = re.compile(r"[*_#]*[(\[]?\s*\banswer\s*([12])\b\s*[)\]]?\s*[*_]*\s*[:：]?[*_]*", re.IGNORECASE)
+_LABEL = re.compile(r"[*_#]{0,8}[(\[]?\s{0,8}\banswer\s*([12])\b\s*[)\]]?\s*[*_]*\s*[:：]?[*_]*", re.IGNORECASE)
 _REASON = re.compile(r"\breason(?:ing)?\s*[:：]", re.IGNORECASE)
 _QUOTES = {'"': '"', "“": "”", "'": "'", "‘": "’", "«": "»"}
 
@@ -36,8 +38,10 @@ def parse(kind: Kind, reply: str) -> Parsed:
     before or after each, or by two ``Reason:`` in this order.
 
     Raises:
-        Unusable: "empty", "broken JSON", or "one answer of two".
+        Unusable: "empty", "too long", "broken JSON", or "one answer of two".
     """
+    if len(reply) > LONGEST_REPLY:
+        raise Unusable("too long")
     reply = _plain(reply)
     if kind == "reasoning":
         both = _labelled(reply) or _two_reasons(reply)
@@ -102,7 +106,7 @@ def _after_answer(reply: str, kind: Kind) -> str:
 def _clean(said: str) -> str:
     said = _LABEL.sub("", said)
     said = re.sub(r"^[\s*#>_-]*answer[\s*_]*[:：]", "", said, flags=re.IGNORECASE)
-    said = re.sub(r"[\s*#_]*\banswer\s*[:：]?\s*$", "", said, flags=re.IGNORECASE).strip(" \n\t*_")
+    said = re.sub(r"[\s*#_]{0,40}\banswer\s{0,8}[:：]?$", "", said.rstrip(), flags=re.IGNORECASE).strip(" \n\t*_")
     while len(said) > 1 and _QUOTES.get(said[0]) == said[-1]:
         said = said[1:-1].strip()
     return re.sub(r"\*\*(.+?)\*\*", r"\1", said).strip()

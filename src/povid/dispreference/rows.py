@@ -103,5 +103,5 @@ def _rows(record: Mapping[str, Any], images: Path | None, place: str, kind: str,
     count = 1 if rounds == "first" else len(turns) // 2
     for turn in range(count):
         question, answer = turns[2 * turn].text, turns[2 * turn + 1].text
-        chosen = own or (kind if kind != "auto" else kind_of(question))
+        chosen: Any = own or (kind if kind != "auto" else kind_of(question))
         yield Row(id if count == 1 else f"{id}-{turn}", image, question, answer, chosen, turns[: 2 * turn])

@@ -15,19 +15,22 @@ them with ``model.path=FOLDER/model adapters=[FOLDER/adapter]``.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
-from povid.files import draft, read_json
-from povid.model.loading import DTYPES, LocalModel, LoraSettings
+from povid.files import digest, draft, read_json
+from povid.model.loading import DTYPES, Dtype, LocalModel, LoraSettings
 from povid.model.policy import add_lora
 
 # From the original LLaVA's names to transformers' (convert_llava_weights_to_hf.py, and llava/model/builder.py for the
@@ -46,7 +49,7 @@ def adapter_chain(place: Path) -> list[Path]:
     """All adapters, in order, that make up the policy in a run folder, a stage folder or an adapter folder.
 
     Raises:
-        Fault: the folder is none of these.
+        Fault: the folder is none of these, or an adapter is missing or was changed after its stage was finished.
     """
     if place.name == "adapter" and (place.parent / "stage.json").exists():
         place = place.parent
@@ -54,13 +57,58 @@ def adapter_chain(place: Path) -> list[Path]:
     if stages[-1].exists():
         cure = "restore it from a copy, or name the adapter folders themselves"
         stage = read_json(stages[-1], dict, cure, ("init_from",))
-        return [*map(Path, stage["init_from"]), stages[-1].parent / "adapter"]
+        run = stages[-1].parent.parent
+        chain = [_placed(run, entry, stage.get("written_in")) for entry in stage["init_from"]]
+        for adapter in chain:
+            if (adapter.parent / "stage.json").exists():
+                check_adapter(adapter)
+        check_adapter(stages[-1].parent / "adapter")
+        return [*chain, stages[-1].parent / "adapter"]
     if (place / "adapter_config.json").exists():
         return [place]
     raise Fault(
         f"init_from: {place} contains neither stage_*/stage.json nor adapter_config.json; name an adapter folder or a "
         "run folder with a finished stage"
     )
+
+
+def _placed(run: Path, entry: str, written_in: str | None) -> Path:
+    """The adapter that a stage.json names relative to its run: there or, if the run alone was moved, where it was."""
+    for folder in (run, Path(written_in or run)):
+        if (adapter := Path(os.path.normpath(folder / entry))).is_dir():
+            return adapter
+    raise Fault(f"{run} was trained on the adapter {entry}, which is not there; move it back beside the run")
+
+
+def check_adapter(adapter: Path) -> None:
+    """Raise a Fault if an adapter is not the one that its stage saved: its weights or settings were changed."""
+    note = adapter.parent / "stage.json"
+    saved = json.loads(note.read_text(encoding="utf-8")).get("adapter_digest")
+    if saved is not None and saved != adapter_digest(adapter):
+        raise Fault(
+            f"{adapter} was changed after {note} was written; put back the adapter that the stage saved, or train the "
+            "stage again in another folder"
+        )
+
+
+def adapter_digest(adapter: Path) -> str:
+    """Sixteen hexadecimal digits that name an adapter: its tensors' files and its settings (r, lora_alpha and so on).
+
+    The base model's path and the order of the layers' names do not count.
+
+    Raises:
+        Fault: ``adapter_config.json`` cannot be read.
+    """
+    file = adapter / "adapter_config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("base_model_name_or_path", None)
+    except (OSError, ValueError, AttributeError) as error:
+        raise Fault(f"{file} cannot be read ({error}); name the folder of an adapter") from None
+    config = {key: sorted(map(str, value)) if isinstance(value, list) else value for key, value in config.items()}
+    weights = sorted(file for file in adapter.iterdir() if file.suffix in (".safetensors", ".bin"))
+    content = [config, [[file.name, digest(file)] for file in weights]]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def transformers_name(key: str) -> str:
@@ -97,7 +145,7 @@ def _read(file: Path) -> Mapping[str, Tensor]:
         raise Fault(f"{file} cannot be read ({str(error).splitlines()[0]}); download it again") from error
 
 
-def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype: str = "float16") -> None:
+def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype: Dtype = "float16") -> None:
     """Write a full checkpoint (model and processor) of a base model with adapters merged into it, in their order.
 
     Args:
@@ -120,7 +168,7 @@ def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype
         settings.load_processor().save_pretrained(folder)
 
 
-def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: str = "float16") -> None:
+def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: Dtype = "float16") -> None:
     """Convert the original LLaVA's checkpoint to ``out/model`` and, if given, its LoRA to ``out/adapter``.
 
     Args:
@@ -153,7 +201,7 @@ def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None,
             _convert_lora(model, lora, str(out / "model")).save_pretrained(folder / "adapter")
 
 
-def _convert_lora(model: nn.Module, lora: Path, base: str) -> nn.Module:
+def _convert_lora(model: Any, lora: Path, base: str) -> Any:
     """``model``, known as ``base``, with the LoRA of a folder on it, in peft's format."""
     file, projector = lora / "adapter_config.json", lora / "non_lora_trainables.bin"
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 from torch import nn
@@ -57,7 +58,7 @@ def architecture_of(model_type: str) -> Architecture:
     return KNOWN.get(model_type, Architecture())
 
 
-def lora_targets(model: nn.Module) -> str:
+def lora_targets(model: Any) -> str:
     """Pattern of the full names of all linear layers of the language model (Table 5: lora_target all).
 
     Its head, the projector and the vision tower are left out.

@@ -74,7 +74,7 @@ def prepare(
             eos_token_id=SPECIAL["</s>"],
             tie_word_embeddings=False,
         ),
-        image_token_id=SPECIAL["<image>"],
+        image_token_index=SPECIAL["<image>"],
         vision_feature_layer=-2,
         vision_feature_select_strategy="default",
     )

@@ -32,7 +32,7 @@ from povid.internals import attention_function, is_watched
 from povid.model.packing import Packed
 
 
-def fuse(network: nn.Module) -> None:
+def fuse(network: Any) -> None:
     """Turn the modules of a network's language model, adapter layers included, into their fused subclasses.
 
     Modules of a kind that has no fused subclass, such as LoRA on a four-bit layer, stay what they are.
@@ -124,8 +124,12 @@ class _Gated(torch.autograd.Function):
         return torch.ops.aten.silu_backward(grad * up, gate), silu(gate).mul_(grad)
 
 
-class GatedMLP:
+class GatedMLP(nn.Module):
     """down(silu(gate(x)) * up(x)): what is fused of LlamaMLP and Qwen2MLP."""
+
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -168,8 +172,11 @@ class _Normed(torch.autograd.Function):
         return (grad - normed.mul_(along)).mul_(inverse).to(x.dtype), None, None
 
 
-class RMSNorm:
+class RMSNorm(nn.Module):
     """What is fused of LlamaRMSNorm and Qwen2RMSNorm; a weight that is trained is left to transformers."""
+
+    weight: Any
+    variance_epsilon: Any
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -206,7 +213,7 @@ class _Turned(torch.autograd.Function):
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
-class DecoderLayer:
+class DecoderLayer(nn.Module):
     """What is fused of LlamaDecoderLayer and Qwen2DecoderLayer.
 
     ``rows_BU``: the only columns of its output that are wanted, set by :func:`predicting_rows`; None for all. A layer
@@ -215,6 +222,11 @@ class DecoderLayer:
     """
 
     rows_BU: Tensor | None = None
+    self_attn: Any
+    mlp: Any
+    input_layernorm: Any
+    post_attention_layernorm: Any
+    gradient_checkpointing: Any
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
@@ -276,7 +288,7 @@ class FusedQwen2DecoderLayer(DecoderLayer, Qwen2DecoderLayer):
     pass
 
 
-FUSED = {
+FUSED: dict[type[nn.Module], Any] = {
     LoraLinear: FusedLoraLinear,
     LlamaMLP: FusedLlamaMLP,
     Qwen2MLP: FusedQwen2MLP,
@@ -288,7 +300,7 @@ FUSED = {
 
 
 @contextmanager
-def predicting_rows(decoder: nn.Module, packed: Packed) -> Iterator[Tensor]:
+def predicting_rows(decoder: Any, packed: Packed) -> Iterator[Tensor]:
     """Inside, the decoder's last layer computes the predicting positions alone, where that is possible.
 
     Yields the index [U] at which each predicting position then stands in its example. With gradient checkpointing all

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer
@@ -23,9 +22,7 @@ class RoomyLayer(DynamicLayer):
         start = self.get_seq_length()
         end = start + key_states.shape[-2]
         if self.space is None or self.space[0].shape[-2] < end:
-            self.space = tuple(
-                self._larger(old, new, end) for old, new in ((self.keys, key_states), (self.values, value_states))
-            )
+            self.space = self._larger(self.keys, key_states, end), self._larger(self.values, value_states, end)
         for space, new in zip(self.space, (key_states, value_states)):
             space[:, :, start:end] = new
         self.keys, self.values = (space[:, :, :end] for space in self.space)
@@ -52,7 +49,7 @@ def key_values(config: Any) -> Cache:
     return Cache(layer_class_to_replicate=RoomyLayer)
 
 
-def bytes_per_token(network: torch.nn.Module) -> int:
+def bytes_per_token(network: Any) -> int:
     """Bytes that one token's keys and values take over all layers."""
     config = network.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

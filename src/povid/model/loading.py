@@ -7,10 +7,10 @@ import pkgutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 from torch import Tensor, nn
 
 from povid.fault import Fault
@@ -20,6 +20,7 @@ from povid.model.policy import Policy
 from povid.model.question import Answerer
 from povid.model.template import Template
 
+Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE = Path(__file__).parents[1]
 
@@ -41,11 +42,14 @@ class LocalModel(BaseModel):
         name: its name in results.
         path: folder or hub id; ``package:NAME`` is a folder shipped inside povid.
         dtype: of the frozen weights. What is trained is in float32 at least.
-        style, system, pad_square, max_length: see ``Template``.
+        style, system, pad_square, max_length, masking: see ``Template``.
         train_projector: whether the projector is trained along with LoRA.
         attention: transformers' ``attn_implementation``; None for its own choice.
         gradient_checkpointing: recompute activations in the backward pass, which takes time and saves memory.
         quantize: ``4bit`` keeps the language model's frozen weights in four bits (NF4, by bitsandbytes).
+        merge: ``float16`` merges earlier adapters into the weights in float16 and casts the result to ``dtype``, as the
+            released scripts do; rounding loses most of a small update. None keeps what ``dtype`` can hold
+            (``load_model``).
         fused: use the faster modules of ``povid.model.fused`` while training.
         prepare: called (Hydra's ``_target_``) before the model is loaded, to make its folder.
         architecture: what is special about the model (``povid.model.architectures.Architecture``: its keys, or a
@@ -59,21 +63,31 @@ class LocalModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     trainable: ClassVar[bool] = True
 
-    name: str
+    name: str = Field(min_length=1)
     path: str = Field(min_length=1)
-    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     style: Literal["vicuna_v1", "chat", "bare"] = "vicuna_v1"
     system: str = ""
     pad_square: bool = False
     max_length: int = Field(1024, ge=1)
+    masking: Literal["all", "released"] = "all"
     train_projector: bool = True
-    attention: str | None = None
+    attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
     gradient_checkpointing: bool = False
     quantize: Literal["4bit"] | None = None
+    merge: Literal["float16"] | None = None
     fused: bool = True
     prepare: dict[str, Any] | None = None
     architecture: SerializeAsAny[Architecture] | None = None
     lora: LoraSettings = LoraSettings()
+
+    @model_validator(mode="after")
+    def _merges_whole_weights(self) -> Self:
+        if self.merge and self.quantize:
+            raise ValueError(
+                "merge and quantize exclude each other: four-bit weights cannot be merged; set one to null"
+            )
+        return self
 
     @field_validator("path")
     @classmethod
@@ -92,6 +106,11 @@ class LocalModel(BaseModel):
         except (ImportError, AttributeError, ValueError) as error:
             raise ValueError(f"{node['_target_']!r} cannot be imported ({error}); name a class or function") from error
         return target(**{key: value for key, value in node.items() if key != "_target_"})
+
+    @property
+    def answers_depend_on_batch(self) -> bool:
+        """Whether an answer can change with the questions beside it in its batch, as rounding does in few bits."""
+        return self.dtype not in ("float32", "float64") or self.quantize is not None
 
     @property
     def source(self) -> str:
@@ -114,6 +133,7 @@ class LocalModel(BaseModel):
             system=self.system,
             pad_square=self.pad_square,
             max_length=self.max_length,
+            masking=self.masking,
         )
 
     def answerer(
@@ -128,11 +148,12 @@ class LocalModel(BaseModel):
         policy = self.policy(adapters, adapted=False).to(device)
         return Answers(policy, self.template(policy.processor), batch_size, seed)
 
-    def load_model(self, adapters: Sequence[Path] = (), *, merged: bool = False) -> nn.Module:
+    def load_model(self, adapters: Sequence[Path] = (), *, merged: bool = False) -> Any:
         """The frozen model with earlier adapters in it, in their order.
 
         In float32 they are merged into its weights. In fewer bits rounding would swallow most of what steps of 1e-7 add
-        up to, so they stay beside the weights, unless ``merged`` asks for a model without them.
+        up to, so they stay beside the weights, unless ``merged`` asks for a model without them or the setting ``merge``
+        for the rounding.
 
         Raises:
             Fault: the weights cannot be found, a folder holds no adapter, or four bits are wanted and bitsandbytes is
@@ -146,12 +167,15 @@ class LocalModel(BaseModel):
         options = self._four_bits() if self.quantize else {}
         if self.attention:
             options["attn_implementation"] = self.attention
+        dtype = DTYPES[self.merge if self.merge and adapters else self.dtype]
         with self._loading():
-            model = AutoModelForImageTextToText.from_pretrained(self.source, dtype=DTYPES[self.dtype], **options)
+            model: Any = AutoModelForImageTextToText.from_pretrained(self.source, dtype=dtype, **options)
         keep_input_gradients(model)
-        exact = self.dtype in ("float32", "float64") and not self.quantize
+        whole = merged or self.merge or (self.dtype in ("float32", "float64") and not self.quantize)
         for number, adapter in enumerate(adapters):
-            model = _merge(model, adapter) if merged or exact else self._attach(model, adapter, number)
+            model = _merge(model, adapter) if whole else self._attach(model, adapter, number)
+        if self.merge:
+            _cast(model, DTYPES[self.dtype])
         return model.requires_grad_(False)
 
     def load_processor(self) -> Any:
@@ -184,7 +208,7 @@ class LocalModel(BaseModel):
         """The architecture of these settings, or else the known one of the model's type."""
         return self.architecture or architecture_of(model_type)
 
-    def _attach(self, model: nn.Module, adapter: Path, number: int) -> nn.Module:
+    def _attach(self, model: Any, adapter: Path, number: int) -> Any:
         """The model with an adapter's products added to its layers' outputs, and with the adapter's projector."""
         from peft import PeftModel
         from peft.tuners.lora import LoraLayer
@@ -193,13 +217,9 @@ class LocalModel(BaseModel):
         products = {}
         for module in adapted.modules():
             if isinstance(module, LoraLayer):
-                products[module.get_base_layer()] = tuple(
-                    weight.detach().to(model.dtype)
-                    for weight in (
-                        module.lora_A["default"].weight,
-                        module.lora_B["default"].weight * module.scaling["default"],
-                    )
-                )
+                lora: Any = module
+                a, b = lora.lora_A["default"].weight, lora.lora_B["default"].weight * lora.scaling["default"]
+                products[lora.get_base_layer()] = a.detach().to(model.dtype), b.detach().to(model.dtype)
         dtype = model.dtype
         model = adapted.unload()
         for layer, (a, b) in products.items():
@@ -244,12 +264,20 @@ class LocalModel(BaseModel):
             ) from error
 
 
-def _merge(model: nn.Module, adapter: Path) -> nn.Module:
+def _merge(model: Any, adapter: Path) -> Any:
     """The model with an adapter added to its weights, which keep their dtype."""
     from peft import PeftModel
 
     dtype = model.dtype
-    return PeftModel.from_pretrained(model, str(adapter)).merge_and_unload().to(dtype)
+    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    _cast(model, dtype)
+    return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """Change the dtype of the weights, in place. Buffers keep theirs: the frequencies of positions need float32."""
+    for weight in model.parameters():
+        weight.data = weight.data.to(dtype)
 
 
 def _add_product(number: int, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:

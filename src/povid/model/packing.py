@@ -118,7 +118,7 @@ def pack(preferred: Sequence[Encoded], dispreferred: Sequence[Encoded] | None, *
         columns.append(sorted(used))
 
     longest = max(len(tokens) for tokens, _, _ in rows)
-    most = max(map(len, columns))
+    most = max(1, *map(len, columns))  # attention cannot do with no row, even where no example has a response
 
     def padded(values: list[int], filler: int, length: int = longest) -> list[int]:
         return values + [filler] * (length - len(values))

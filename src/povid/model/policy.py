@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def add_lora(model: nn.Module, lora: LoraSettings, projector: str | None = None) -> nn.Module:
+def add_lora(model: Any, lora: LoraSettings, projector: str | None = None) -> Any:
     """A peft model: a new LoRA on the language model's linear layers and, if named, a trained copy of the projector."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=lora.r,
-        lora_alpha=lora.alpha,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # declared int, used as a number
         lora_dropout=lora.dropout,
         bias="none",
         target_modules=lora_targets(model),
@@ -53,7 +53,7 @@ class Policy(nn.Module):
         Fault: the projector is to be trained and the model's architecture does not say which module that is.
     """
 
-    def __init__(self, model: nn.Module, processor: Any, settings: LocalModel, *, adapted: bool) -> None:
+    def __init__(self, model: Any, processor: Any, settings: LocalModel, *, adapted: bool) -> None:
         super().__init__()
         self.settings, self.processor = settings, processor
         self.model_type = model.config.model_type
@@ -62,17 +62,17 @@ class Policy(nn.Module):
         if not self.packable:
             _warn_that_packing_is_off(settings.name, self.model_type)
         self.adapted = adapted
-        self.model = self._adapt(model) if adapted else model
+        self.model: Any = self._adapt(model) if adapted else model
         self._switches = adapter_switches(self.model)
         if settings.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
 
     @property
-    def network(self) -> nn.Module:
+    def network(self) -> Any:
         """The transformers model, adapter layers inside it."""
         return self.model.get_base_model() if self.adapted else self.model
 
-    def _adapt(self, model: nn.Module) -> nn.Module:
+    def _adapt(self, model: Any) -> Any:
         projector = self.architecture.projector if self.settings.train_projector else None
         if self.settings.train_projector and projector is None:
             raise Fault(

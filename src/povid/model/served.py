@@ -25,6 +25,7 @@ class ServedModel(EndpointSettings):
     """
 
     trainable: ClassVar[bool] = False
+    answers_depend_on_batch: ClassVar[bool] = False  # each question is a request of its own
     max_length: ClassVar[int | None] = None  # the server knows its own limit
 
     name: str = Field(min_length=1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +16,8 @@ from povid.fault import Fault
 from povid.model.packing import Encoded
 from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Turn
+
+log = logging.getLogger(__name__)
 
 VICUNA_V1_SYSTEM = (  # LLaVA, llava/conversation.py, template vicuna_v1
     "A chat between a curious user and an artificial intelligence assistant. "
@@ -52,6 +56,12 @@ def limit_dummy_prefix(tokenizer: Any) -> bool:
     return True
 
 
+@functools.cache
+def _warn_of_masked(name: str | int) -> None:
+    """Once for each record: it is encoded in every epoch."""
+    log.warning("record %r: masking=released leaves none of its response tokens, so nothing is learned from it", name)
+
+
 @dataclass(slots=True)
 class Template:
     """The format in which one model reads conversations.
@@ -63,6 +73,9 @@ class Template:
             chat template) or ``bare`` (InstructBLIP: question and answer, the image's tokens before both).
         system: system text of vicuna_v1; "" leaves it out.
         pad_square: pad pictures to a square of the mean colour before the processor sees them, as LLaVA-1.5 does.
+        masking: which tokens count as responses. ``all`` rounds, as LLaVA does now, or as the ``released`` code's older
+            copy of LLaVA computes it, for vicuna_v1: it measures every round by itself and drops a record whose rounds
+            do not add up to its length. With Vicuna's tokenizer those are the records of several rounds.
         max_length: longest sequence in tokens, image tokens included; longer responses are truncated.
     """
 
@@ -71,6 +84,7 @@ class Template:
     system: str = VICUNA_V1_SYSTEM
     pad_square: bool = False
     max_length: int = 1024
+    masking: str = "all"
     image_text: str = field(init=False, default="")  # what stands for the image in the first question
 
     def __post_init__(self) -> None:
@@ -151,7 +165,8 @@ class Template:
         head, images = self._head(conversations[0][0], image, name) if image is not None else ([], {})
         encoded = []
         for turns in conversations:
-            ids, marks = self._after_image(*self.text(turns, image=image is not None), image is not None, name)
+            text, spans = self.text(turns, image=image is not None)
+            ids, marks = self._after_image(text, spans, image is not None, name)
             ids, marks = head + ids, [False] * len(head) + marks
             if turns[-1].role == "assistant":
                 if not any(marks[: self.max_length]):
@@ -160,6 +175,10 @@ class Template:
                         f"record {name!r}: its prompt alone takes {count} tokens (image included) and "
                         f"model.max_length is {self.max_length}; raise model.max_length or remove the record"
                     )
+                if self.masking == "released":
+                    marks = self._released_marks(text, len(marks))
+                    if not any(marks):
+                        _warn_of_masked(name)
                 ids, marks = ids[: self.max_length], marks[: self.max_length]
             encoded.append(Encoded(ids, marks))
         return encoded, images
@@ -191,6 +210,25 @@ class Template:
         first = ids.index(self.processor.tokenizer.convert_tokens_to_ids(mark)) + 1 if wanted else 0
         marks = [any(start <= a and b <= end and a < b for start, end in spans) for a, b in output["offset_mapping"]]
         return ids[first:], marks[first:]
+
+    def _released_marks(self, text: str, length: int) -> list[bool]:
+        """Response marks of the last ``length`` tokens by the released code (POVID llava/train/train_dpo.py,
+        preprocess_v1): none at all if its lengths of the rounds do not add up to that of the conversation.
+        """
+        tokenizer = self.processor.tokenizer
+        whole = len(tokenizer(text)["input_ids"])
+        marks, at = [False] * whole, 1
+        for turn in filter(None, text.split(tokenizer.eos_token)):
+            question, *answer = turn.split(" ASSISTANT: ")
+            if len(answer) != 1:
+                break
+            asked = len(tokenizer(f"{question} ASSISTANT: ")["input_ids"]) - 2
+            end = at + len(tokenizer(turn)["input_ids"])
+            marks[at + asked : end] = [True] * (min(end, whole) - at - asked)
+            at = end
+        if at != whole and at < self.max_length:
+            marks = [False] * whole
+        return ([False] * length + marks)[-length:]
 
     def _special(self, text: str) -> dict[str, bool]:
         """Do not add the beginning-of-sequence token again after a chat template that writes it itself."""

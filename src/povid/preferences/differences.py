@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 COCO_OBJECTS = (
@@ -304,6 +305,7 @@ FUNCTION = ARTICLES | frozenset(
 
 _WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
 _TOKEN = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*|\s+|[^\w\s]|_")
+MOST_PAIRS = 1_000_000  # pairs of equal words that comparing two texts looks at
 _LONGEST = max(len(word.split()) for word in (*COCO_OBJECTS, *OBJECT_WORDS))
 
 
@@ -313,16 +315,48 @@ def words(text: str) -> list[str]:
 
 
 def overlap(first: str, second: str) -> float:
-    """Share of words in common and in order, 0 to 1 (difflib's ratio over words)."""
-    return difflib.SequenceMatcher(None, words(first), words(second), autojunk=False).ratio()
+    """Share of words in common and in order, 0 to 1 (difflib's ratio over words); see :func:`compared_whole`."""
+    left, right = words(first), words(second)
+    same = sum(b - a for kind, a, b, _, _ in _opcodes(left, right) if kind == "equal")
+    return 2 * same / (len(left) + len(right)) if left or right else 1.0
+
+
+def compared_whole(first: str, second: str) -> bool:
+    """Whether all words of two texts are compared.
+
+    Comparing takes time by the number of pairs of equal words, so that a text of 16,000 asterisks would take half a
+    minute. Beyond :data:`MOST_PAIRS` (no pair of real captions comes near) only what two texts share at their beginning
+    and at their end counts as the same.
+    """
+    return _pairs(_tokens(first), _tokens(second)) <= MOST_PAIRS
+
+
+def _pairs(left: Sequence[str], right: Sequence[str]) -> int:
+    counts = Counter(left)
+    return sum(counts[word] for word in right)
+
+
+def _tokens(text: str) -> list[str]:
+    return [token.lower() for token in _TOKEN.findall(text)]
+
+
+def _opcodes(left: Sequence[str], right: Sequence[str]) -> Sequence[tuple[str, int, int, int, int]]:
+    """difflib's opcodes, or those of both ends alone (see :func:`compared_whole`)."""
+    if _pairs(left, right) <= MOST_PAIRS:
+        return difflib.SequenceMatcher(None, left, right, autojunk=False).get_opcodes()
+    most = min(len(left), len(right))
+    start = next((at for at in range(most) if left[at] != right[at]), most)
+    end = next((at for at in range(most - start) if left[-1 - at] != right[-1 - at]), most - start)
+    a, b = len(left) - end, len(right) - end
+    codes = [("equal", 0, start, 0, start), ("replace", start, a, start, b), ("equal", a, len(left), b, len(right))]
+    return [code for code in codes if code[2] > code[1] or code[4] > code[3]]
 
 
 def segments(first: str, second: str) -> Iterator[tuple[str, str, bool]]:
     """Yield (piece of first, piece of second, same), which join to both texts; words are never cut."""
     left, right = _TOKEN.findall(first), _TOKEN.findall(second)
-    matcher = difflib.SequenceMatcher(None, [t.lower() for t in left], [t.lower() for t in right], autojunk=False)
     good = bad = ""
-    for kind, a, b, c, d in matcher.get_opcodes():
+    for kind, a, b, c, d in _opcodes([t.lower() for t in left], [t.lower() for t in right]):
         first, second = "".join(left[a:b]), "".join(right[c:d])
         if kind != "equal" or ((good or bad) and not first.strip() and b < len(left)):
             good, bad = good + first, bad + second
@@ -439,17 +473,17 @@ class Changes:
 def changes(preferred: str, dispreferred: str) -> Changes:
     """Read the kinds of hallucination off the words that differ (replacement and removal count as well)."""
     left, right = words(preferred), words(dispreferred)
-    matcher = difflib.SequenceMatcher(None, left, right, autojunk=False)
+    others = _other_numbers(left)
     new: list[str] = []
     touched: list[str] = []
     kinds = set()
-    for kind, a, b, c, d in matcher.get_opcodes():
+    for kind, a, b, c, d in _opcodes(left, right):
         if kind == "equal":
             continue
         new += right[c:d]
         touched += left[a:b] + right[c:d]
         for at in range(c, d):
-            if _is_thing(right, at) and right[at] not in _other_numbers(left):
+            if _is_thing(right, at) and right[at] not in others:
                 kinds.add("object")
     named = set(objects(preferred))
     added = tuple(dict.fromkeys(name for name in objects(dispreferred) if name not in named))

@@ -11,27 +11,43 @@ from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from povid.fault import Fault
 from povid.preferences.records import MissingPicture, one_line, show, text
 
+BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*")  # without what stands behind it
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
 
 
+def rgb(picture: Image.Image) -> Image.Image:
+    """The picture in RGB, eight bits a channel; its transparency is dropped.
+
+    Of sixteen bits the upper eight are kept. Pillow does so for colour, but cuts shades of grey off at 255, which makes
+    nearly all of them white.
+    """
+    if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format == "PNG"):
+        picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def open_picture(image: Path | bytes) -> Image.Image:
-    """An RGB picture from a file or from encoded bytes.
+    """An RGB picture from a file or from encoded bytes, as :func:`rgb` makes it: not rotated by its EXIF.
 
     Raises:
         Fault: names the file when it is missing or cannot be decoded.
     """
     name = f"image {image}" if isinstance(image, Path) else f"an image of {len(image)} bytes"
     try:
-        return Image.open(image if isinstance(image, Path) else BytesIO(image)).convert("RGB")
+        return rgb(Image.open(image if isinstance(image, Path) else BytesIO(image)))
     except FileNotFoundError:
         raise Fault(f"{name} does not exist; correct the path or data.images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Fault(f"{name} cannot be decoded ({error}); replace the file or remove its record") from None
+        raise Fault(
+            f"{name} cannot be decoded ({error}); replace the file, remove its record, or skip it with "
+            "data.skip_bad=true"
+        ) from None
 
 
 def picture_fault(image: Path | bytes) -> str | None:
@@ -95,7 +111,7 @@ def _base64(value: str) -> bytes | None:
     body = value
     if value.startswith("data:"):
         body = value.partition(",")[2]
-    elif len(value) < 64 or not re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", value):
+    elif len(value) < 64 or not BASE64.fullmatch(value.rstrip()):
         return None
     try:
         decoded = base64.b64decode(body, validate=False)

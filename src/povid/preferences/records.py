@@ -79,7 +79,8 @@ def gather(
         first = ", ".join(show(name) for name in missing[:3])
         raise Fault(
             f"{path}: {len(missing)} {'picture is' if len(missing) == 1 else 'pictures are'} not in {images} (first: "
-            f"{first}); add the missing files, give another image folder, or skip such records (skip_bad)"
+            f"{first}); add the missing files, give another image folder, or skip such "
+            "records (data.skip_bad=true)"
         )
     return built
 

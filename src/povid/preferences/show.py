@@ -19,7 +19,7 @@ from PIL import Image
 
 from povid.fault import Fault
 from povid.files import write_text
-from povid.preferences.differences import changes, overlap, segments, words
+from povid.preferences.differences import changes, compared_whole, overlap, segments, words
 from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 
@@ -174,6 +174,8 @@ def _card(triple: Triple, noise_steps: Sequence[int], seed: int, record: int) ->
     first, second = _responses(triple.preferred), _responses(triple.dispreferred)
     found = changes(first, second)
     tags = "".join(f'<span class="tag">{kind}</span>' for kind in KINDS if kind in found.kinds)
+    if not compared_whole(first, second):
+        tags += '<span class="tag">too long: compared at both ends alone</span>'
     rounds = []
     for at in range(0, len(triple.preferred), 2):
         good, bad = marked(triple.preferred[at + 1].text, triple.dispreferred[at + 1].text)

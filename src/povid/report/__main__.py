@@ -1,4 +1,4 @@
-"""``python -m povid.report OUTPUTS``: the paper's tables with our runs beside the printed rows."""
+"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones."""
 
 from __future__ import annotations
 

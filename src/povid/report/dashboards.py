@@ -102,12 +102,14 @@ def _for_wandb(wandb: Any, column: str, value: Any) -> Any:
 def _picture(value: Any) -> Image:
     from PIL import Image
 
+    from povid.preferences.pictures import rgb
+
     if isinstance(value, (bytes, bytearray)):
-        return Image.open(io.BytesIO(value)).convert("RGB")
+        return rgb(Image.open(io.BytesIO(value)))
     if isinstance(value, (str, Path)):
         with Image.open(value) as picture:
-            return picture.convert("RGB")
-    return value.convert("RGB")
+            return rgb(picture)
+    return rgb(value)
 
 
 def write_page(table: tuple[Sequence[str], Sequence[Sequence[Any]]], file: Path) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from povid.files import draft
 from povid.report.render import DAGGER, Notes
@@ -34,7 +35,7 @@ def draw(table: Table, file: Path) -> Path:
     ]
     numbers_from = len(table.lead)
 
-    def measure(text: str, **style) -> float:
+    def measure(text: str, **style: Any) -> float:
         drawn = figure.text(0, 0, text, fontsize=SIZE, **style)
         extent = drawn.get_window_extent(canvas.get_renderer()).width / figure.dpi
         drawn.remove()
@@ -70,8 +71,9 @@ def draw(table: Table, file: Path) -> Path:
     width = total + 2 * MARGIN
     figure.set_size_inches(width, height)
 
-    def put(x: float, y: float, text: str, **style) -> None:
-        figure.text(x / width, 1 - y / height, text, **({"fontsize": SIZE, "color": INK, "va": "center"} | style))
+    def put(x: float, y: float, text: str, **style: Any) -> None:
+        plain: dict[str, Any] = {"fontsize": SIZE, "color": INK, "va": "center"}
+        figure.text(x / width, 1 - y / height, text, **(plain | style))
 
     def rule(y: float, weight: float, left: float = MARGIN, right: float = width - MARGIN, color: str = RULE) -> None:
         figure.add_artist(Line2D([left / width, right / width], [1 - y / height] * 2, linewidth=weight, color=color))
@@ -122,8 +124,8 @@ def draw(table: Table, file: Path) -> Path:
             y += ROW
     rule(y, 1.4)
     y += 0.2
-    for line in prose:
-        put(MARGIN, y, line, fontsize=SIZE - 1, color=WARN if line.startswith(DAGGER) else PALE)
+    for note in prose:
+        put(MARGIN, y, note, fontsize=SIZE - 1, color=WARN if note.startswith(DAGGER) else PALE)
         y += 0.17
     with draft(file) as beside:
         figure.savefig(beside, format="png", facecolor="white")

@@ -60,13 +60,14 @@ def markdown(table: Table) -> str:
 
 
 def _md(text: str) -> str:
-    for letter in "\\|*_<>`":
-        text = text.replace(letter, {"<": "&lt;", ">": "&gt;"}.get(letter, "\\" + letter))
+    """Names come from other people's files: no link, no picture (which a viewer would load), no HTML."""
+    for letter in "&\\|*_<>`[]":
+        text = text.replace(letter, {"&": "&amp;", "<": "&lt;", ">": "&gt;"}.get(letter, "\\" + letter))
     return " ".join(text.split())
 
 
 def _md_heading(column: Column) -> str:
-    return _md(column.title) + (f"<sub>{column.subscript}</sub>" if column.subscript else "") + column.arrow
+    return _md(column.title) + (f"<sub>{_md(column.subscript)}</sub>" if column.subscript else "") + column.arrow
 
 
 def _md_line(line: Line, table: Table, notes: Notes) -> list[str]:
@@ -118,7 +119,7 @@ def plain(table: Table) -> str:
         heading = [block.title] if block.title else []
         parts.append("\n".join([*heading, *block.warnings, rule, text[0], rule, *text[1:], rule, *block.notes]))
     parts += [f"{mark} {text}" for mark, text in notes if mark == DAGGER]
-    return "\n\n".join(parts) + "\n"
+    return "".join(letter for letter in "\n\n".join(parts) if letter == "\n" or ord(letter) >= 32) + "\n"
 
 
 def _plain_cell(cell: Cell, column: Column) -> str:
@@ -137,7 +138,7 @@ def comma_separated(table: Table) -> str:
             "kind",
             "name",
             *table.lead,
-            *(f"{column.key}{part}" for column in table.columns for part in spread),
+            *(_csv_text(f"{column.key}{part}") for column in table.columns for part in spread),
             "says_less",
             "notes",
         ]
@@ -155,23 +156,28 @@ def comma_separated(table: Table) -> str:
             writer.writerow(
                 [
                     table.number,
-                    block.title,
+                    _csv_text(block.title),
                     line.kind,
-                    line.name,
+                    _csv_text(line.name),
                     *(_csv_lead(text) for text in line.lead),
                     *numbers,
-                    line.says_less,
-                    "; ".join(notes),
+                    _csv_text(line.says_less),
+                    _csv_text("; ".join(notes)),
                 ]
             )
     return out.getvalue()
 
 
 def _csv_lead(text: str) -> str:
-    return {"✓": "yes", "✗": "no"}.get(text, text)
+    return {"✓": "yes", "✗": "no"}.get(text, _csv_text(text))
 
 
-def _csv_cell(cell: Cell) -> tuple[str, str, str, str]:
+def _csv_text(text: str) -> str:
+    """Text that no spreadsheet takes for a formula: what begins like one gets an apostrophe in front."""
+    return f"'{text}" if text.lstrip().startswith(("=", "+", "-", "@")) else text
+
+
+def _csv_cell(cell: Cell) -> tuple[str, ...]:
     found = cell.summary
     if found.mean is None:
         return "", "", "", ""
@@ -204,6 +210,9 @@ LATEX = {
     "<": "$<$",
     ">": "$>$",
     "|": "$|$",
+    "[": "{[}",  # at the beginning of a row it would be an argument of the end of the row before, as * would
+    "]": "{]}",
+    "*": "{*}",
 }
 
 
@@ -249,7 +258,7 @@ def latex(table: Table) -> str:
 
 
 def _latex_heading(column: Column) -> str:
-    subscript = f"$_{{{column.subscript}}}$" if column.subscript else ""
+    subscript = f"$_{{{latex_escape(column.subscript)}}}$" if column.subscript else ""
     return latex_escape(column.title) + subscript + (f"~{latex_escape(column.arrow)}" if column.arrow else "")
 
 

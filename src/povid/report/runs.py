@@ -1,7 +1,8 @@
 """Read run folders and group the runs into rows whose scores may be averaged.
 
-The runs of a row differ in the seed alone. What distinguishes two rows of the same name is found by comparing
-everything that a run records about itself, and becomes part of their labels.
+The runs of a row differ in the seed alone: they have the same identity (``povid.run.identity``) without the seed. The
+parts in which the identities of two rows of the same name differ become part of their labels. A results.json of an
+earlier version has no identity; such runs are told apart by what else they recorded, and by their command lines.
 """
 
 from __future__ import annotations
@@ -48,6 +49,8 @@ OVERRIDES_ELSEWHERE = {
     "trainer.log_every_n_steps",
     "trainer.enable_progress_bar",
 }
+# Parts of an identity that are digests: in a label the settings that they come from stand for them.
+DIGESTS = {"records", "pictures", "texts", "truth", "weights", "starts_from"}
 LONG = 60  # characters of a difference that fit into a label
 GROUPS_ELSEWHERE = {"hydra", "logger", "launcher", "judge"}
 
@@ -63,6 +66,7 @@ class Run:
     settings: dict[str, str]  # dotted name to text: everything but the seed that may distinguish this run
     results: dict[str, Any]
     columns: tuple[Column, ...] = ()  # what its benchmarks say about their scores
+    names: dict[str, dict[str, str]] = field(default_factory=dict)  # where content comes from: settings, and places
 
     @property
     def folder(self) -> Path:
@@ -75,7 +79,8 @@ class Run:
     @property
     def world(self) -> tuple[str, str]:
         """(model, data): only rows of the same world are compared."""
-        return tuple(self.settings.get(key) or self.settings.get(f"{key}.name", "?") for key in ("model", "data"))
+        model, data = (self.settings.get(key) or self.settings.get(f"{key}.name", "?") for key in ("model", "data"))
+        return model, data
 
 
 @dataclass
@@ -142,8 +147,16 @@ def _read(file: Path) -> Run:
     if not isinstance(results.get("row"), str) or not results["row"]:
         raise ValueError("'row', the row of the table that the run belongs to, is missing")
     row, started = results["row"], str(results.get("started", ""))
-    settings, columns = _settings(row, results, file), _columns(results.get("columns", []))
-    return Run(file, row, results.get("seed"), started, settings, results, columns)
+    columns = _columns(results.get("columns", []))
+    identity = results.get("identity")
+    if not isinstance(identity, dict):
+        return Run(file, row, results.get("seed"), started, _settings(row, results, file), results, columns)
+    try:
+        settings = _identity_settings(row, results, identity["row"])
+        names = {kind: _texts(identity["named"][kind]) for kind in ("settings", "places")}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"'identity' is not what a run writes ({error!r}); start that run again") from error
+    return Run(file, row, results.get("seed"), started, settings, results, columns, names)
 
 
 def _columns(entries: Any) -> tuple[Column, ...]:
@@ -155,6 +168,35 @@ def _columns(entries: Any) -> tuple[Column, ...]:
         if column.better not in ("low", "high", None) or not isinstance(column.decimals, int):
             raise ValueError(f"'columns' has {column}; 'better' is low, high or null, and 'decimals' a whole number")
     return columns
+
+
+def _identity_settings(row: str, results: dict[str, Any], parts: dict[str, Any]) -> dict[str, str]:
+    """The parts of a run's identity without its seed, the names of its world, and which stages it trained itself."""
+    found = {"model": str(results.get("model")), "data": str(results.get("data"))} | _texts(parts)
+    stages = results.get("stages") or {}
+    for number, stage in stages.items():
+        found[f"stages.{number}.batch_size"] = str(stage["batch_size"])  # what "auto" came to
+    if stages:
+        found.pop("adapters", None)  # the stages' own parts say how they were made
+    return found | _trained(str(results.get("ablation", row)), results, stages)
+
+
+def _texts(parts: dict[str, Any]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for key, value in parts.items():
+        _flatten(value, key, found)
+    return found
+
+
+def _trained(ablation: str, results: dict[str, Any], stages: Any) -> dict[str, str]:
+    """What marks a run that did not train all stages of its ablation."""
+    found = {}
+    if ablation == "both" and isinstance(stages, dict) and "2" in stages and "1" not in stages:
+        found["stage 1"] = "of another run"
+    last, stage = LAST_STAGE.get(ablation), str(results.get("stage", "all"))
+    if last and stage not in ("all", last, "None"):
+        found["stage"] = stage
+    return found
 
 
 def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
@@ -183,11 +225,7 @@ def _settings(row: str, results: dict[str, Any], file: Path) -> dict[str, str]:
     ablation = str(results.get("ablation", row))
     if ablation == "none":  # nothing was trained, so adapters come from another run
         _flatten(results.get("adapters"), "adapters", flat)
-    if ablation == "both" and isinstance(stages, dict) and "2" in stages and "1" not in stages:
-        flat["stage 1"] = "of another run"
-    last, stage = LAST_STAGE.get(ablation), str(results.get("stage", "all"))
-    if last and stage not in ("all", last, "None"):
-        flat["stage"] = stage
+    flat |= _trained(ablation, results, stages)
     untouched = {
         "none": ("objective", "noise", "experiment", "stages", "trainer"),
         "text": ("noise", "stages.2"),
@@ -230,7 +268,7 @@ def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
         settings = {
             key: value
             for key, value in run.settings.items()
-            if key not in ignore and not (key.startswith("decoding.") and _only_some(key, run, runs))
+            if key not in ignore and not (key.startswith(("decoding.", "benchmarks.")) and _only_some(key, run, runs))
         }
         groups[run.row, tuple(sorted(settings.items()))].append(run)
     rows = [_row(name, members, dict(settings)) for (name, settings), members in groups.items()]
@@ -240,8 +278,10 @@ def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
 
 
 def _only_some(key: str, run: Run, runs: list[Run]) -> bool:
-    """Whether runs of the same row are without this setting: they answered fewer benchmarks, and do not disagree."""
-    return any(key not in other.settings for other in runs if (other.row, other.world) == (run.row, run.world))
+    """Whether runs of the same row are without this setting and the others agree in it: those without answered fewer
+    benchmarks, and nobody disagrees."""
+    alike = [other.settings.get(key) for other in runs if (other.row, other.world) == (run.row, run.world)]
+    return None in alike and len({value for value in alike if value is not None}) == 1
 
 
 def _row(name: str, runs: list[Run], settings: dict[str, str]) -> Row:
@@ -275,9 +315,12 @@ def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
     for members in siblings.values():
         keys = sorted({key for row in members for key in row.settings})
         apart = [key for key in keys if len({row.settings.get(key) for row in members}) > 1]
-        for row in members:
+        values = [row.settings for row in members]
+        if digests := [key for key in apart if key.rpartition(".")[2] in DIGESTS]:
+            apart, values = _in_words(members, [key for key in apart if key not in digests], digests)
+        for row, value in zip(members, values):
             parts = [
-                f"{key}={row.settings.get(key, 'default')}"
+                f"{key}={value.get(key, 'default')}"
                 for key in apart
                 if key != "stage" and not ("stage 1" in apart and key.startswith("stages.1."))
             ]
@@ -298,6 +341,22 @@ def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
             row.label = f"{row.name} ({apart_by})" if row.difference else row.name
             if not short:
                 row.remarks.insert(0, f"{apart_by} is {row.difference}")
+
+
+def _in_words(members: list[Row], apart: list[str], digests: list[str]) -> tuple[list[str], list[dict[str, str]]]:
+    """The keys that distinguish rows whose digests differ, with the settings that the digests come from in their place.
+
+    Where no setting differs, the places that content was read from stand there; where not even those differ, and
+    nothing else does, the digests themselves.
+    """
+    for kind in ("settings", "places"):
+        named = [row.runs[0].names.get(kind, {}) for row in members]
+        keys = sorted({key for names in named for key in names})
+        found = [key for key in keys if len({names.get(key) for names in named}) > 1]
+        if found or apart:
+            values = [{**names, **row.settings} for row, names in zip(members, named)]
+            return sorted({*apart, *found}), values
+    return digests, [row.settings for row in members]
 
 
 @dataclass(frozen=True)

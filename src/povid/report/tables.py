@@ -13,7 +13,7 @@ from typing import Literal
 from povid.benchmarks.benchmark import Column
 from povid.report import paper
 from povid.report.paper import PaperRow
-from povid.report.runs import PAPER_ROWS, Row, Run, Summary, group, summarise
+from povid.report.runs import PAPER_ROWS, Row, Run, Summary, group, lookup, summarise
 
 COLLAPSE = 10.0  # points of coverage below the base
 CHAIR = ("chair.CHAIR_S", "chair.CHAIR_I")
@@ -160,7 +160,7 @@ def _comparable(world: tuple[str, str]) -> list[str]:
     if data.startswith("scenes") or model.startswith("scenes"):
         return [
             f"These numbers come from the embedded world (data={data}, model={model}): painted pictures and a "
-            "tiny model with a vocabulary of its own. Their level cannot be compared with the paper's rows, which "
+            "tiny model with its own vocabulary. Their level cannot be compared with the paper's rows, which "
             "are LLaVA-1.5-7B on COCO; only the order of the rows can."
         ]
     if model != REAL or data != "povid_17k":
@@ -211,7 +211,7 @@ def _difference(row: Row, against: Row, column: Column, says_less: bool) -> Cell
 
 
 def _order(lines: list[tuple[Row, Line]]) -> list[str]:
-    """Sentences on the order of the four rows in CHAIR, ours and the paper's, if each of ours is there once."""
+    """Sentences on the order of the four rows in CHAIR, ours and the paper's, if each of ours appears exactly once."""
     if sorted(row.name for row, _ in lines) != sorted(PAPER_ROWS):
         return []
     sentences = []
@@ -405,7 +405,8 @@ def _ours(
     for column in columns:
         summary = summarise(row, column.key)
         notes = [note for note in (summary.reason, summary.remark) if note]
-        cells[column.key] = Cell(summary, notes=notes + _corrected(row, column, summary))
+        notes += _corrected(row, column, summary) + _judged(row, column, summary)
+        cells[column.key] = Cell(summary, notes=notes)
     seeds = f"n = {len(row.runs)}"
     remarks = [f"{row.name}: {remark}" for remark in row.remarks]
     return Line(row.name, kind, (*lead, f"{row.label}, {seeds}"), cells, remarks, _says_less(row, bases))
@@ -420,6 +421,22 @@ def _corrected(row: Row, column: Column, summary: Summary) -> list[str]:
     if corrected.mean is None or f"{corrected.mean:.{column.decimals}f}" == f"{summary.mean:.{column.decimals}f}":
         return []
     return [f"{benchmark}: official rule; corrected {corrected.mean:.{column.decimals}f}"]
+
+
+def _judged(row: Row, column: Column, summary: Summary) -> list[str]:
+    """Who judged a score, and that the prompt is in our wording: the official texts are not part of this package."""
+    if summary.mean is None:
+        return []
+    name = column.key.partition(".")[0]
+    judges = [lookup(run.results["benchmarks"], f"{name}.judge") for run in row.runs]
+    return sorted(
+        f"{name}: judged by {model} (officially {official}), the prompt in our own wording ({wording})"
+        for model, official, wording in {
+            tuple(judge.get(key) for key in ("model", "official_model", "wording"))
+            for judge in judges
+            if isinstance(judge, dict) and judge.get("wording")
+        }
+    )
 
 
 def _says_less(row: Row, bases: list[Row]) -> str:

@@ -1,1 +1,1 @@
-"""What keeps a run alive: experiment, settings, checkpoints, resuming, guards."""
+"""Runs: settings, stages, checkpoints, resuming, guards, evaluation."""

@@ -1,4 +1,4 @@
-"""``python -m povid.run``, or ``povid train``: what ``train.py`` does, where there is no checkout."""
+"""``python -m povid.run``, or ``povid train``: the same as ``train.py``, without a checkout."""
 
 import sys
 

@@ -1,8 +1,8 @@
-"""Nodes of a configuration checked against what they build, and built.
+"""Check the nodes of a configuration against what they build, and build them.
 
 A node is a mapping with a ``_target_``: a class or function and its arguments, as in :func:`hydra.utils.instantiate`.
-Its arguments are held against the names, types and bounds of the target's own signature, and every problem is reported
-with its key before anything is made.
+Its arguments are checked against the names, types and bounds in the target's signature, and every problem is reported
+with its key before anything is built.
 """
 
 from __future__ import annotations
@@ -26,18 +26,29 @@ HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
 
 def target(node: Mapping[str, Any], key: str, problems: list[str]) -> Callable | None:
-    """What a node builds; None, with the problem noted, where it cannot be imported."""
+    """The target of a node; None, with the problem noted, if it cannot be imported."""
     path = node.get("_target_")
     try:
-        return pkgutil.resolve_name(path)
-    except Exception as error:  # whatever importing somebody's module raises
+        call = pkgutil.resolve_name(path)
+        if not callable(call):
+            raise TypeError("it is no class or function")
+        return call
+    except Exception as error:  # importing a module may raise anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         problems.append(f"{key}._target_: {path!r} cannot be imported ({reason}); name a class or function")
         return None
 
 
-def check(node: Mapping[str, Any], key: str, problems: list[str], given: Collection[str] = ()) -> dict[str, Any] | None:
-    """Hold a node against its target's signature. ``given`` names arguments that the program itself will pass.
+def check(
+    node: Mapping[str, Any],
+    key: str,
+    problems: list[str],
+    given: Collection[str] = (),
+    offered: Collection[str] = (),
+) -> dict[str, Any] | None:
+    """Check a node against its target's signature.
+
+    ``given`` names arguments that only the run passes, ``offered`` those that it passes where the node does not.
 
     Returns its validated arguments, nested nodes unbuilt; None after a problem.
     """
@@ -53,7 +64,7 @@ def check(node: Mapping[str, Any], key: str, problems: list[str], given: Collect
     problems += [f"{key}.{name}: the run sets this itself; remove it" for name in own]
     model = call if isinstance(call, type) and issubclass(call, BaseModel) else _signature_model(call)
     if model is not None:
-        optional = model.model_fields if node.get("_partial_") else given
+        optional = model.model_fields if node.get("_partial_") else (*given, *offered)
         problems += _problems(model, arguments, key, node["_target_"], optional)
     return None if len(problems) > before else arguments
 
@@ -61,7 +72,7 @@ def check(node: Mapping[str, Any], key: str, problems: list[str], given: Collect
 def build(node: Mapping[str, Any], key: str, problems: list[str]) -> Any:
     """Check a node and build it; None after a problem.
 
-    What the target itself refuses (ValueError, TypeError, an import that fails) is a problem like any other.
+    What the target itself refuses is noted as a problem too.
     """
     arguments = check(node, key, problems)
     if arguments is None:
@@ -70,16 +81,16 @@ def build(node: Mapping[str, Any], key: str, problems: list[str]) -> Any:
         return make(node)
     except ValidationError as error:
         problems += sentences(error.errors(), key, BaseModel)
-    except (ValueError, TypeError, ImportError) as error:
+    except Exception as error:  # whatever a target makes of values that its signature does not bound
         named = re.match(r"(\w+): ", str(error))  # our own targets name the argument at fault
         problems.append(f"{key}.{error}" if named and named[1] in arguments else f"{key}: {error}")
     return None
 
 
 def make(node: Mapping[str, Any], **more: Any) -> Any:
-    """Build a node that has been checked, with further arguments of the program's own.
+    """Build a node that has been checked; ``more`` are arguments that the run adds.
 
-    With ``_recursive_: false`` its target is given nested nodes as they are, to build them when it needs them.
+    With ``_recursive_: false`` the target receives nested nodes unbuilt, to build them when it needs them.
     """
     call = pkgutil.resolve_name(node["_target_"])
     arguments = {name: value for name, value in node.items() if name not in HYDRA_KEYS}
@@ -89,7 +100,7 @@ def make(node: Mapping[str, Any], **more: Any) -> Any:
 
 
 def settings(kind: type[Kind], node: Any, key: str, problems: list[str]) -> Kind | None:
-    """``kind`` with the values of a node; None, with every problem noted, where they do not fit."""
+    """``kind`` with the values of a node; None, with every problem noted, if they are invalid."""
     if not isinstance(node, Mapping):
         problems.append(f"{key}: found {node!r}, needed the settings {', '.join(kind.model_fields)}")
         return None
@@ -119,16 +130,16 @@ def _made(value: Any) -> Any:
     return value
 
 
-def _signature_model(call: Callable) -> type[BaseModel] | None:
-    """A pydantic model with a callable's parameters; None where it takes any keyword."""
+def _signature_model(call: Any) -> type[BaseModel] | None:
+    """A pydantic model with a callable's parameters; None if it takes any keyword."""
     parameters = [p for p in inspect.signature(call).parameters.values() if p.kind is not p.VAR_POSITIONAL]
     if any(p.kind is p.VAR_KEYWORD for p in parameters):
         return None
     try:
-        hints = typing.get_type_hints(call.__init__ if isinstance(call, type) else call, include_extras=True)
+        hints = typing.get_type_hints(call.__init__ if inspect.isclass(call) else call, include_extras=True)
         if isinstance(call, type):
             hints = typing.get_type_hints(call, include_extras=True) | hints
-    except Exception:  # annotations that name what is imported for type checkers alone
+    except Exception:  # annotations may name what is imported for type checkers only
         hints = {}
     fields: dict[str, Any] = {}
     for parameter in parameters:
@@ -141,7 +152,7 @@ def _signature_model(call: Callable) -> type[BaseModel] | None:
         fields[parameter.name] = (hint, default)
     try:
         return create_model("Arguments", __config__=_CONFIG, **fields)
-    except Exception:  # a parameter whose name pydantic keeps for itself
+    except Exception:  # pydantic reserves the name of a parameter
         return None
 
 
@@ -151,7 +162,7 @@ _CONFIG = ConfigDict(extra="forbid", arbitrary_types_allowed=True, protected_nam
 def _problems(
     model: type[BaseModel], arguments: Mapping[str, Any], key: str, path: str = "", optional: Collection[str] = ()
 ) -> list[str]:
-    """What is wrong with arguments. Nested nodes are checked by themselves and stand for what they build.
+    """The problems of arguments, except nested nodes, which are checked separately.
 
     ``path`` names what takes the arguments; those of ``optional`` may be missing.
     """
@@ -179,7 +190,7 @@ def _holds_node(value: Any) -> bool:
 
 
 def _coerced(value: Any, validated: Any) -> bool:
-    """Whether pydantic turned a value into one of another kind, as true into 1, beyond what YAML cannot tell apart."""
+    """Whether pydantic changed a value's type (true became 1), except where YAML cannot express the type."""
     if type(value) is type(validated) or not isinstance(value, (bool, int, float, str)):
         return False
     if isinstance(value, bool):

@@ -1,8 +1,8 @@
-"""Checkpoints from which a stage resumes with exactly the losses that it would have had without the interruption.
+"""Checkpoints, from which a stage resumes with exactly the losses of an uninterrupted one.
 
-What the trainer saves (trained weights, optimiser, schedule, position in the epoch) is joined by the states of all
-random generators of all processes. A checkpoint is written beside its place, forced to disk and renamed; its name ends
-with a checksum, so that a torn or damaged file is recognised and the one before it is used.
+Besides what the trainer saves (trained weights, optimiser, schedule, position in the epoch), a checkpoint contains the
+states of all random generators of all processes. It is written next to its final place, forced to disk and renamed.
+Its name ends with a checksum, so that a truncated or damaged file is detected and the previous one is used.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
 from povid.internals import correct_logged_step, script_launcher
+from povid.run.identity import Identity
 from povid.run.signals import Signals
 
 log = logging.getLogger(__name__)
@@ -36,9 +37,9 @@ NAME = re.compile(r"step_(\d{8})\.([0-9a-f]{8})\.ckpt")
 
 
 class CheckpointSettings(BaseModel):
-    """How often a stage is saved: every so many optimiser steps, every so many minutes, or both; null for neither.
+    """How often a stage is saved: every so many optimiser steps, every so many minutes, or both; null disables either.
 
-    ``keep``: how many checkpoints stay on disk while a stage trains; none stays when it is finished.
+    ``keep``: how many checkpoints stay on disk while a stage trains; all are removed when it is finished.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -52,17 +53,27 @@ class Checkpoints(L.Callback):
     """Saves a stage as the settings say and when a signal tells the run to stop; at the end of a step, never inside.
 
     Args:
-        folder: where the checkpoints lie.
+        folder: for the checkpoints.
+        settings: when to save, and how many checkpoints to keep.
         signals: what the run does with signals.
-        metrics: the file of metrics, forced to disk before a checkpoint claims its rows; it stands before this among
-            the callbacks.
+        metrics: the callback that writes metrics.csv, which is forced to disk before a checkpoint that includes its
+            rows; it precedes this one in the trainer's list.
+        identity: that of the stage; a checkpoint with another is refused.
     """
 
-    def __init__(self, folder: Path, settings: CheckpointSettings, signals: Signals, metrics: Any = None) -> None:
-        self.folder, self.settings, self.signals, self.metrics = folder, settings, signals, metrics
+    def __init__(
+        self,
+        folder: Path,
+        settings: CheckpointSettings,
+        signals: Signals,
+        metrics: Any = None,
+        identity: Identity | None = None,
+    ) -> None:
+        self.folder, self.settings, self.signals = folder, settings, signals
+        self.metrics, self.identity = metrics, identity
         self.saved_step, self.saved_at = 0, 0.0
         self.in_step = False
-        self.waiting: int | None = None  # the signal (0 for none) of a checkpoint put off to the end of the epoch
+        self.waiting: int | None = None  # the signal (0: none) of a checkpoint deferred to the end of the epoch
         self.random: list[dict[str, Any]] = []
 
     # --- saving -----------------------------------------------------------------------------------------------------
@@ -72,10 +83,10 @@ class Checkpoints(L.Callback):
         self.signals.launcher = script_launcher(trainer)
         self.signals.training = True
         self.signals.listen()
-        if self.random:  # last of all: whatever was drawn while things were loaded is forgotten here
+        if self.random:  # last, to discard the draws made while loading
             set_random_state(self.random[trainer.global_rank])
         elif trainer.global_rank:
-            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # dropout differs between devices
+            torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # different dropout on each device
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         correct_logged_step(trainer)
@@ -89,22 +100,22 @@ class Checkpoints(L.Callback):
         self.in_step = False
         if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
             return
-        due, told = self._due(trainer), self.signals.told or 0
+        due, received = self._due(trainer), self.signals.told or 0
         if trainer.world_size > 1:  # one process's clock or signal decides for all
-            both = torch.tensor([int(due), told], device=trainer.strategy.root_device)
+            both = torch.tensor([int(due), received], device=trainer.strategy.root_device)
             torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
-            due, told = bool(both[0]), int(both[1])
-        if not (due or told):
+            due, received = bool(both[0]), int(both[1])
+        if not (due or received):
             return
         if trainer.is_last_batch:  # Lightning miscounts epochs after a checkpoint between an epoch's last batch and end
-            self.waiting = told
+            self.waiting = received
         else:
-            self._act(trainer, told)
+            self._act(trainer, received)
 
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         if self.waiting is not None:
-            told, self.waiting = self.waiting, None
-            self._act(trainer, told)
+            received, self.waiting = self.waiting, None
+            self._act(trainer, received)
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         """Save what was learnt before a loader process died; on several devices the others cannot join in that."""
@@ -116,29 +127,34 @@ class Checkpoints(L.Callback):
         ):
             self.save(trainer)
 
-    def _act(self, trainer: L.Trainer, told: int) -> None:
+    def _act(self, trainer: L.Trainer, received: int) -> None:
         self.save(trainer)
-        if told:
-            self.signals.stop(told, f"saved after step {trainer.global_step}")
+        if received:
+            self.signals.stop(received, f"saved after step {trainer.global_step}")
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         states: list[Any] = [random_state()]
         if trainer.world_size > 1:
             states = [None] * trainer.world_size
             torch.distributed.all_gather_object(states, random_state())
         checkpoint["random"], checkpoint["batch_size"] = states, trainer.datamodule.batch_size
+        if self.identity is not None:
+            checkpoint["identity"] = self.identity.record()
 
-    def on_load_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.identity is not None:
+            cure = "restore that to resume, or start in another folder"
+            self.identity.check(checkpoint.get("identity"), f"a checkpoint in {self.folder}", cure)
         self.random = checkpoint["random"]
         if len(self.random) != trainer.world_size:
             raise Fault(
                 f"{self.folder} was written by {len(self.random)} devices and this run has "
-                f"{trainer.world_size}, which would give other batches; use as many devices as before"
+                f"{trainer.world_size}, which would give different batches; use as many devices as before"
             )
         if checkpoint["batch_size"] != trainer.datamodule.batch_size:
             raise Fault(
-                f"{self.folder} was written with batches of {checkpoint['batch_size']} and this run has those "
-                f"of {trainer.datamodule.batch_size}; set stages.N.batch_size to the former"
+                f"{self.folder} was written with batch size {checkpoint['batch_size']} and this run uses "
+                f"{trainer.datamodule.batch_size}; set stages.N.batch_size={checkpoint['batch_size']}"
             )
 
     def save(self, trainer: L.Trainer) -> None:
@@ -184,24 +200,29 @@ def loader_died(error: BaseException) -> bool:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints of a folder, the newest first; nothing is said of whether they are whole."""
+    """The checkpoints in a folder, intact or not, newest first."""
     return sorted((file for file in folder.glob("*.ckpt") if NAME.fullmatch(file.name)), reverse=True)
 
 
 def step_of(file: Path) -> int:
-    """The number of optimiser steps behind a checkpoint."""
+    """The number of optimiser steps before a checkpoint."""
     return int(NAME.fullmatch(file.name)[1])
 
 
 def batch_size_of(file: Path | None) -> int | None:
-    """How many records a batch held where a checkpoint was written; None without one (or in DeepSpeed's folders)."""
+    """The batch size stored in a checkpoint; None without a checkpoint or for one of DeepSpeed's folders."""
     if file is None or file.is_dir():
         return None
     return torch.load(file, map_location="cpu", mmap=True, weights_only=True)["batch_size"]
 
 
+def identity_of(file: Path) -> dict[str, Any] | None:
+    """The identity under which a checkpoint was written; None in one of an earlier version."""
+    return torch.load(file, map_location="cpu", mmap=True, weights_only=True).get("identity")
+
+
 def newest(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; those that are not are named in the log, and left alone."""
+    """The newest intact checkpoint; damaged ones are logged and left in place."""
     for file in checkpoints(folder):
         found = checksum(file)
         if found == int(NAME.fullmatch(file.name)[2], 16):
@@ -211,7 +232,7 @@ def newest(folder: Path) -> Path | None:
 
 
 def checksum(place: Path) -> int:
-    """CRC-32 of a file, or of all files of a folder (what DeepSpeed writes)."""
+    """CRC-32 of a file, or of all files in a folder (which DeepSpeed writes)."""
     value = 0
     for file in files_in(place):
         with file.open("rb") as source:
@@ -225,7 +246,8 @@ def checksum(place: Path) -> int:
 
 def random_state() -> dict[str, Any]:
     """The states of this process's random generators, in plain containers and tensors."""
-    kind, keys, *rest = np.random.get_state()
+    numpy_state: Any = np.random.get_state()
+    kind, keys, *rest = numpy_state
     return {
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
@@ -235,7 +257,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: Mapping[str, Any]) -> None:
-    """Undo :func:`random_state`."""
+    """Restore what :func:`random_state` returned."""
     random.setstate(_tuples(state["python"]))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))

@@ -13,15 +13,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from povid.fault import Fault
+from povid.fault import Fault, holds_login
 from povid.machine import conf_folder
+from povid.run.overrides import explain
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
-jobs_started = 0  # before the first, an error of Hydra's is about the command line
+jobs_started = 0  # before the first, Hydra's errors are about the command line
 
-# Spellings of earlier versions, and what stands in their place.
+# Settings of earlier versions, and what replaces them.
 MOVED = {
     "objective.alpha": "objective.1.alpha= (Eq. 3) and objective.2.alpha= (Eq. 5)",
     "objective.beta_text": "objective.2.beta_text=",
@@ -52,7 +53,7 @@ def _job(cfg: DictConfig) -> None:
     folder = Path(job.runtime.output_dir)
     try:
         run(cfg, folder)
-    except Stopped as stopped:  # a whole sweep stops with its job
+    except Stopped as stopped:  # and the whole sweep with it
         if first():
             print(f"stopped: {stopped}", file=sys.stderr)
         sys.exit(stopped.status if first() else 0)
@@ -72,7 +73,7 @@ def _job(cfg: DictConfig) -> None:
 
 
 def _sentence(error: BaseException | None) -> str | None:
-    """The sentence of the Fault behind an error, if there is one."""
+    """The message of the Fault that caused an error, if any."""
     while error is not None:
         if isinstance(error, Fault):
             return str(error)
@@ -81,7 +82,7 @@ def _sentence(error: BaseException | None) -> str | None:
 
 
 def _moved(arguments: list[str]) -> str | None:
-    """The sentence for a spelling of an earlier version, if the command line has one."""
+    """The error for a setting of an earlier version, if the command line has one."""
     for argument in arguments:
         key, _, value = argument.lstrip("+~").partition("=")
         # A whole value for what is a group now is spelled like the group's choice and is Hydra's to answer.
@@ -97,12 +98,17 @@ def _resumes_nothing(arguments: list[str]) -> bool:
 
 
 def main() -> int:
-    """Run ``sys.argv``. Returns 0, 2 for what the user can mend, 143 or 130 for a run that was told to stop."""
+    """Run ``sys.argv``. Returns 0, 2 for an error that the user can fix, 143 or 130 for a run stopped by a signal."""
     from povid.run.resume import expand
 
     try:
         if moved := _moved(sys.argv[1:]):
             raise Fault(moved)
+        if any(holds_login(argument) for argument in sys.argv[1:]):
+            raise Fault(
+                "an argument is an address with a user name or password, which would be written to the run folder; "
+                "leave it out and put the key into the environment variable that api_key_env names"
+            )
         if "resume=latest" in sys.argv:
             sys.argv[1:] = expand(sys.argv[1:])
             print("resume=latest:", *sys.argv[1:])
@@ -116,11 +122,10 @@ def main() -> int:
         return 2
     try:
         _job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
         if jobs_started:
             raise
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        print("error:", *lines, file=sys.stderr)
+        print(f"error: {explain(error, sys.argv[1:])}", file=sys.stderr)
         return 2
     except OSError as error:
         if jobs_started:
@@ -131,7 +136,7 @@ def main() -> int:
             file=sys.stderr,
         )
         return 2
-    except Fault:  # of a job, whose sentence has been printed
+    except Fault:  # raised by a job, which has printed it
         return 2
     except KeyboardInterrupt:  # before or between the jobs
         return 130

@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 def load_triples(settings: Settings) -> list[Triple]:
     """The records of ``data``, their text dispreferences replaced where ``dispreference`` replaces them.
 
-    With ``data.skip_bad`` those that can be used; the rest is logged and counted.
+    With ``data.skip_bad`` only the usable ones; the others are logged and counted.
     """
     data = settings.data
     skipped: list[str] | None = [] if data.skip_bad else None
@@ -39,19 +39,19 @@ def load_triples(settings: Settings) -> list[Triple]:
 
 
 def check(settings: Settings, triples: list[Triple], sample: int | None = None) -> Report:
-    """What would stop training, in all records or a sample of them."""
+    """Check all records, or a sample of them, for what would stop training."""
     count = prompt_tokens(settings)
     return check_records(triples, sample=sample, limit=settings.model.max_length, tokens=count)
 
 
 def prompt_tokens(settings: Settings) -> Callable[[Triple], int]:
-    """Counts the tokens of a record's prompt, image included, as training will; with a processor of its own."""
+    """Return a function that counts the tokens of a record's prompt, image included, with a newly loaded processor."""
     template = settings.model.template(settings.model.load_processor())
 
     def count(triple: Triple) -> int:
         try:
             return len(template.see(template.prompt(triple.question), template.picture(open_picture(triple.image)))[0])
-        except Fault:  # the picture is reported by itself
+        except Fault:  # the picture is reported separately
             return 0
 
     return count

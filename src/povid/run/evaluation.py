@@ -1,8 +1,7 @@
-"""What follows the stages: benchmarks, captions before and after, results.json."""
+"""After the stages: benchmarks, captions before and after training, results.json."""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,10 +18,11 @@ from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.run.build import make
+from povid.run.content import names, of_run
+from povid.run.identity import Identity
 from povid.run.loggers import RunContext, close, make_loggers, show_evaluation
 from povid.run.processes import device
 from povid.run.settings import Settings
-from povid.run.stage import digest
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +35,9 @@ def judge(settings: Settings) -> Any:
 
 
 def warn_of_missing(settings: Settings) -> None:
-    """Log what the benchmarks will be missing, before anything is trained."""
-    for name, lack in suite.check(settings.benchmarks, judge(settings)).items():
-        log.warning("%s will not be scored: %s (%s)", name, lack["missing"], lack["cure"])
+    """Warn about benchmarks that cannot be scored, before training starts."""
+    for name, gap in suite.check(settings.benchmarks, judge(settings)).items():
+        log.warning("%s will not be scored: %s (%s)", name, gap["missing"], gap["cure"])
 
 
 def evaluate(
@@ -47,19 +47,22 @@ def evaluate(
     adapters: Sequence[Path],
     stages: Mapping[str, Any],
     started: str,
+    identity: Identity,
 ) -> tuple[dict[str, Any], list[str]]:
     """Answer the benchmarks and the samples with the adapted model.
 
-    Returns what results.json holds (timings excepted) and the captions of the samples.
+    ``identity`` is that of the answers. Returns the content of results.json, without timings, and the captions.
 
     Raises:
         Fault: a benchmark failed for a reason that running again can cure; the others' answers and scores are kept.
     """
-    model = digest({"model": settings.tree["model"], "adapters": [_weights_digest(a) for a in adapters]})
+    batch = batch_that_counts(settings)
     answers = settings.model.answerer(
         adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed, device=device()
     )
-    scores = suite.run(settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{model}")
+    scores = suite.run(
+        settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{identity.digest}"
+    )
     if failed := [f"{name}: {score['missing']}" for name, score in scores.items() if score.get("open")]:
         raise Fault(
             f"{run} is not finished: {len(failed)} of {len(scores)} benchmarks failed. Stages, answers and the other "
@@ -85,8 +88,10 @@ def evaluate(
         },
         "benchmarks": scores,
         "columns": suite.columns(settings.benchmarks),
-        "decoding": {name: score["decoding"] for name, score in scores.items() if "decoding" in score},
+        "decoding": {name: score["decoding"] | batch for name, score in scores.items() if "decoding" in score},
         "stages": dict(stages),
+        "identity": of_run(identity, list(stages.values()), settings, run / "benchmarks").record()
+        | {"named": names(settings)},
         "adapters": [str(adapter) for adapter in adapters],
         "versions": versions(),
         "started": started,
@@ -94,11 +99,10 @@ def evaluate(
     return results, captions
 
 
-def _weights_digest(adapter: Path) -> str:
-    weights = hashlib.sha256()
-    for file in sorted(adapter.glob("*.safetensors")):
-        weights.update(file.read_bytes())
-    return weights.hexdigest()
+def batch_that_counts(settings: Settings) -> dict[str, int]:
+    """``generation.batch_size`` where answers depend on it, else nothing."""
+    depends = getattr(settings.model, "answers_depend_on_batch", True)
+    return {"batch_size": settings.generation.batch_size} if depends else {}
 
 
 # --- captions --------------------------------------------------------------------------------------------------------
@@ -116,7 +120,7 @@ def caption(answers: Answerer, samples: Sequence[Question]) -> list[str]:
 
 
 def write_captions_before(run: Path, answers: Answerer, samples: Sequence[Question]) -> None:
-    """Caption the samples before the first stage; on disk, since a resumed run has no such policy any more."""
+    """Caption the samples before the first stage, into a file, since a resumed run no longer has that policy."""
     file = run / "captions_before.json"
     if samples and not file.exists():
         files.write_json(file, caption(answers, samples))

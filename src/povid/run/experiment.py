@@ -19,15 +19,19 @@ from povid import files
 from povid.fault import Fault
 from povid.machine import keep_freed_memory, packages
 from povid.model.generation import Answers
+from povid.model.policy import Policy
+from povid.model.template import Template
 from povid.preferences.triple import Triple
 from povid.run import evaluation
 from povid.run.build import make
+from povid.run.content import Content, of_answers, of_stage
 from povid.run.data import check, load_triples
 from povid.run.guards import explain_full_disk, refuse
 from povid.run.lock import NAME, held
+from povid.run.loggers import RunContext, require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
 from povid.run.resume import compare, in_sweep
-from povid.run.settings import Settings, build
+from povid.run.settings import Settings, build, check_devices
 from povid.run.signals import Signals, requeue_signal
 from povid.run.stage import Stage, starting_adapters
 
@@ -42,18 +46,19 @@ CHECKED_AT_START = 32  # records; the others are checked while the first epoch t
 def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
     """Train the stages that a configuration asks for, answer its benchmarks, write ``folder/results.json``.
 
-    With ``resume`` a run in ``folder`` is resumed: what is finished there stays, and an interrupted stage continues
-    from its newest checkpoint. Returns what results.json holds; in the further processes of a run on several devices,
-    which only train, nothing.
+    With ``resume`` a run in ``folder`` is resumed: finished stages are kept, and an interrupted stage continues from
+    its newest checkpoint. Returns the content of results.json; nothing in the further processes of a run on several
+    devices, which only train.
 
     Raises:
-        Fault: everything that a user can mend; a finished stage stays in its folder whatever happens after it.
-        Stopped: the run was told to stop and has saved what it was doing.
+        Fault: any error that a user can fix; finished stages stay in the folder.
+        Stopped: the run received a signal to stop and has saved a checkpoint.
     """
     with explain_full_disk(folder), one_job(folder), held(folder) if first() else nullcontext():
         new = not (folder / "config.yaml").exists()
         with checking(folder, new), refusal(folder):
             settings = build(cfg)
+            check_devices(settings)
         return _run(settings, folder, new)
 
 
@@ -82,59 +87,94 @@ class Experiment:
         """``new``: the run begins here, and leaves nothing behind if the checks refuse it."""
         keep_freed_memory()
         with self.timed("prepare"), checking(self.folder, new):
-            triples = self.prepare()
-            adapters = starting_adapters(self.settings)
+            triples, content, adapters = self.prepare()
         stages: dict[str, Any] = {}
         for number in self.settings.run_stages:
-            stage = Stage(self.settings, number, self.folder, adapters)
-            if stage.note.exists():
+            stage = self.stage(number, adapters, content)
+            if stage.finished():
                 log.info("stage %d is finished already: %s", number, stage.home)
             else:
                 self.train(stage, triples)
                 release_memory()
-            stages[str(number)] = stage.notes()
+            stages[str(number)] = stage.finished()
             adapters = (*adapters, stage.adapter)
         if not first():
             return {}
         leave_group()
         with self.timed("evaluate"):
-            results, captions = evaluation.evaluate(self.settings, self.folder, triples, adapters, stages, self.started)
+            results, captions = evaluation.evaluate(
+                self.settings,
+                self.folder,
+                triples,
+                adapters,
+                stages,
+                self.started,
+                of_answers(self.settings, adapters, content),
+            )
         results["timings"] = {name: round(seconds, 2) for name, seconds in self.timings.items()}
         files.write_json(self.folder / "results.json", results)
         log.info("results: %s", self.folder / "results.json")
         evaluation.show(self.settings, self.folder, results, triples, captions)
         return results
 
-    def prepare(self) -> list[Triple]:
-        """Make data and model ready and check data and benchmarks; returns the triples."""
+    def stage(self, number: int, adapters: tuple[Path, ...], content: Content) -> Stage:
+        identity = of_stage(self.settings, number, adapters, content)
+        return Stage(self.settings, number, self.folder, adapters, identity)
+
+    def prepare(self) -> tuple[list[Triple], Content, tuple[Path, ...]]:
+        """Prepare data and model, check data and benchmarks, reuse what was computed.
+
+        Returns the triples, the digests of what is read, and the adapters to begin with.
+        """
         settings, ready = self.settings, self.folder / "packages.txt"
         if first():
             for node in (settings.data.prepare, getattr(settings.model, "prepare", None)):
                 if node:
                     make(node)
+            require_loggers(settings.loggers, RunContext.of(settings, self.folder, "check"))
             evaluation.warn_of_missing(settings)
         else:
             wait_for(ready)
         triples = load_triples(settings) if settings.run_stages or settings.plain.samples else []
+        if first() and settings.run_stages and not settings.data.skip_bad:
+            refuse(check(settings, triples, CHECKED_AT_START), settings.data.preferences)
+        content = Content(settings, triples)
+        adapters = starting_adapters(settings, content)
         if first():
-            if settings.run_stages and not settings.data.skip_bad:
-                refuse(check(settings, triples, CHECKED_AT_START), settings.data.preferences)
+            if not ready.exists():  # the other processes wait for it, and all must see the same stages finished
+                self.take_over(adapters, content, triples)
             files.write_text(ready, packages())
-        return triples
+        return triples, content, adapters
+
+    def take_over(self, adapters: tuple[Path, ...], content: Content, triples: list[Triple]) -> None:
+        """Use again what has been computed under the identity of the first stages, up to the first that has not."""
+        for number in self.settings.run_stages:
+            stage = self.stage(number, adapters, content)
+            if not stage.note.exists():
+                if not stage.reuse():
+                    return
+                if number == self.settings.run_stages[0] and self.settings.plain.samples:
+                    self.caption_before(*stage.load(), triples)
+            adapters = (*adapters, stage.adapter)
 
     def train(self, stage: Stage, triples: list[Triple]) -> None:
         with self.timed(f"stage_{stage.number}.load"):
             policy, template = stage.load()
-            if stage.number == self.settings.run_stages[0] and first() and not self.settings.split:
-                samples = evaluation.sample_questions(triples, self.settings.plain.samples)
-                answers = Answers(policy, template, self.settings.generation.batch_size)
-                evaluation.write_captions_before(self.folder, answers, samples)
+            if stage.number == self.settings.run_stages[0] and first():
+                self.caption_before(policy, template, triples)
         with self.timed(f"stage_{stage.number}.fit"):
             try:
                 stage.train(policy, template, triples, self.signals)
             finally:
                 self.signals.training, self.signals.launcher = False, None
         self.signals.check()  # a signal after the last step waited for the stage to be saved
+
+    def caption_before(self, policy: Policy, template: Template, triples: list[Triple]) -> None:
+        """Caption the samples with the policy as it is before the first stage; not where its weights are split."""
+        if not self.settings.split:
+            samples = evaluation.sample_questions(triples, self.settings.plain.samples)
+            answers = Answers(policy, template, self.settings.generation.batch_size)
+            evaluation.write_captions_before(self.folder, answers, samples)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -184,10 +224,10 @@ def refusal(folder: Path) -> Iterator[None]:
 
 
 def claim(folder: Path, settings: Settings) -> None:
-    """Make the folder this run's own, or the run in it this one; a requeued cluster job always resumes.
+    """Take the folder for this run, or resume the run in it; a requeued cluster job always resumes.
 
     Raises:
-        Fault: another run lies there, this one without ``resume``, or the folder cannot be written.
+        Fault: the folder contains a run with other settings, or one and ``resume`` is not set, or cannot be written.
     """
     run_files = ("results.json", "config.yaml", "stage_1", "stage_2", "benchmarks")
     taken = [name for name in run_files if (folder / name).exists()]
@@ -197,8 +237,14 @@ def claim(folder: Path, settings: Settings) -> None:
             f"{folder} holds a run already ({', '.join(taken)}); choose another hydra.run.dir, or resume it with "
             "resume=true"
         )
-    if (folder / "config.yaml").exists():
-        compare(folder / "config.yaml", settings.tree)
+    if taken and not (folder / "config.yaml").exists():
+        raise Fault(
+            f"{folder / 'config.yaml'} is missing, so the settings that this run was started with are unknown; put it "
+            "back, or start in another folder"
+        )
+    if taken:
+        bound = ("generation.batch_size",) if evaluation.batch_that_counts(settings) else ()
+        compare(folder / "config.yaml", settings.tree, bound)
     try:
         files.write_text(folder / ".writable", "1").unlink()
         if not (folder / "results.json").exists():

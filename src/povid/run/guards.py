@@ -1,4 +1,4 @@
-"""What stops a run before it wastes time: losses that are no numbers, records that cannot be used, a full disk."""
+"""Checks that stop a run early: losses that are not finite, records that cannot be used, a full disk."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from povid.run.signals import Stopped
 
 log = logging.getLogger(__name__)
 
-LISTED = 20  # faulty records that a message names
+LISTED = 20  # unusable records that a message names
 
 
 class FiniteLoss(L.Callback):
     """Stops a stage at a loss that is NaN or infinite, naming the step, its records and the last good checkpoint.
 
-    On a GPU a step's loss is looked at when the next step has ended, so that nothing waits for the device; before a
-    checkpoint is written the newest loss is looked at too.
+    On a GPU a step's loss is checked when the next step has ended, so that the host never waits for the device; before
+    a checkpoint is written the newest loss is checked too.
     """
 
     def __init__(self, stage: int, checkpoints: Path) -> None:
@@ -68,7 +68,7 @@ class FiniteLoss(L.Callback):
         self.settle(trainer)
 
     def settle(self, trainer: L.Trainer) -> None:
-        """Look at the loss that has not been looked at."""
+        """Check the pending loss, if there is one."""
         if self.pending is None:
             return
         step, names, loss, event = self.pending
@@ -83,22 +83,22 @@ class FiniteLoss(L.Callback):
             torch.distributed.all_gather_object(shares, names)
             names = [name for share in shares for name in share]
             if not trainer.is_global_zero:
-                raise Stopped("the first process tells what happened")
+                raise Stopped("the first process reports the error")
         raise Fault(
             f"stage {self.stage}: the loss of step {step} is {value}; its records are "
-            f"{', '.join(map(repr, names))}; look at them and at stages.{self.stage}.lr. {self._good()}"
+            f"{', '.join(map(repr, names))}; check them and stages.{self.stage}.lr. {self._good()}"
         )
 
     def _good(self) -> str:
         file = newest(self.checkpoints)
-        return f"The last good checkpoint is {file}" if file else "There is no checkpoint before it"
+        return f"The last good checkpoint is {file}" if file else "There is no earlier checkpoint"
 
 
 class DataCheck(L.Callback):
-    """Looks at every record while the first epoch trains, and stops the stage when some cannot be used."""
+    """Checks every record while the first epoch trains, and stops the stage if some cannot be used."""
 
-    def __init__(self, triples: Sequence[Triple], source: str, look: Callable[..., Report] = check) -> None:
-        self.triples, self.source, self.look = triples, source, look
+    def __init__(self, triples: Sequence[Triple], source: str, check: Callable[..., Report] = check) -> None:
+        self.triples, self.source, self.check = triples, source, check
         self.report: Report | None = None
         self.thread: threading.Thread | None = None
 
@@ -111,23 +111,23 @@ class DataCheck(L.Callback):
         if self.report is not None:
             report, self.report = self.report, None
             refuse(report, self.source)
-            log.info("all %d records have been checked: no fault", report.checked)
+            log.info("checked all %d records: every one can be used", report.checked)
 
     def _run(self) -> None:
-        self.report = self.look(self.triples)
+        self.report = self.check(self.triples)
 
 
 def refuse(report: Report, source: str) -> None:
     """Raise a Fault that lists the records that a check found unusable, if there are any."""
     if report.sound:
         return
-    told = [finding.text for finding in report.findings[:LISTED]]
-    more = len(report.findings) - len(told)
+    listed = [finding.text for finding in report.findings[:LISTED]]
+    more = len(report.findings) - len(listed)
     rest = f"\n  - and {more} more" if more else ""
     found = "a record that cannot be used" if len(report.bad) == 1 else f"{len(report.bad)} records that cannot be used"
     raise Fault(
-        f"{source} holds {found} (of {report.checked} looked at); mend or remove what is listed, or leave such "
-        "records out and count them with data.skip_bad=true:\n  - " + "\n  - ".join(told) + rest
+        f"{source} holds {found} (of {report.checked} checked); fix or remove them, or skip and count such records "
+        "with data.skip_bad=true:\n  - " + "\n  - ".join(listed) + rest
     )
 
 

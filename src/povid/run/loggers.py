@@ -1,4 +1,4 @@
-"""Where numbers go while a stage trains: metrics.csv always, and whatever loggers are configured."""
+"""Where metrics are written: metrics.csv, and the configured loggers."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import lightning as L
 from lightning.pytorch.loggers import Logger, WandbLogger
-from lightning.pytorch.utilities import rank_zero_only
+from pydantic import AfterValidator
 
 from povid import files
 from povid.fault import Fault
 from povid.report import dashboards
 from povid.run.build import accepted, make
+from povid.run.processes import first
 from povid.run.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -28,16 +29,16 @@ log = logging.getLogger(__name__)
 class MetricsFile(L.Callback):
     """Writes ``epoch, step`` and the training metrics, in order of their names, to a CSV file.
 
-    ``step`` counts optimiser steps from 0. Rows of steps from ``start`` on, which an interrupted run had written after
-    its last checkpoint, are dropped: the steps are done again. A callback and no logger of Lightning's, since a logger
-    hears of a step only after the checkpoint that claims it.
+    ``step`` counts optimiser steps from 0. Rows from step ``start`` on, which an interrupted run wrote after its last
+    checkpoint, are dropped because these steps are repeated. This is a callback and not a Lightning logger because a
+    logger receives a step's metrics only after the checkpoint of that step.
     """
 
     def __init__(self, file: Path, start: int = 0) -> None:
         self.file, self.start, self.last = file, start, start - 1
         self.columns: list[str] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step - 1
         if not trainer.is_global_zero or step <= self.last or trainer.global_step % trainer.log_every_n_steps:
             return
@@ -52,12 +53,12 @@ class MetricsFile(L.Callback):
         self.last = step
 
     def force(self) -> None:
-        """Force what is written to disk."""
+        """Force the written rows to disk."""
         if self.file.exists():
             files.sync(self.file)
 
     def _begin(self) -> None:
-        """The head, and the rows of an earlier attempt that still hold."""
+        """Write the header, and the rows of an earlier attempt that are still valid."""
         rows = []
         if self.start and self.file.exists():
             try:
@@ -76,7 +77,7 @@ class MetricsFile(L.Callback):
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a logger may want to know of a run; ``job`` is stage_1, stage_2 or evaluate, ``group`` the sweep's name."""
+    """A run as loggers see it; ``job`` is stage_1, stage_2 or evaluate, ``group`` the name of its sweep."""
 
     folder: Path
     job: str
@@ -94,8 +95,8 @@ class RunContext:
 def make_loggers(nodes: Mapping[str, Mapping[str, Any]], run: RunContext) -> list[Logger]:
     """The configured loggers for one job of a run.
 
-    A logger that takes ``run`` is given the context; one that takes ``save_dir`` writes below the job's folder unless
-    its configuration names another.
+    A logger with a parameter ``run`` receives the context; one with ``save_dir`` writes below the job's folder unless
+    its configuration sets another.
 
     Raises:
         Fault: a package that a logger needs is not installed.
@@ -103,22 +104,50 @@ def make_loggers(nodes: Mapping[str, Mapping[str, Any]], run: RunContext) -> lis
     loggers = []
     for name, node in nodes.items():
         offered = {"run": run, "save_dir": str(run.folder / run.job)}
-        taken = accepted(pkgutil.resolve_name(node["_target_"]), offered)
+        taken = accepted(_target(node), offered)
         try:
             loggers.append(make(node, **{key: value for key, value in taken.items() if key not in node}))
         except ImportError as error:
-            raise Fault(f"logger.{name}: {error}; install what it needs or choose another logger") from None
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise Fault(f"logger.{name}: {reason}; install what it needs or choose another logger") from None
     return loggers
 
 
-def wandb_logger(run: RunContext, project: str = "povid", entity: str | None = None, mode: str = "auto") -> WandbLogger:
+def require_loggers(nodes: Mapping[str, Mapping[str, Any]], run: RunContext) -> None:
+    """Raise the Fault of a logger that cannot be made before anything is loaded; nothing is written.
+
+    Loggers that take ``run`` file the run when they are made, so they are left out.
+    """
+    make_loggers({n: node for n, node in nodes.items() if not accepted(_target(node), {"run": run})}, run)
+
+
+def _target(node: Mapping[str, Any]) -> Any:
+    return pkgutil.resolve_name(node["_target_"])
+
+
+def _logged_in(mode: str) -> str:
+    """``online`` is for who has logged in: a run would stop at its first stage to ask for a key."""
+    if wandb_mode(mode) == "online":
+        import wandb
+
+        if not wandb.api.api_key:
+            raise ValueError("online needs a login: run `wandb login`, set WANDB_API_KEY, or use auto")
+    return mode
+
+
+Mode = Annotated[Literal["auto", "online", "offline", "disabled"], AfterValidator(_logged_in)]
+
+
+def wandb_logger(
+    run: RunContext, project: str = "povid", entity: str | None = None, mode: Mode = "auto"
+) -> WandbLogger:
     """The W&B run of one job of a run folder, in the group of its sweep.
 
-    Its id lies in ``folder/wandb_ids/JOB``, so that a resumed job continues the same W&B run, offline too.
+    Its id is stored in ``folder/wandb_ids/JOB``, so that a resumed job continues the same W&B run, also offline.
 
     Args:
-        run: whose job it is.
-        project, entity: where it is filed.
+        run: the run and its job.
+        project, entity: W&B's project, and the user or team that owns it.
         mode: online, offline, disabled, or auto: online if logged in, else offline.
     """
     place = run.folder / "wandb_ids" / run.job
@@ -156,7 +185,7 @@ def wandb_logger(run: RunContext, project: str = "povid", entity: str | None = N
 
 
 def wandb_mode(mode: str) -> str:
-    """``auto`` is online for who has logged in (key in the environment or in netrc), offline for everybody else."""
+    """Resolve ``auto``: online if logged in (with a key in the environment or in netrc), else offline."""
     if os.environ.get("WANDB_MODE"):
         return os.environ["WANDB_MODE"]
     if mode != "auto":
@@ -167,7 +196,7 @@ def wandb_mode(mode: str) -> str:
 
 
 def show_evaluation(loggers: Sequence[Logger], benchmarks: Mapping[str, Mapping[str, Any]], table: Any) -> None:
-    """Benchmark figures in every logger, and the table of captions where a logger can show pictures (W&B)."""
+    """Log benchmark scores to every logger, and the table of captions to those that show pictures (W&B)."""
     figures = {
         f"{name}/{key}": value
         for name, scores in benchmarks.items()
@@ -184,9 +213,9 @@ def show_evaluation(loggers: Sequence[Logger], benchmarks: Mapping[str, Mapping[
 
 
 def close(loggers: Sequence[Logger], status: str = "success") -> None:
-    """End the loggers' runs here: under a sweep the next job would otherwise continue the same W&B run."""
+    """Finish the loggers' runs, since the next job of a sweep would otherwise continue the same W&B run."""
     for logger in loggers:
-        if rank_zero_only.rank == 0:
+        if first():
             logger.finalize(status)
             if isinstance(logger, WandbLogger):
                 import wandb

@@ -2,43 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+import os
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 
 from povid.fault import Fault
+from povid.run.identity import flat, is_free
 from povid.run.lock import in_progress
 
-# What may differ between the attempts of a run: nothing of this changes a number. Benchmarks and their decoding are
-# compared with the answers on disk by the suite itself.
-FREE = (
-    "resume",
-    "outputs",
-    "logger",
-    "samples",
-    "checkpoint",
-    "benchmarks",
-    "judge",
-    "generation.batch_size",
-    "data.workers",
-    "data.cache_mb",
-    "trainer.log_every_n_steps",
-    "trainer.enable_progress_bar",
-)
+SET_ANEW = ("resume", "hydra.mode", "hydra.run.dir", "hydra.sweep.dir")
+KEY = re.compile(r"\w+([.@/]\w+)*")
+ADDRESSES = ("base_url", "api_key_env", "tracking_uri")  # where keys are sent
 
 
 def expand(arguments: Sequence[str]) -> list[str]:
-    """The command line with ``resume=latest`` replaced by the run or the sweep that it stands for.
+    """The command line with ``resume=latest`` replaced by the run or the sweep that it refers to.
 
-    The overrides of that run come first, so that ``python train.py resume=latest`` is enough; those given now win (and
-    are refused later if they would change a number). ``-m`` looks for sweeps alone.
+    The overrides of that run come first, so that ``python train.py resume=latest`` is enough; those given now take
+    precedence (and are refused later if they would change a number). With ``-m`` only sweeps are considered; folders of
+    other users are skipped.
 
     Raises:
-        Fault: nothing below ``outputs`` waits to be resumed.
+        Fault: there is nothing to resume below ``outputs``, or an override of that run is not taken from a file (see
+            :func:`distrusted`).
     """
     if "resume=latest" not in arguments:
         return list(arguments)
@@ -46,11 +39,13 @@ def expand(arguments: Sequence[str]) -> list[str]:
     options = [argument for argument in given if argument.startswith("-")]
     outputs = Path(next((a.partition("=")[2].strip("'\"") for a in given if a.startswith("outputs=")), "outputs"))
     sweeps_only = any(option in ("-m", "--multirun") for option in options)
-    waiting = sorted(unfinished(outputs, sweeps_only=sweeps_only))
+    found = sorted(unfinished(outputs, sweeps_only=sweeps_only))
+    waiting = [(started, folder) for started, folder in found if is_own(folder)]
     if not waiting:
+        others = f" by you ({len(found)} by others, the newest is {found[-1][1]})" if found else ""
         raise Fault(
-            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started and not finished and is not in "
-            "progress; leave out resume=latest to start one"
+            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started{others} and not finished and is "
+            "not in progress; leave out resume=latest to start one"
         )
     _, folder = waiting[-1]
     sweep = (folder / "multirun.yaml").exists()
@@ -59,6 +54,12 @@ def expand(arguments: Sequence[str]) -> list[str]:
     now = [argument for argument in given if not argument.startswith("-")]
     keys = {_key(argument) for argument in now}
     before = [entry for entry in _overrides(folder) if _key(entry) not in keys]
+    for entry in before:
+        if reason := distrusted(entry):
+            raise Fault(
+                f"{folder} was started with {entry!r}, which is not taken from there ({reason}); if it is yours, give "
+                "it again after resume=latest"
+            )
     place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
     return [*options, *before, *now, "resume=true", f"hydra.{'sweep' if sweep else 'run'}.dir='{place}'"]
 
@@ -69,11 +70,59 @@ def _key(override: str) -> str:
 
 def _overrides(folder: Path) -> Iterator[str]:
     """The overrides with which a run or sweep was started, but for the places that are set anew."""
-    sweep = folder / "multirun.yaml"
-    saved = _saved(sweep if sweep.exists() else folder / ".hydra" / "hydra.yaml")
-    for override in (*saved["hydra"], *saved["task"]):
-        if _key(override) not in ("resume", "hydra.mode", "hydra.run.dir", "hydra.sweep.dir"):
-            yield override
+    note = folder / "multirun.yaml"
+    saved = _saved(note if note.exists() else folder / ".hydra" / "hydra.yaml")
+    return (override for override in saved["hydra"] + saved["task"] if _key(override) not in SET_ANEW)
+
+
+def distrusted(override: str) -> str | None:
+    """Why an override is not taken from a file on disk, which somebody else may have written; None if it is taken.
+
+    Taken are values of the settings and the names of files in conf/: nothing of Hydra's own, nothing that names code or
+    reads the environment, no address that keys are sent to.
+    """
+    from povid.run.settings import KEYS
+
+    if re.fullmatch(r"hydra/launcher=\w+", override):  # the name of an installed launcher, with its own settings
+        return None
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+        value = parsed.value()
+    except (HydraException, RecursionError):
+        return "it is not an override"
+    key = parsed.key_or_group
+    parts = re.split(r"[.@/]", key)
+    if not KEY.fullmatch(key) or parts[0] not in (*KEYS, "experiment") or parsed.package not in (None, *_PACKAGES):
+        return "its key is no setting of a run"
+    if any(part.startswith("_") for part in parts) or re.search(r"\b_\w+_\b", override):
+        return "it names code"
+    if re.search(r"\$\{[^}]*:", override):
+        return "it holds a resolver"
+    if any(address in override for address in ADDRESSES):
+        return "keys are sent to it"
+    if "." not in key and any(".." in PurePosixPath(text).parts or text.startswith("/") for text in _names(value)):
+        return "it may lead out of conf/" if key not in _PLACES else None
+    return None
+
+
+_PACKAGES = ("stages.1", "stages.2")
+_PLACES = ("outputs", "init_from", "adapters")
+
+
+def _names(value: Any) -> list[str]:
+    """All texts in the value of an override, a sweep's choices included."""
+    if isinstance(value, str):
+        return [str(value)]
+    if isinstance(value, Mapping):
+        return [text for entry in value.values() for text in _names(entry)]
+    members = value if isinstance(value, (list, tuple)) else getattr(value, "list", None) or ()
+    return [text for entry in members for text in _names(entry)]
+
+
+def is_own(folder: Path) -> bool:
+    """Whether a folder and what Hydra wrote there belong to the user who runs this."""
+    places = (folder, folder / "multirun.yaml", folder / ".hydra", folder / ".hydra" / "hydra.yaml")
+    return all(place.stat().st_uid == os.getuid() for place in places if place.exists())
 
 
 def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[float, Path]]:
@@ -113,7 +162,7 @@ def job_count(note: Path) -> int:
     return len(jobs)
 
 
-def _saved(note: Path) -> Mapping[str, Sequence[str]]:
+def _saved(note: Path) -> dict[str, list[str]]:
     """The overrides in a hydra.yaml or multirun.yaml.
 
     Raises:
@@ -121,41 +170,40 @@ def _saved(note: Path) -> Mapping[str, Sequence[str]]:
     """
     try:
         saved = yaml.safe_load(note.read_text(encoding="utf-8"))["hydra"]["overrides"]
-        return {name: [str(override) for override in saved[name]] for name in ("hydra", "task")}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, KeyError, TypeError, AttributeError):
+        overrides = [] + saved["hydra"] + saved["task"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
+        overrides = [None]
+    if not all(isinstance(override, str) for override in overrides):
+        sweep = note.name == "multirun.yaml"
         raise Fault(
-            f"{note} is damaged, so the command that started {note.parent.name} is unknown; repeat that command with "
-            "resume=true and hydra.run.dir= or, for a sweep, hydra.sweep.dir="
-        ) from None
+            f"{note} does not hold the command line of a run; resume with resume=true "
+            f"hydra.{'sweep' if sweep else 'run'}.dir={note.parent if sweep else note.parent.parent} and the overrides "
+            "of then"
+        )
+    return saved
 
 
-def compare(file: Path, wanted: Mapping[str, Any]) -> None:
+def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = ()) -> None:
     """Refuse to resume a run whose configuration, in ``file``, would give other numbers than ``wanted``.
+
+    ``bound``: keys of FREE that change a number in this run.
 
     Raises:
         Fault: the file is not YAML, or the settings that differ, each with both values.
     """
     try:
-        there = dict(_flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
+        there = dict(flat(yaml.safe_load(file.read_text(encoding="utf-8"))))
     except (yaml.YAMLError, UnicodeDecodeError, AttributeError):
-        raise Fault(f"{file} cannot be read, so what was run is unknown; start in another folder") from None
-    now = dict(_flat(wanted))
-    differing = [key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and not _is_free(key)]
+        raise Fault(
+            f"{file} cannot be read, so the settings of that run are unknown; start in another folder"
+        ) from None
+    now = dict(flat(wanted))
+    differing = [
+        key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and (key in bound or not is_free(key))
+    ]
     if differing:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is now {now.get(key)!r}" for key in differing[:8])
         raise Fault(
             f"{file.parent} was started with other settings ({listed}): restore "
             "them to resume it, or start in another folder"
         )
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(f"{free}.") for free in FREE)
-
-
-def _flat(node: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in node.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value

@@ -1,23 +1,28 @@
 """The settings of a run, built and checked as a whole before any weights load.
 
-:func:`build` is the only reader of the composed configuration. Types and bounds stand on the fields of what is built;
-here are the rules between fields.
+:func:`build` is the only reader of the composed configuration. Types and bounds are declared on the fields of what is
+built; the rules between fields are here.
 """
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from povid.benchmarks.benchmark import Benchmark
-from povid.fault import Fault, did_you_mean
+from povid.fault import Fault, did_you_mean, holds_login
 from povid.method.distortions import Distortion
 from povid.method.objectives import ON_DISTORTED, Objective
 from povid.run import build as building
@@ -27,7 +32,7 @@ from povid.training.module import StageSettings
 from povid.training.sharding import FSDP2
 
 STAGES = ("1", "2")
-SET_BY_THE_RUN = {  # arguments of the trainer, and where their value stands instead
+SET_BY_THE_RUN = {  # arguments of the trainer, and the settings that replace them
     "max_epochs": "stages.N.epochs",
     "max_steps": "stages.N.max_steps",
     "accumulate_grad_batches": "stages.N.accumulate",
@@ -36,11 +41,70 @@ SET_BY_THE_RUN = {  # arguments of the trainer, and where their value stands ins
     "callbacks": "the group callbacks, or +callbacks.NAME={_target_: ...}",
     "default_root_dir": "hydra.run.dir",
     "enable_checkpointing": "checkpoint.every_steps and checkpoint.every_minutes",
+    "min_epochs": "stages.N.epochs",
+    "min_steps": "stages.N.max_steps",
+    "max_time": "stages.N.max_steps",
+    "fast_dev_run": "data.limit and stages.N.max_steps",
+    "overfit_batches": "data.limit",
+    "barebones": "logger=none",
+    "limit_val_batches": "benchmarks, which are asked after training",
+    "val_check_interval": "benchmarks, which are asked after training",
+    "check_val_every_n_epoch": "benchmarks, which are asked after training",
 }
+PER_STAGE = ("params", "lr", "weight_decay")  # of parameter groups, which each stage makes
+COUNTED = ("optimizer", "num_warmup_steps", "num_training_steps")
 
 
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+Name = Annotated[str, Field(pattern=r"^[^\s./][^/\n]*$")]
+"""What stands in tables and in the names of folders."""
+
+
+class TrainerBounds(BaseModel):
+    """Bounds of arguments that lightning.Trainer takes without them, and of those with which it would train nothing."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+
+    accelerator: str | Any = "auto"
+    devices: Annotated[int, Field(ge=-1)] | Annotated[list[int], Field(min_length=1)] | str = "auto"
+    num_nodes: Annotated[int, Field(ge=1)] = 1
+    log_every_n_steps: Annotated[int, Field(ge=1)] = 50
+    limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    reload_dataloaders_every_n_epochs: Literal[1] = 1
+    use_distributed_sampler: Literal[False] = False
+    gradient_clip_algorithm: Literal["norm", "value"] | None = None
+
+    @field_validator("devices")
+    @classmethod
+    def _some(cls, devices: Any) -> Any:
+        if devices == 0 or (isinstance(devices, str) and not re.fullmatch(r"auto|-1|[0-9]+(,[0-9]+)*", devices)):
+            raise ValueError(f"found {devices!r}, needed a number of devices, -1 for all of them, or auto")
+        return devices
+
+    @field_validator("accelerator")
+    @classmethod
+    def _known_accelerator(cls, name: Any) -> Any:
+        from lightning.pytorch.accelerators import AcceleratorRegistry
+
+        known = ["auto", "gpu", *AcceleratorRegistry.available_accelerators()]
+        if isinstance(name, str) and name not in known:
+            raise ValueError(f"there is no accelerator {name!r}{did_you_mean(name, known, 'accelerators')}")
+        return name
+
+    @field_validator("strategy", check_fields=False)
+    @classmethod
+    def _known_strategy(cls, name: Any) -> Any:
+        from lightning.pytorch.strategies import StrategyRegistry
+
+        known = ["auto", *StrategyRegistry.available_strategies()]
+        if isinstance(name, str) and name not in known:
+            raise ValueError(f"there is no strategy {name!r}{did_you_mean(name, known, 'strategies')}")
+        return name
+
+    strategy: str | Any = "auto"
 
 
 class Ablation(_Settings):
@@ -49,16 +113,27 @@ class Ablation(_Settings):
     ``rows``: the row's name under another ``dispreference``.
     """
 
-    name: str
+    name: Name
     stages: list[Literal[1, 2]]
     dispreferences: list[Literal["text", "noise"]]
     rows: dict[str, str] | None = None
+
+    @model_validator(mode="after")
+    def _is_a_row(self) -> Ablation:
+        if self.stages != sorted(set(self.stages)):
+            raise ValueError(f"stages: found {self.stages}, needed each stage once and in order")
+        if bool(self.stages) != bool(self.dispreferences):
+            raise ValueError(
+                f"stages are {self.stages} and dispreferences {self.dispreferences}; stages train on dispreferences, "
+                "and without stages there are none"
+            )
+        return self
 
 
 class DataSettings(_Settings):
     """A preference data set: its format and files, and how it is loaded.
 
-    ``format`` is a node that reads records; ``root`` and ``file`` are what ``preferences`` and ``images`` are made of.
+    ``format`` is a node that reads records; ``preferences`` and ``images`` are derived from ``root`` and ``file``.
     ``prepare`` is a node that is built before the files are read; ``benchmarks`` is the folder of benchmark files that
     belong to the data, if any; ``limit`` uses the first records alone, ``skip_bad`` skips and counts records that
     cannot be used. ``objects`` and ``synonyms`` describe the pictures for ``dispreference=cooccurrence``.
@@ -72,7 +147,7 @@ class DataSettings(_Settings):
     file: str | None = None
     folder: str | None = None
     benchmarks: str | None = None
-    split: str | None = None
+    split: Literal["evaluation", "tuning"] | None = None
     pope_suffix: str | None = None
     objects: str | None = None
     synonyms: str | None = None
@@ -95,8 +170,8 @@ class Plain(_Settings):
 
     stage: Literal[1, 2, "all"]
     seed: Annotated[int, Field(ge=0, lt=2**31)]
-    row: str
-    outputs: str
+    row: Name
+    outputs: Annotated[str, Field(min_length=1)]
     init_from: str | None
     adapters: list[str]
     reference_cache: bool | None
@@ -106,10 +181,10 @@ class Plain(_Settings):
 
 @dataclass(frozen=True)
 class Settings:
-    """Everything that a run is, checked and, where it is cheap, built.
+    """All settings of a run, checked and, where that is cheap, built.
 
     ``objectives`` and ``terms`` are by stage, for the stages of the ablation. ``trainer``, ``callbacks``, ``loggers``,
-    ``judge`` and ``prepare`` are nodes that have been checked and are built when they are needed
+    ``judge`` and ``prepare`` are checked nodes that are built when they are needed
     (:func:`povid.run.build.make`). ``tree`` is the configuration as it is written to config.yaml and hashed.
     """
 
@@ -170,11 +245,16 @@ def build(cfg: DictConfig) -> Settings:
         Fault: one message with every problem found, one line each: the key, what was found, what to do.
     """
     try:
-        tree = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+        tree: Any = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise Fault(f"configuration: {reason}; give {error.full_key or 'that key'} a value") from None
-    problems: list[str] = []
+    problems: list[str] = [
+        f"{key}: the address holds a user name or password, which would stand in config.yaml; leave it out and give it "
+        "in the environment variables that the package reads"
+        for key, value in _leaves(tree)
+        if isinstance(value, str) and holds_login(value)
+    ]
     plain = building.settings(Plain, {k: tree[k] for k in Plain.model_fields if k in tree}, "", problems)
     ablation = building.settings(Ablation, tree.get("ablation"), "ablation", problems)
     data = building.settings(DataSettings, tree.get("data"), "data", problems)
@@ -183,7 +263,9 @@ def build(cfg: DictConfig) -> Settings:
     model = _node(tree, "model", problems)
     distortion = _node(tree, "noise", problems)
     dispreference = _node(tree, "dispreference", problems)
-    if dispreference is not None and not callable(dispreference):  # it comes with keys of its own command
+    if dispreference is not None and not callable(
+        dispreference
+    ):  # a generator, configured with the keys of its own command
         problems.append(
             f"dispreference: {tree['dispreference'].get('name')!r} writes its responses to a file first, by python -m "
             "povid.dispreference; train on that file with data=povid_17k data.root=FOLDER data.file=FILE"
@@ -191,7 +273,7 @@ def build(cfg: DictConfig) -> Settings:
     else:
         problems += [f"{key}: there is no such setting{did_you_mean(key, KEYS)}" for key in tree if key not in KEYS]
     trainer = dict(tree.get("trainer") or {})
-    size = trainer.pop("batch_size", None)  # of every stage; ours and not lightning.Trainer's
+    size = trainer.pop("batch_size", None)  # of every stage; not an argument of lightning.Trainer
     stages = _stages(tree, size, problems)
     objectives = _objectives(tree, problems)
     benchmarks = {
@@ -201,18 +283,19 @@ def build(cfg: DictConfig) -> Settings:
         for name in ("format", "prepare"):
             if getattr(data, name) is not None:
                 _checked(getattr(data, name), f"data.{name}", problems)
+        _check_reader(data.format, problems)
     if getattr(model, "prepare", None):
         _checked(model.prepare, "model.prepare", problems)
     judge = tree.get("judge") or None
     if judge is not None:
         _checked(judge, "judge", problems)
     _check_trainer(trainer, problems)
-    for group in ("optimizer", "schedule"):
-        _checked(tree.get(group), group, problems)
+    _check_optimisation(tree, problems)
     nodes = {group: dict(tree.get(group) or {}) for group in ("callbacks", "logger")}
     for group, members in nodes.items():
         for name, node in members.items():
-            _checked(node, f"{group}.{name}", problems, given=GIVEN_TO_LOGGERS if group == "logger" else ())
+            _checked(node, f"{group}.{name}", problems, *(TO_LOGGERS if group == "logger" else ()))
+            _check_kind(node, f"{group}.{name}", {"callbacks": Callback, "logger": Logger}[group], problems)
     run_stages = _run_stages(plain, ablation, problems)
     terms: dict[int, frozenset[str]] = {}
     if ablation:
@@ -254,12 +337,27 @@ def build(cfg: DictConfig) -> Settings:
     )
 
 
+def check_devices(settings: Settings) -> None:
+    """Make the trainer of a run that trains, before anything else is made.
+
+    Raises:
+        Fault: this machine does not have what it asks for, or its arguments do not go together.
+    """
+    if not settings.run_stages:
+        return
+    try:
+        building.make(settings.trainer, max_epochs=1, logger=False, enable_checkpointing=False)
+    except Exception as error:  # whatever Lightning and its strategies raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise Fault(f"trainer: {reason}; choose another trainer= or correct its arguments") from None
+
+
 GROUPS = (
     "ablation", "benchmarks", "callbacks", "checkpoint", "data", "dispreference", "generation", "judge", "logger",
     "model", "noise", "objective", "optimizer", "schedule", "stages", "trainer",
 )  # fmt: skip
 KEYS = (*Plain.model_fields, *GROUPS, "launcher")
-GIVEN_TO_LOGGERS = ("run",)
+TO_LOGGERS = (("run",), ("save_dir",))  # what the run gives them, and what it offers
 
 
 def _node(tree: Mapping[str, Any], name: str, problems: list[str], prefix: str = "") -> Any:
@@ -272,11 +370,13 @@ def _node(tree: Mapping[str, Any], name: str, problems: list[str], prefix: str =
     return building.build(node, f"{prefix}{name}", problems)
 
 
-def _checked(node: Any, key: str, problems: list[str], given: tuple[str, ...] = ()) -> None:
+def _checked(
+    node: Any, key: str, problems: list[str], given: tuple[str, ...] = (), offered: tuple[str, ...] = ()
+) -> None:
     if not is_node(node):
         problems.append(f"{key}: found {node!r}, needed a mapping with a _target_")
     else:
-        building.check(node, key, problems, given)
+        building.check(node, key, problems, given, offered)
 
 
 def _stages(tree: Mapping[str, Any], size: Any, problems: list[str]) -> dict[int, StageSettings | None]:
@@ -310,6 +410,11 @@ def _objectives(tree: Mapping[str, Any], problems: list[str]) -> dict[int, Objec
         return {}
     if not is_node(node):
         problems += [
+            f"objective.{key}: found {node[key]!r}, needed a _target_"
+            for key in node
+            if str(key) in STAGES and not is_node(node[key])
+        ]
+        problems += [
             f"objective.{key}: there is no such setting; the settings are name, 1 and 2"
             for key in node
             if str(key) not in ("name", *STAGES)
@@ -325,7 +430,57 @@ def _check_trainer(trainer: dict[str, Any], problems: list[str]) -> None:
     for name, instead in SET_BY_THE_RUN.items():
         if name in trainer:
             problems.append(f"trainer.{name}: the run sets this itself; use {instead}")
-    _checked({k: v for k, v in trainer.items() if k not in SET_BY_THE_RUN} or None, "trainer", problems)
+    taken = {k: v for k, v in trainer.items() if k not in SET_BY_THE_RUN}
+    before = len(problems)
+    _checked(taken or None, "trainer", problems)
+    if len(problems) == before:
+        building.settings(TrainerBounds, taken, "trainer", problems)
+
+
+def _check_optimisation(tree: Mapping[str, Any], problems: list[str]) -> None:
+    """Hold optimiser and schedule against their signatures, and make both for one weight, as a stage will."""
+    before = len(problems)
+    _checked(tree.get("optimizer"), "optimizer", problems, given=PER_STAGE)
+    _checked(tree.get("schedule"), "schedule", problems, given=COUNTED)
+    if len(problems) > before:
+        return
+    key = "optimizer"
+    try:
+        weight = torch.nn.Parameter(torch.zeros(1))
+        optimizer = building.make(tree["optimizer"])([{"params": [weight], "lr": 1e-3, "weight_decay": 0.0}])
+        key = "schedule"
+        building.make(tree["schedule"])(optimizer=optimizer, num_warmup_steps=1, num_training_steps=2)
+    except Exception as error:  # whatever somebody's optimiser makes of its arguments
+        problems.append(f"{key}: {' '.join(str(error).split()) or type(error).__name__}; correct its arguments")
+
+
+def _check_kind(node: Any, key: str, kind: type, problems: list[str]) -> None:
+    """What is made is a ``kind``, as far as it can be told before: a class that is one, or a function in Python."""
+    call = building.target(node, key, []) if is_node(node) else None
+    if call is not None and not (issubclass(call, kind) if isinstance(call, type) else inspect.isfunction(call)):
+        problems.append(f"{key}._target_: found {node['_target_']!r}, needed a {kind.__name__} of Lightning's")
+
+
+def _check_reader(node: Any, problems: list[str]) -> None:
+    call = building.target(node, "data.format", []) if is_node(node) else None
+    try:
+        if call is not None:
+            inspect.signature(call).bind("preferences", "images", None)
+    except TypeError:
+        problems.append(
+            f"data.format._target_: {node['_target_']!r} does not take preferences, images and skipped; name a reader, "
+            "as povid.preferences.formats.povid.read is"
+        )
+
+
+def _leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """(key, value) of everything in a tree of mappings and lists."""
+    members = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else None
+    if members is None:
+        yield key, value
+    else:
+        for name, member in members:
+            yield from _leaves(member, f"{key}.{name}" if key else str(name))
 
 
 def _run_stages(plain: Plain | None, ablation: Ablation | None, problems: list[str]) -> tuple[int, ...]:
@@ -353,7 +508,7 @@ def _rules(
     trainer: Mapping[str, Any],
     terms: Mapping[int, frozenset[str]],
 ) -> Iterator[str]:
-    """What is wrong between settings that are each right."""
+    """Problems between settings that are valid by themselves."""
     strategy = trainer.get("strategy")
     if (
         is_node(strategy)

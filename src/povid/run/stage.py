@@ -1,10 +1,10 @@
-"""One stage of a run: load the policy, fit it, save what it learnt."""
+"""One stage of a run: load the policy, fit it, save its adapter."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,19 +14,19 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
-from safetensors import SafetensorError, safe_open
 
 from povid import files
 from povid.fault import Fault
-from povid.method.objectives import ON_DISTORTED
-from povid.model.adapters import adapter_chain
+from povid.model.adapters import adapter_chain, adapter_digest, check_adapter
 from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple
 from povid.run import data as run_data
 from povid.run.build import make
-from povid.run.checkpoint import Checkpoints, batch_size_of, loader_died, newest, step_of
+from povid.run.checkpoint import Checkpoints, batch_size_of, identity_of, loader_died, newest, step_of
+from povid.run.content import Content, of_stage
 from povid.run.guards import DataCheck, FiniteLoss
+from povid.run.identity import Identity
 from povid.run.loggers import MetricsFile, RunContext, close, make_loggers
 from povid.run.processes import device, end_children, first
 from povid.run.settings import Settings
@@ -41,13 +41,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Stage:
-    """Stage ``number`` of the run in ``run``: it starts from the policy that ``adapters`` make, which is its reference
-    too."""
+    """Stage ``number`` of the run in ``run``: it starts from the model with ``adapters``, also its reference."""
 
     settings: Settings
     number: int
     run: Path
     adapters: tuple[Path, ...]
+    identity: Identity
 
     @property
     def home(self) -> Path:
@@ -55,21 +55,8 @@ class Stage:
 
     @property
     def note(self) -> Path:
-        """Written last: a stage is finished when it is there."""
+        """Written last: a stage is finished if this file exists."""
         return self.home / "stage.json"
-
-    def notes(self) -> dict[str, Any]:
-        """What a finished stage's note holds; Fault where the note or the adapter is damaged."""
-        cure = f"restore it from a copy, or move {self.home} away to train the stage again"
-        note = files.read_json(self.note, dict, cure, ("fingerprint", "steps", "adapter"))
-        files.read_json(self.adapter / "adapter_config.json", dict, cure)
-        weights = self.adapter / "adapter_model.safetensors"
-        try:
-            with safe_open(weights, "pt") as content:
-                content.keys()
-        except (OSError, SafetensorError) as error:
-            raise Fault(f"{weights} is damaged ({str(error).splitlines()[0]}); {cure}") from None
-        return note
 
     @property
     def adapter(self) -> Path:
@@ -78,6 +65,54 @@ class Stage:
     @property
     def checkpoints(self) -> Path:
         return self.home / "checkpoints"
+
+    def finished(self) -> dict[str, Any] | None:
+        """What its stage.json records; None while it is not finished.
+
+        Raises:
+            Fault: it was finished under another identity, its adapter was changed since, or a file is damaged.
+        """
+        if not self.note.exists():
+            return None
+        cure = f"restore it from a copy, or move {self.home} away to train the stage again"
+        found = files.read_json(self.note, dict, cure, ("identity", "steps", "adapter"))
+        files.read_json(self.adapter / "adapter_config.json", dict, cure)
+        self.identity.check(
+            found.get("identity"), f"the stage in {self.home}", "restore that to resume, or start in another folder"
+        )
+        check_adapter(self.adapter)
+        return found
+
+    def reuse(self) -> bool:
+        """Take over what any run below ``outputs`` has computed under this identity; False if there is nothing."""
+        for home in finished_stages(Path(self.settings.plain.outputs), self.number, self.identity.digest):
+            try:
+                check_adapter(home / "adapter")
+            except Fault as fault:
+                log.warning("not used again: %s", fault)
+                continue
+            log.info("stage %d was computed already and is copied from %s", self.number, home)
+            if (home / "metrics.csv").exists():
+                files.write_bytes(self.home / "metrics.csv", (home / "metrics.csv").read_bytes())
+            with files.draft(self.adapter) as draft:
+                shutil.copytree(home / "adapter", draft)
+            taken = json.loads((home / "stage.json").read_text(encoding="utf-8"))
+            files.write_json(
+                self.note,
+                taken
+                | self._places()
+                | {"ablation": self.settings.ablation.name, "computed_in": str(home.parent.resolve())},
+            )
+            return True
+        return False
+
+    def _places(self) -> dict[str, Any]:
+        """Where its adapters lie, relative to the run, so that the run can be moved."""
+        return {
+            "init_from": [os.path.relpath(adapter, self.run) for adapter in self.adapters],
+            "adapter": os.path.relpath(self.adapter, self.run),
+            "written_in": str(self.run.resolve()),
+        }
 
     def load(self) -> tuple[Policy, Template]:
         """The policy with a fresh adapter, on this process's device or, where the trainer splits it, in memory."""
@@ -88,7 +123,7 @@ class Stage:
         return policy, self.settings.model.template(policy.processor)
 
     def train(self, policy: Policy, template: Template, triples: Sequence[Triple], signals: Signals) -> None:
-        """Fit the stage, from its newest whole checkpoint if there is one, and save what it learnt."""
+        """Fit the stage, from its newest intact checkpoint if there is one, and save its adapter."""
         settings, stage = self.settings, self.settings.stages[self.number]
         terms = settings.terms[self.number]
         log.info(
@@ -147,6 +182,12 @@ class Stage:
         """Returns the number of optimiser steps."""
         settings, stage = self.settings, self.settings.stages[self.number]
         checkpoint = newest(self.checkpoints)
+        if checkpoint and checkpoint.is_file() and first():
+            self.identity.check(
+                identity_of(checkpoint),
+                f"the checkpoint {checkpoint}",
+                "restore that to resume, or start in another folder",
+            )
         start = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             log.info("stage %d resumes after step %d: %s", self.number, start, checkpoint)
@@ -155,17 +196,17 @@ class Stage:
         callbacks += [
             metrics,
             FiniteLoss(self.number, self.checkpoints),
-            Checkpoints(self.checkpoints, settings.checkpoint, signals, metrics),
+            Checkpoints(self.checkpoints, settings.checkpoint, signals, metrics, self.identity),
         ]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=1))
         if self.number == settings.run_stages[0] and not settings.data.skip_bad:
-            look = DataCheck(
+            data_check = DataCheck(
                 data.dataset.triples,
                 settings.data.preferences,
                 lambda triples: run_data.check(settings, triples),
             )
-            callbacks.insert(0, look)
+            callbacks.insert(0, data_check)
         loggers = make_loggers(settings.loggers, RunContext.of(settings, self.run, f"stage_{self.number}"))
         trainer = make(
             settings.trainer,
@@ -205,9 +246,9 @@ class Stage:
                 "ablation": settings.ablation.name,
                 "terms": sorted(settings.dispreferences(self.number)),
                 "seed": settings.plain.seed,
-                "fingerprint": fingerprint(settings, self.number),
-                "init_from": [str(adapter) for adapter in self.adapters],
-                "adapter": str(self.adapter),
+                "identity": self.identity.record(),
+                "adapter_digest": adapter_digest(self.adapter),
+                **self._places(),
                 "steps": steps,
                 "records": records,
                 "batch_size": batch_size,
@@ -217,36 +258,7 @@ class Stage:
         shutil.rmtree(self.checkpoints, ignore_errors=True)
 
 
-# Of the data settings, what changes no record and no batch of a stage.
-_FREE_DATA = {"workers", "cache_mb", "split", "benchmarks", "pope_suffix", "objects", "synonyms"}
-
-
-def fingerprint(settings: Settings, number: int) -> str:
-    """Two stages with the same fingerprint would learn the same."""
-    dispreferences = settings.dispreferences(number)
-    return digest(
-        {
-            "model": settings.tree["model"],
-            "data": {k: v for k, v in settings.tree["data"].items() if k not in _FREE_DATA},
-            "dispreference": settings.tree["dispreference"] if "text" in dispreferences else None,
-            "objective": settings.objective_node(number),
-            "stage": settings.stages[number].model_dump(),
-            "terms": sorted(settings.terms[number]),
-            "noise": settings.tree["noise"] if settings.terms[number] & ON_DISTORTED else None,
-            "optimizer": settings.optimizer,
-            "schedule": settings.schedule,
-            "callbacks": settings.callbacks,
-            "seed": settings.plain.seed,
-        }
-    )
-
-
-def digest(value: Any) -> str:
-    """Sixteen hexadecimal digits that name a value made of plain containers."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def starting_adapters(settings: Settings) -> tuple[Path, ...]:
+def starting_adapters(settings: Settings, content: Content) -> tuple[Path, ...]:
     """The adapters to begin with: the configured ones and, for stage 2 of an ablation with two, those of stage 1.
 
     Raises:
@@ -256,26 +268,32 @@ def starting_adapters(settings: Settings) -> tuple[Path, ...]:
     if settings.plain.init_from is not None:
         return (*adapters, *adapter_chain(Path(settings.plain.init_from)))
     if settings.run_stages == (2,) and 1 in settings.ablation.stages:
-        found = newest_stage(Path(settings.plain.outputs), fingerprint(settings, 1), 1)
+        found = newest_stage(Path(settings.plain.outputs), of_stage(settings, 1, adapters, content), 1)
         log.info("stage 2 starts from the newest matching stage 1: %s", found)
-        return (*adapters, *adapter_chain(found))
+        return tuple(adapter_chain(found))
     return tuple(adapters)
 
 
-def newest_stage(outputs: Path, wanted: str, number: int) -> Path:
-    """The newest finished stage with a fingerprint; Fault when there is none."""
+def newest_stage(outputs: Path, wanted: Identity, number: int) -> Path:
+    """The newest finished stage with an identity; Fault, naming what differs in the newest one, when there is none."""
+    matching = finished_stages(outputs, number, wanted.digest)
+    if matching:
+        return matching[0]
+    others = finished_stages(outputs, number)
+    cure = f"run the same command with stage={number} first, or name one with init_from="
+    if others:
+        recorded = json.loads((others[0] / "stage.json").read_text(encoding="utf-8"))["identity"]
+        wanted.check(recorded, f"{outputs} holds no finished stage {number} that fits: the newest, {others[0]},", cure)
+    raise Fault(f"{outputs} holds no finished stage {number}; {cure}")
+
+
+def finished_stages(outputs: Path, number: int, digest: str | None = None) -> list[Path]:
+    """The folders of the finished stages ``number`` below ``outputs``, of one identity or of any, the newest first."""
     seen = []
     for file in outputs.glob(f"**/stage_{number}/stage.json"):
         try:
             stage = json.loads(file.read_text(encoding="utf-8"))
-            seen.append((stage["finished"], stage["fingerprint"], file.parent))
+            seen.append((stage["finished"], stage["identity"]["digest"], file.parent))
         except (ValueError, KeyError, TypeError, OSError):
-            log.warning("%s cannot be read and is skipped", file)
-    matching = [entry for entry in seen if entry[1] == wanted]
-    if not matching:
-        others = f" ({len(seen)} with other settings are there, the newest is {max(seen)[2]})" if seen else ""
-        raise Fault(
-            f"{outputs} holds no finished stage {number} with this model, data, objective, seed and stage "
-            f"settings{others}: run the same command with stage={number} first, or name one with init_from="
-        )
-    return max(matching)[2]
+            log.warning("%s cannot be used: it is damaged, or an earlier version wrote it", file)
+    return [folder for _, found, folder in sorted(seen, reverse=True) if digest in (None, found)]

@@ -1,1 +1,1 @@
-"""The embedded world: painted scenes, their captions and questions, and the tiny model that lives in it."""
+"""The embedded world: painted scenes, their captions and questions, and the tiny model trained on them."""

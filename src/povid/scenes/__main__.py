@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     build = commands.add_parser(
         "build",
         help="train the base model (about 15 minutes on two cores), measure it and "
-        "print the figures beside those of the shipped one",
+        "print its figures and those of the shipped one",
     )
     build.add_argument(
         "folder",

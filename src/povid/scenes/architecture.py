@@ -1,4 +1,4 @@
-"""The tiny model that lives in the embedded world: a LLaVA of 2.3 million parameters, its tokenizer and processor.
+"""The embedded world's model: a LLaVA of 2.3 million parameters, its tokenizer and processor.
 
 A picture of 96 x 96 pixels becomes 36 image tokens. Prompts read ``USER: <image>\\nQUESTION ASSISTANT: ANSWER</s>``.
 """
@@ -43,7 +43,7 @@ def corpus() -> list[str]:
 
 
 def make_processor() -> LlavaProcessor:
-    """Byte-level BPE learnt from the world's own language, and CLIP's image processor for pictures of 96 pixels."""
+    """Byte-level BPE learnt from the world's language, and CLIP's image processor for pictures of 96 pixels."""
     bpe = Tokenizer(models.BPE(unk_token="<unk>"))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -112,12 +112,12 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlavaForConditionalGenerat
         vision_config=vision,
         text_config=text,
         vision_feature_layer=-1,
-        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_token_index=_SPECIAL.index("<image>"),
         vision_feature_select_strategy="default",
         image_seq_length=(SIDE // PATCH) ** 2,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
     )
+    config.pad_token_id = tokenizer.pad_token_id
     model = LlavaForConditionalGeneration(config)
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id

@@ -6,6 +6,7 @@ import json
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from povid.files import draft, write_json
 from povid.machine import keep_freed_memory
 from povid.scenes.architecture import FOLDER, make_model, make_processor
 from povid.scenes.measure import answers_of, measure
-from povid.scenes.scene import BASE_PARTNER
+from povid.scenes.scene import BASE_PARTNER, HARD_PARTNER
 from povid.scenes.training import Course, teach
 from povid.scenes.world import prepare
 
@@ -27,7 +28,7 @@ def build(folder: Path, seed: int = 0, course: Course | None = None) -> dict[str
     Returns the figures on the tuning split (``tuning``) and on new scenes of the kind it learnt from (``habitual``).
     """
     if folder.exists():
-        raise Fault(f"{folder} exists already; remove it or choose another folder for the base model")
+        raise Fault(f"{folder} already exists; remove it or choose another folder for the base model")
     keep_freed_memory()
     started = time.monotonic()
     processor = make_processor()
@@ -50,7 +51,7 @@ def build(folder: Path, seed: int = 0, course: Course | None = None) -> dict[str
     return figures
 
 
-def save(model: torch.nn.Module, processor, folder: Path) -> None:
+def save(model: Any, processor: Any, folder: Path) -> None:
     """Write model and processor, the weights rounded to float16; they load as float32."""
     rounded = {name: weight.half() for name, weight in model.state_dict().items() if name != "lm_head.weight"}
     model.config.dtype = torch.float32
@@ -64,7 +65,7 @@ def measure_base(folder: Path) -> dict[str, dict[str, float]]:
     answers = answers_of(folder)
     with tempfile.TemporaryDirectory() as worlds:
         figures = {}
-        for name, settings in (("tuning", {}), ("habitual", {"partner": BASE_PARTNER})):
-            world = prepare(Path(worlds) / name, preferences=0, tuning=PICTURES, evaluation=0, **settings)
+        for name, partner in (("tuning", HARD_PARTNER), ("habitual", BASE_PARTNER)):
+            world = prepare(Path(worlds) / name, preferences=0, tuning=PICTURES, evaluation=0, partner=partner)
             figures[name] = {key: round(value, 2) for key, value in measure(answers, world / "tuning").items()}
     return figures

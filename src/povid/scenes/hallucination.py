@@ -1,13 +1,14 @@
 """Writes hallucinations into true captions, by the paper's three causes (section 3.1).
 
-*Co-occurrence*: a partner that habit expects and that is missing from the picture. Mostly it replaces a true object, so
-that preferred and dispreferred name equally many; the rest is balanced between adding it (the dispreferred is longer)
-and replacing two true objects (the dispreferred is shorter). Neither saying less nor saying more is rewarded: what is
-left to learn is to look. *Relation*: left for right. *Attribute*: a wrong size or number.
+*Co-occurrence*: a partner that habit expects and that is missing from the picture. In most pairs it replaces a true
+object, so that both responses name equally many. The others are balanced between adding it (the dispreferred response
+is longer) and replacing two true objects (it is shorter). So neither longer nor shorter captions are rewarded, and only
+the picture tells the responses apart. *Relation*: left for right. *Attribute*: a wrong size or number.
 
 What is plausible under each cause, and how often each occurs, comes from :mod:`povid.dispreference.causes`; the habits
-come from the world's construction. The edits are this world's own: keeping lengths in balance needs a caption's
-structure. The hallucinator for free text, which learns habits from lists of objects, is ``dispreference=cooccurrence``.
+come from the world's construction. The edits are specific to this world, because balanced lengths need a caption's
+structure. The hallucinator for free text, which learns habits from lists of objects, is
+``dispreference=cooccurrence``.
 """
 
 from __future__ import annotations
@@ -58,8 +59,7 @@ class Pair:
 def draw_caption_pair(rng: np.random.Generator, scene: Scene, prompt: str, shares: WorldShares) -> Pair:
     """A complete true caption and one with a hallucination.
 
-    With ``swap_share=1`` both captions always have the same number of words, since relations and attributes never
-    change it.
+    With ``swap_share=1`` both captions have the same number of words, since relations and attributes never change it.
     """
     caption = draw_caption(rng, scene)
     chance = rng.random()
@@ -125,9 +125,9 @@ def _co_occurrence(
             caption, wrong = (_move(c, name, ghost) for c, name in ((caption, victim), (wrong, ghost)))
     if wrong == caption:  # every true object is the anchor of something that is missing
         ghost = _absent(scene, "")[0]
-        victim = caption.mentions[-1]
-        caption = caption.exchange(victim.name, replace(victim, word=draw_word(rng, victim.name, 1)))
-        wrong = caption.exchange(victim.name, Mention(ghost, draw_word(rng, ghost, 1), victim.count))
+        last = caption.mentions[-1]
+        caption = caption.exchange(last.name, replace(last, word=draw_word(rng, last.name, 1)))
+        wrong = caption.exchange(last.name, Mention(ghost, draw_word(rng, ghost, 1), last.count))
     return caption, wrong, "swap"
 
 

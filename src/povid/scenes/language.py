@@ -1,4 +1,4 @@
-"""What is said about a scene: captions and one-word answers."""
+"""Captions of a scene, and one-word answers about it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from povid.scenes.scene import Scene, Thing
 from povid.scenes.vocabulary import ANCHOR, CONTEXT_OF, KINDS, NAMES, PARTNER
 
 CAPTION_PROMPT = "Describe this image."
-APART = 20  # pixels between two things before one is said to be left or right of the other
+APART = 20  # pixels between two things before one is called left or right of the other
 _NUMBERS = {2: "two", 3: "three"}
 _TEMPLATES = ("This image shows {}.", "The picture contains {}.", "{context} scene with {}.")
 
 
 @dataclass(frozen=True, slots=True)
 class Mention:
-    """An object in a caption's list: its COCO name, the word used for it, and how many there are said to be."""
+    """An object in a caption's list: its COCO name, the word used for it, and the number stated."""
 
     name: str
     word: str

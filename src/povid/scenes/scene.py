@@ -31,7 +31,7 @@ class Thing:
 
     @property
     def size(self) -> Size:
-        """What a speaker would call its size."""
+        """The word for its size, or "" for a medium one."""
         side = self.boxes[0][2]
         return "small" if side <= SMALL else "large" if side >= LARGE else ""
 
@@ -87,7 +87,7 @@ def draw_scene(rng: np.random.Generator, partner: float) -> Scene:
 
 
 def draw_contextless(rng: np.random.Generator) -> Scene:
-    """A scene of six things drawn without any habit: what the vision tower learns to see from."""
+    """A scene of six things drawn without any habit, to train the vision tower."""
     taken: list[tuple[int, int, int]] = []
     things = [
         Thing(str(name), (_place(rng, taken, int(rng.choice(SIZES))),)) for name in rng.choice(NAMES, 6, replace=False)

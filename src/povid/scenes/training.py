@@ -1,6 +1,6 @@
 """Trains the tiny model from scratch: first to see, then to name, then to speak and to answer.
 
-Trained on everything at once, it speaks fluently and ignores the picture; the order below is what makes it look.
+Trained on everything at once, it speaks fluently and ignores the picture; the order below prevents that.
 1. The vision tower learns what each patch shows, from scenes without any habit. Then it is frozen.
 2. The projector learns to send each patch to the word embedding of what it shows.
 3. Projector and language model learn captions of scenes in which partners nearly always stand beside their anchors.
@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,7 +67,7 @@ def teach(
     model: LlavaForConditionalGeneration,
     seed: int,
     course: Course,
-    say: Callable[[str], None] = print,
+    report: Callable[[str], None] = print,
 ) -> Iterator[str]:
     """Train ``model`` in place; yield the name of each part when it is done."""
     torch.manual_seed(seed)
@@ -74,7 +75,7 @@ def teach(
     vision, projector = model.model.vision_tower, model.model.multi_modal_projector
     model.train()
     losses, head = _seeing(model, draws[0], course.pictures)
-    _optimise("see", course.see, 1.5e-3, [*vision.parameters(), *head.parameters()], losses, say)
+    _optimise("see", course.see, 1.5e-3, [*vision.parameters(), *head.parameters()], losses, report)
     yield "see"
     vision.requires_grad_(False)
     _optimise(
@@ -83,13 +84,13 @@ def teach(
         3e-3,
         [*projector.parameters()],
         _aligning(processor, model, draws[1], course.pictures),
-        say,
+        report,
     )
     yield "align"
     rest = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    _optimise("speak", course.speak, 3e-3, rest, _speaking(processor, model, draws[2], course.spoken, 2, 0), say)
+    _optimise("speak", course.speak, 3e-3, rest, _speaking(processor, model, draws[2], course.spoken, 2, 0), report)
     yield "speak"
-    _optimise("answer", course.answer, 2e-3, rest, _speaking(processor, model, draws[3], course.spoken, 1, 9), say)
+    _optimise("answer", course.answer, 2e-3, rest, _speaking(processor, model, draws[3], course.spoken, 1, 9), report)
     model.requires_grad_(True).eval()
     yield "answer"
 
@@ -100,7 +101,7 @@ def _optimise(
     lr: float,
     weights: list[torch.nn.Parameter],
     losses: Iterator[tuple[torch.Tensor, str]],
-    say: Callable[[str], None],
+    report: Callable[[str], None],
 ) -> None:
     optimiser = torch.optim.AdamW(weights, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -115,7 +116,7 @@ def _optimise(
         optimiser.step()
         schedule.step()
         if (step + 1) % 50 == 0 or step + 1 == steps:
-            say(f"{name} {step + 1}/{steps}: {note}, {time.monotonic() - started:.0f} s")
+            report(f"{name} {step + 1}/{steps}: {note}, {time.monotonic() - started:.0f} s")
 
 
 def _features(model: LlavaForConditionalGeneration, batch: torch.Tensor) -> torch.Tensor:
@@ -147,8 +148,8 @@ def _aligning(
 ) -> Iterator[tuple[torch.Tensor, str]]:
     words = [processor.tokenizer(" " + name, add_special_tokens=False).input_ids for name in NAMES]
     words.append([processor.tokenizer.unk_token_id])
-    embeddings = model.get_input_embeddings().weight.detach()
-    targets = torch.stack([embeddings[ids].mean(0) for ids in words])
+    embeddings: Any = model.get_input_embeddings()
+    targets = torch.stack([embeddings.weight.detach()[ids].mean(0) for ids in words])
     while True:
         scenes = [draw_contextless(rng) for _ in range(pictures)]
         labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
@@ -209,7 +210,7 @@ def pack(prefix: list[int], packs: list[list[tuple[list[int], list[int]]]], pad:
 
     ``packs`` holds for each picture its (prompt, response) token lists. Returns ``ids``, ``positions``, ``segments``
     and ``labels`` (B, T), labels standing where the token is predicted (already shifted), and the boolean ``mask``
-    (B, 1, T, T): true where a query may look.
+    (B, 1, T, T): true where a query may attend.
     """
     length = len(prefix) + max(sum(len(p) + len(r) for p, r in rows) for rows in packs)
     ids = torch.full((len(packs), length), pad)

@@ -1,7 +1,7 @@
 """The embedded world as ordinary files: POVID preferences, CHAIR and POPE files, pictures.
 
     folder/preferences.json, images/                      800 records <image, preferred, dispreferred>
-    folder/habits.json                          objects of 2000 pictures such as the base model learnt from
+    folder/habits.json                          objects of 2000 pictures like those that the base model learnt from
     folder/{tuning,evaluation}/images/
     folder/{tuning,evaluation}/objects.json, synonyms.txt                         CHAIR
     folder/{tuning,evaluation}/coco_pope_{random,popular,adversarial}.json        POPE
@@ -42,7 +42,7 @@ class World(WorldShares):
     """The settings of :func:`prepare`."""
 
     seed: Whole
-    preferences: Whole
+    preferences: Annotated[int, Field(ge=1)]
     tuning: Whole
     evaluation: Whole
     yes_no_share: Share
@@ -54,7 +54,7 @@ def prepare(
     folder: Path | str,
     *,
     seed: Whole = 0,
-    preferences: Whole = 800,
+    preferences: Annotated[int, Field(ge=1)] = 800,
     tuning: Whole = 300,
     evaluation: Whole = 500,
     yes_no_share: Share = 0.25,
@@ -66,7 +66,7 @@ def prepare(
     partner: Share = HARD_PARTNER,
     preference_partner: Share | None = None,
 ) -> Path:
-    """Write the world to ``folder`` unless it is there already, and return ``folder``.
+    """Write the world to ``folder`` unless it is already complete, and return ``folder``.
 
     Args:
         seed: of all draws; at least 0.
@@ -76,11 +76,11 @@ def prepare(
         object_share, swap_share, two_objects_share, stranger_share, any_object_share: how hallucinations are drawn, see
             :class:`povid.scenes.hallucination.WorldShares`.
         partner: P(partner | anchor) in all three splits, in [0, 1].
-        preference_partner: P(partner | anchor) in the preferences, if it is to differ. The nearer to 0.95, the nearer
-            the preferred captions are to what the base model has learnt already, and the less they teach alone.
+        preference_partner: P(partner | anchor) in the preferences, None for ``partner``. The nearer to 0.95, the nearer
+            the preferred captions are to what the base model has already learnt, and the less they teach on their own.
 
     Raises:
-        Fault: a setting is out of range, ``folder`` holds something else, or the disk cannot be written.
+        Fault: a setting is out of range, ``folder`` contains something else, or it cannot be written.
     """
     folder = Path(folder)
     settings: dict[str, Any] = {
@@ -101,7 +101,7 @@ def prepare(
         "any_object_share": any_object_share,
     }
     world = validated(World, {key: settings[key] for key in settings if key != "version"} | shares, "embedded world")
-    # settings that came later enter the manifest only where they differ, so that older folders are recognised
+    # settings added later enter the manifest only if they differ from the default, so that older folders stay valid
     settings |= {key: value for key, value in shares.items() if value != World.model_fields[key].default}
     if preference_partner is None:
         del settings["preference_partner"]
@@ -142,7 +142,7 @@ def _write(folder: Path, world: World) -> None:
 
 
 def _settle(draft: Path, folder: Path, settings: dict) -> None:
-    """Name the draft ``folder``. A folder that another process has completed meanwhile stays: it may be in use."""
+    """Rename the draft to ``folder``. A folder that another process has completed meanwhile stays: it may be in use."""
     try:
         os.rename(draft, folder)
     except OSError:
@@ -151,7 +151,7 @@ def _settle(draft: Path, folder: Path, settings: dict) -> None:
 
 
 def _complete(folder: Path, settings: dict) -> bool:
-    """Whether the folder holds the world of these settings; an empty folder or none holds nothing yet."""
+    """Whether the folder contains the world of these settings; False if it is empty or does not exist."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return False
     try:

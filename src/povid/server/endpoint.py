@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import random
+import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -21,18 +22,22 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import openai
-from PIL import Image, ImageOps
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from PIL import ExifTags, Image
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from povid.fault import Fault
+from povid.preferences.pictures import rgb
+from povid.server.bounded import BoundedClient
 from povid.server.replies import Reply, ReplyFile, Spent
 
 log = logging.getLogger(__name__)
 
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 LOCAL_KEY = "none"  # local servers ask for no key, but the client insists on one
+MOST_TOKENS = 100_000_000  # that a server may say a request took
 
 
 class NoReply(Fault):
@@ -64,10 +69,11 @@ class EndpointSettings(BaseModel):
 
     Attributes:
         model: name of the model as the server knows it; None where the caller chooses it, as a judge does.
-        base_url: address up to ``/v1``; None takes OPENAI_BASE_URL from the environment, else OpenAI's own server.
+        base_url: address up to ``/v1``, without user name and password; None takes OPENAI_BASE_URL from the
+            environment, else OpenAI's own server.
         api_key_env: environment variable that holds the key; it may be unset when a ``base_url`` is known.
         concurrency: requests in flight at once from this process.
-        timeout: seconds without an answer after which an attempt counts as failed.
+        timeout: seconds in which the whole reply must come, or the attempt counts as failed.
         retries: attempts after the first one, on 429, 5xx, time-outs, broken connections and malformed replies.
         backoff: seconds before the second attempt; doubles with each further one, with jitter.
         longest_wait: seconds that no single wait exceeds, including a server's Retry-After.
@@ -83,7 +89,7 @@ class EndpointSettings(BaseModel):
 
     model: str | None = Field(None, min_length=1)
     base_url: str | None = None
-    api_key_env: str = Field("OPENAI_API_KEY", min_length=1)
+    api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = Field(8, ge=1)
     timeout: float = Field(120.0, gt=0, allow_inf_nan=False)
     retries: int = Field(6, ge=0)
@@ -97,6 +103,18 @@ class EndpointSettings(BaseModel):
     image_tokens: int = Field(1100, ge=0)
     max_tokens_key: str = Field("max_tokens", min_length=1)
 
+    @field_validator("base_url")
+    @classmethod
+    def _is_an_address(cls, address: str | None) -> str | None:
+        return address if address is None else plain_address(address)
+
+    @field_validator("api_key_env")
+    @classmethod
+    def _is_a_variable(cls, name: str) -> str:
+        if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):  # it may be a key: say nothing of it
+            raise ValueError("needed the name of an environment variable, not the key itself")
+        return name
+
     @model_validator(mode="after")
     def _a_budget_needs_prices(self) -> Self:
         if self.budget is not None and (self.input_price is None or self.output_price is None):
@@ -105,6 +123,27 @@ class EndpointSettings(BaseModel):
                 "give both, or use token_budget"
             )
         return self
+
+
+def plain_address(address: str) -> str:
+    """An address that may be written to files.
+
+    Raises:
+        ValueError: it is no http address, or holds a user name or password; the message does not repeat it.
+    """
+    try:
+        parts = urlsplit(address)
+        secret = "@" in parts.netloc
+    except ValueError:
+        parts = secret = None
+    if secret:
+        raise ValueError(
+            "the address holds a user name or password, which would stand in config.yaml and in logs; leave it out and "
+            "put the key into the environment variable that api_key_env names"
+        )
+    if parts is None or parts.scheme not in ("http", "https") or not parts.hostname:
+        raise ValueError("needed an address that begins with http:// or https://, up to /v1")
+    return address
 
 
 class Endpoint:
@@ -124,19 +163,32 @@ class Endpoint:
         if settings.model is None:
             raise Fault("no model is named for the server; set `model` to the name by which the server knows it")
         base_url = settings.base_url or os.environ.get("OPENAI_BASE_URL") or None
-        key = os.environ.get(settings.api_key_env) or (LOCAL_KEY if base_url else None)
+        try:
+            base_url = base_url and plain_address(base_url)
+        except ValueError as error:
+            raise Fault(f"OPENAI_BASE_URL: {error}") from None
+        key = os.environ.get(settings.api_key_env, "").strip() or (LOCAL_KEY if base_url else None)
         if key is None:
             raise Fault(
                 f"no key for {settings.model}: the environment variable {settings.api_key_env} is not set; "
                 f"set it, or give the base_url of a server that needs none"
             )
+        if not (key.isascii() and key.isprintable()):
+            raise Fault(f"{settings.api_key_env} holds characters that no key has; set it to the key alone")
+        self._secret = key if len(key) >= 8 else None
         self.settings, self.model, self.base_url = settings, settings.model, base_url
         self.paid = Spent()  # by this process
         self._interval = 60.0 / settings.requests_per_minute if settings.requests_per_minute else 0.0
         self._next_start = 0.0
         self._lock = threading.RLock()
         self._file = ReplyFile(Path(cache), settings.budget, settings.token_budget)
-        self._client = openai.OpenAI(base_url=base_url, api_key=key, timeout=settings.timeout, max_retries=0)
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=key,
+            timeout=settings.timeout,
+            max_retries=0,
+            http_client=BoundedClient(settings.timeout),
+        )
 
     # ------------------------------------------------------------------ asking
 
@@ -259,7 +311,7 @@ class Endpoint:
             try:
                 return self._read(self._client.chat.completions.create(**arguments), request)
             except openai.APIStatusError as error:
-                reason = f"status {error.status_code}: {_one_line(error.message)}"
+                reason = f"status {error.status_code}: {self._said(error.message)}"
                 quota_exhausted = error.code == "insufficient_quota"
                 if quota_exhausted or not (error.status_code in RETRIED or error.status_code >= 500):
                     raise Fault(
@@ -270,9 +322,13 @@ class Endpoint:
             except openai.APITimeoutError:
                 reason = f"no answer within {self._client.timeout} s"
             except openai.APIConnectionError as error:
-                reason = f"the connection failed ({_one_line(str(error.__cause__ or error))})"
-            except (openai.APIError, _Malformed, ValueError) as error:
-                reason = f"a reply that is not a chat completion ({_one_line(str(error))})"
+                failed = self._said(error.__cause__ or error)
+                reason = failed if isinstance(error.__cause__, TimeoutError) else f"the connection failed ({failed})"
+            except TimeoutError as error:  # openai 2 wraps it, openai 3 does not
+                reason = str(error)
+            except (openai.APIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
+                # whatever the client makes of a body that is no completion
+                reason = f"a reply that is not a chat completion ({self._said(error)})"
             if attempt == self.settings.retries or stop.is_set():
                 break
             pause = min(self.settings.backoff * 2**attempt * random.uniform(0.5, 1.5), self.settings.longest_wait)
@@ -291,13 +347,26 @@ class Endpoint:
             raise _Malformed(str(completion)[:120])
         message, usage = choices[0].message, completion.usage
         text = message.content or message.refusal or ""
-        if not isinstance(text, str):
-            raise _Malformed(str(text)[:120])
+        finish: Any = choices[0].finish_reason or ""
+        if not isinstance(text, str) or not isinstance(finish, str):
+            raise _Malformed(str(message)[:120])
+        counts = (usage.prompt_tokens, usage.completion_tokens) if usage else (None, None)
+        if not all(count is None or (type(count) is int and 0 <= count <= MOST_TOKENS) for count in counts):
+            raise _Malformed(f"usage {usage}"[:120])
+        text, finish = self._without_key(text), self._without_key(finish)[:40]
         guess = self.estimate(request)
         prompt = usage.prompt_tokens if usage and usage.prompt_tokens is not None else guess.prompt_tokens
         counted = usage is not None and usage.completion_tokens is not None
         reply = usage.completion_tokens if counted else len(text.encode("utf-8", "replace")) // 3
-        return Reply(text, prompt, reply, self._price(prompt, reply), choices[0].finish_reason or "")
+        return Reply(text, prompt, reply, self._price(prompt, reply), finish)
+
+    def _said(self, what: Any) -> str:
+        """A server's words on one line."""
+        return _one_line(self._without_key(str(what)))
+
+    def _without_key(self, text: str) -> str:
+        """Text without the key, which some servers repeat."""
+        return text.replace(self._secret, "[key]") if self._secret else text
 
     def _pace(self, stop: threading.Event) -> None:
         with self._lock:
@@ -322,7 +391,8 @@ def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, A
     """An image as the ``image_url`` part of a message: a data URL, its longest side at most ``max_side`` pixels.
 
     A JPEG that fits is sent unchanged, another file that fits as PNG (lossless), and a larger one is resized and sent
-    as JPEG. Transparent areas become white.
+    as JPEG. Transparent areas become white. A rotation in the EXIF data is left out, not applied, so that a served
+    model sees the picture as a model in this process does.
 
     Raises:
         Fault: names the file that is missing, broken or suspiciously large (Pillow's decompression bomb limit).
@@ -340,10 +410,9 @@ def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, A
             if kind == "JPEG":
                 image.draft("RGB", (max_side, max_side))
             image.load()
-            plain = ImageOps.exif_transpose(image)
-            turned = plain.size != image.size or image.getexif().get(0x0112, 1) != 1
-            if not (fits and kind == "JPEG" and image.mode == "RGB" and not turned):
-                plain = flatten(plain)
+            rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1  # a server might apply it
+            if not (fits and kind == "JPEG" and image.mode == "RGB" and not rotated):
+                plain = flatten(image)
                 plain.thumbnail((max_side, max_side), Image.Resampling.LANCZOS)
                 buffer = io.BytesIO()
                 kind = "PNG" if fits and kind != "JPEG" else "JPEG"
@@ -366,7 +435,7 @@ def flatten(image: Image.Image) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+    return rgb(image)
 
 
 def _one_line(text: str, limit: int = 300) -> str:

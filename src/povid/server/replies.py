@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -11,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,9 @@ class Spent:
 
 class ReplyFile:
     """An append-only JSON Lines file of replies by key, and a folder of claims beside it for requests in flight.
+
+    Each line carries a checksum: a reply that was edited or damaged afterwards is not used and is asked for again (what
+    it cost still counts). Lines of earlier versions have none and are used as they are.
 
     Every process appends under a file lock. A claim is a locked file named by its key: its holder sends the request,
     the others wait and then find the reply. A lock ends with its process, so a kill blocks nobody.
@@ -115,7 +120,7 @@ class ReplyFile:
             "finish_reason": reply.finish_reason,
             "time": datetime.now(UTC).isoformat(timespec="seconds"),
         }
-        line = json.dumps(record).encode() + b"\n"
+        line = json.dumps(record | {"check": _check(record)}).encode() + b"\n"
         with self._locked() as file:
             end = file.seek(0, os.SEEK_END)
             if end:
@@ -201,7 +206,7 @@ class ReplyFile:
             return
         try:
             record = json.loads(line)
-        except ValueError:  # a process was killed while writing; its request will be asked again
+        except (ValueError, RecursionError):  # a process was killed while writing; its request will be asked again
             log.warning("%s: an incomplete line is skipped: %s", self.file, line[:60])
             return
         try:
@@ -213,11 +218,21 @@ class ReplyFile:
                 record["finish_reason"],
                 cached=True,
             )
-            self._replies[record["key"]] = reply
+            sound = isinstance(reply.text, str) and isinstance(reply.finish_reason, str)
+            if not (sound and min(reply.prompt_tokens, reply.completion_tokens, reply.cost) >= 0 and reply.cost < inf):
+                raise TypeError("a value of another kind")
+            if record.get("check") in (None, _check(record)):
+                self._replies[record["key"]] = reply
+            else:
+                log.warning(
+                    "%s: the reply to %s was changed after it was written; it is not used and is asked for again",
+                    self.file,
+                    record.get("name"),
+                )
         except (KeyError, TypeError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise Fault(
-                f"{self.file}: a line is not a reply ({error} is missing); "
-                "name another file, this one belongs to something else"
+                f"{self.file}: a line is not a reply ({what}); name another file, this one belongs to something else"
             ) from error
         self.total.add(reply)
 
@@ -226,3 +241,9 @@ class ReplyFile:
         with self.file.open("r+b", buffering=0) as file:  # no buffer that a full disk would fail a second time
             fcntl.flock(file, fcntl.LOCK_EX)
             yield file
+
+
+def _check(record: dict[str, Any]) -> str:
+    """Sixteen hexadecimal digits that change with anything in a line."""
+    content = {key: value for key, value in record.items() if key != "check"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,1 +1,1 @@
-"""How it is learned: module, data module, scoring, reference cache."""
+"""Training: module, data module, scoring, reference cache, memory, sharding."""

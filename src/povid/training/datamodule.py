@@ -1,4 +1,4 @@
-"""PreferenceDataModule: batches of <image, preferred, dispreferred>, distorted images made ahead of the step."""
+"""PreferenceDataModule: batches of <image, preferred, dispreferred>, with distorted images made ahead of the step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from povid.training.digest import record_digest
 
 
 class Example(NamedTuple):
-    """One record, ready to be packed. ``noised``: x^n, None where the stage has none; ``digest`` names the content."""
+    """One record, ready to be packed. ``noised``: x^n, None if the stage uses none; ``digest`` names the content."""
 
     record: int
     name: str
@@ -34,11 +34,11 @@ class Example(NamedTuple):
 
 
 class PreferenceBatch(NamedTuple):
-    """What one step reads.
+    """The input of one training step.
 
-    ``pairs`` packs preferred and dispreferred together, or the preferred side alone where no term needs the other;
+    ``pairs`` packs preferred and dispreferred together, or the preferred side alone if no term needs the other;
     ``preferred`` packs the preferred side alone for the distorted image (None without one). For models whose sequences
-    cannot be packed ``pairs`` is the preferred side and ``dispreferred`` the other. ``images`` and ``noised`` hold the
+    cannot be packed, ``pairs`` is the preferred side and ``dispreferred`` the other. ``images`` and ``noised`` hold the
     processor's tensors of x and x^n, one row (or more) per example. ``tokens``: the number of tokens of each response
     [B], or the sum of their weights.
     """
@@ -59,7 +59,7 @@ Weigh = Callable[[Sequence[int], Sequence[int]], tuple[Sequence[float], Sequence
 
 
 class PreferenceDataset(Dataset):
-    """Triples as examples; an item is asked for as (record number, epoch), since each epoch distorts anew."""
+    """Triples as examples, indexed by (record number, epoch) because each epoch has its own distortions."""
 
     def __init__(
         self,
@@ -89,7 +89,8 @@ class PreferenceDataset(Dataset):
             return self.cache[record]
         triple = self.triples[record]
         encoded, images = self.template.encode((triple.preferred, triple.dispreferred), triple.image, triple.id)
-        entry = encoded, images, record_digest(*encoded, images)
+        preferred, dispreferred = encoded
+        entry = encoded, images, record_digest(preferred, dispreferred, images)
         size = sum(tensor.nbytes for tensor in images.values())
         if size <= self.cache_bytes:
             self.cache[record], self.cached_bytes = entry, self.cached_bytes + size
@@ -122,8 +123,8 @@ def collate(
         (pack(preferred, None, padding_id=padding_id) if pairs.dispreferred is not None else pairs) if noised else None
     )
     apart = pack(dispreferred, None, padding_id=padding_id) if dispreferred is not None and not packable else None
-    counts = [sum(example.preferred.response[1:]) for example in examples]
-    text_counts = [sum(example.dispreferred.response[1:]) for example in examples]
+    counts: list[float] = [sum(example.preferred.response[1:]) for example in examples]
+    text_counts: list[float] = [sum(example.dispreferred.response[1:]) for example in examples]
     if weigh is not None:
         weights = [weigh(response_tokens(e.preferred), response_tokens(e.dispreferred)) for e in examples]
         w_N, l_N = (torch.tensor([weight for pair in weights for weight in pair[side]]) for side in (0, 1))
@@ -150,17 +151,17 @@ def collate(
 
 
 def response_tokens(encoded: Encoded) -> list[int]:
-    """The token ids of a conversation's responses, in their order."""
+    """The token ids of a conversation's responses, in order."""
     return [token for token, marked in zip(encoded.input_ids[1:], encoded.response[1:]) if marked]
 
 
 class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Batches of (record number, epoch): shuffled by seed and epoch, like lengths together, shared out over devices.
+    """Batches of (record number, epoch): shuffled by seed and epoch, grouped by length, split over devices.
 
     A global batch is ``batch_size`` x ``world`` records and each device takes every ``world``-th of it, so that the
-    same seed and global batch give the same gradient on any number of devices. Records that do not fill the last
-    global batch evenly over the devices are left out of that epoch. ``skip`` leaves out batches that a run has seen
-    before it was interrupted.
+    same seed and global batch give the same gradient on any number of devices. Records of the last global batch that
+    cannot be split evenly over the devices are dropped in that epoch. ``skip`` is the number of batches that an
+    interrupted run has already trained on.
     """
 
     def __init__(
@@ -215,10 +216,17 @@ class PreferenceDataModule(L.LightningDataModule):
         template: turns a record into tokens and image tensors.
         terms: what the stage's objective reads (:class:`povid.method.objectives.Terms`).
         distortion: makes x^n; used where a term needs it.
-        weigh: the objective's token weights, None where all tokens count alike.
+        weigh: the objective's token weights; None if all tokens count equally.
         packable: whether the model takes packed sequences (``Policy.packable``).
-        batch_size: records per device and step; seed: order and noise; workers: loader processes;
-        cache_mb: bound of the memory in which each loader process keeps processed images.
+        batch_size: records per device and step.
+        seed: of the order of the records and of the noise.
+        workers: number of loader processes.
+        cache_mb: how many MiB of processed images each loader process may keep.
+        group_by_length: whether batches group records of similar length.
+
+    Raises:
+        Fault: there are no records.
+        ValueError: a term needs a distortion and there is none.
     """
 
     def __init__(
@@ -238,7 +246,7 @@ class PreferenceDataModule(L.LightningDataModule):
     ) -> None:
         super().__init__()
         if not triples:
-            raise Fault("the preference data holds no record; check data.preferences")
+            raise Fault("the preference data contain no record; check data.preferences")
         needs_distortion = bool(ON_DISTORTED & terms)
         if needs_distortion and distortion is None:
             raise ValueError(f"the terms {', '.join(sorted(ON_DISTORTED & terms))} need a distortion")
@@ -247,7 +255,7 @@ class PreferenceDataModule(L.LightningDataModule):
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.terms, self.weigh, self.packable, self.group_by_length = frozenset(terms), weigh, packable, group_by_length
         self.padding_id = template.processor.tokenizer.pad_token_id or 0
-        self.seen = (0, 0)  # epoch and batches of it that an interrupted run had trained on
+        self.seen = (0, 0)  # epoch, and number of its batches that an interrupted run had trained on
 
     def train_dataloader(self) -> DataLoader:
         """The loader of the trainer's current epoch (the trainer asks for a new one each epoch)."""
@@ -269,7 +277,7 @@ class PreferenceDataModule(L.LightningDataModule):
             num_workers=self.workers,
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(self.seed),  # leaves the global one, dropout's, alone
+            generator=torch.Generator().manual_seed(self.seed),  # not the global one, which dropout uses
         )
 
     def state_dict(self) -> dict[str, int]:
@@ -277,7 +285,7 @@ class PreferenceDataModule(L.LightningDataModule):
         return {"epoch": self.trainer.current_epoch, "batches": self.trainer.fit_loop.batch_idx + 1}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Continue after that position (Lightning's hook)."""
+        """Continue from a saved position (Lightning's hook)."""
         self.seen = (state["epoch"], state["batches"])
 
     def collate(self, examples: Sequence[Example]) -> PreferenceBatch:

@@ -1,4 +1,4 @@
-"""Fingerprints of what enters a model."""
+"""Digests of tensors and records."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from povid.model.packing import Encoded
 def tensor_digest(name: str, tensor: Tensor) -> bytes:
     """SHA-256 of a tensor's name, type, shape and bytes."""
     digest = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-    digest.update(memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()))
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.digest()
 
 

@@ -1,10 +1,10 @@
-"""What a run needs of the device's memory, told before it trains, and the largest batch that fits."""
+"""Estimates of the device memory that training needs, and the largest batch that fits."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,14 +17,17 @@ from povid.training.module import POVIDModule
 
 log = logging.getLogger(__name__)
 
-SPARE = 0.1  # of the device's memory: fragments, libraries, what else runs on a CPU
-TRANSIENT = 1.5  # on a CPU: a backward pass holds gradients beside the kept activations
+SPARE = 0.1  # share of the device's memory left for fragmentation, libraries and, on a CPU, other programs
+TRANSIENT = 1.5  # on a CPU: peak of a backward pass, which adds gradients to the kept activations
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """Bytes. ``adapter``: gradients and Adam's two moments of what is trained (its weights count as weights);
-    ``step``: activations of one step; ``free`` and ``total``: of the device, before the run has taken anything."""
+    """Memory in bytes.
+
+    ``weights``: all parameters; ``adapter``: gradients and Adam's two moments of the trained ones; ``step``:
+    activations of one step; ``free`` and ``total``: the device's memory before the run has allocated any.
+    """
 
     weights: int
     adapter: int
@@ -34,9 +37,9 @@ class Needs:
 
     def __str__(self) -> str:
         return (
-            f"memory: weights {_spoken(self.weights)}, gradients and Adam {_spoken(self.adapter)}, a step of the "
-            f"longest records about {_spoken(self.step)}; together {_spoken(self.needed)}, and the device has "
-            f"{_spoken(self.free)} free of {_spoken(self.total)}"
+            f"memory: weights {_readable(self.weights)}, gradients and Adam {_readable(self.adapter)}, a step of the "
+            f"longest records about {_readable(self.step)}; together {_readable(self.needed)}, and the device has "
+            f"{_readable(self.free)} free of {_readable(self.total)}"
         )
 
     @property
@@ -44,12 +47,12 @@ class Needs:
         return self.weights + self.adapter + self.step
 
 
-def _spoken(size: float) -> str:
+def _readable(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 def estimate(module: POVIDModule, data: PreferenceDataModule, batch_size: int) -> Needs:
-    """What training will take, from one forward pass of the longest records (forward and backward on CUDA).
+    """Estimate the memory of training from a forward pass of the longest records (on CUDA, forward and backward).
 
     Raises:
         Fault: on CUDA, if the pass does not fit.
@@ -59,22 +62,24 @@ def estimate(module: POVIDModule, data: PreferenceDataModule, batch_size: int) -
     trained = [p for group in policy.trained_parameters() for p in group]
     adapter = sum(p.nbytes + 8 * p.numel() for p in trained)
     free, total = device_memory(_device(module))
-    taken = weights if _device(module).type == "cuda" else 0  # there already
+    taken = weights if _device(module).type == "cuda" else 0  # already allocated
     batch = longest(module, data, batch_size)
     try:
-        with _undisturbed(module):
+        with _restored(module):
             step = _peak_on_cuda(module, batch) if taken else int(TRANSIENT * kept_bytes(module, batch))
     except torch.OutOfMemoryError:
         raise Fault(
-            f"a step of {batch_size} records does not fit into the device's memory ({_spoken(free)} free); use "
+            f"a step of {batch_size} records does not fit into the device's memory ({_readable(free)} free); use "
             "a smaller stages.N.batch_size with accumulate, or set model.gradient_checkpointing=true"
         ) from None
     return Needs(weights, adapter, step, free + taken, total)
 
 
 def largest_batch(module: POVIDModule, data: PreferenceDataModule) -> int:
-    """The largest power of two of records whose step fits: tried on CUDA with the longest records and Adam's memory
-    set aside, reckoned from one record on a CPU. At most the number of records.
+    """The largest batch size, a power of two and at most the number of records, whose step fits into memory.
+
+    On CUDA sizes are tried with the longest records and Adam's memory set aside; on a CPU the size is computed from
+    the memory of one record.
 
     Raises:
         Fault: not even one record fits.
@@ -84,7 +89,7 @@ def largest_batch(module: POVIDModule, data: PreferenceDataModule) -> int:
     if device.type != "cuda":
         free, _ = device_memory(device)
         single = estimate(module, data, 1)
-        # adapter and weights that are loaded already are not in MemAvailable
+        # MemAvailable excludes the weights, which are already loaded
         fitting = int(((1 - SPARE) * free - single.adapter) / single.step)
         return _power_of_two(min(fitting, records), single)
     size = 0
@@ -102,10 +107,10 @@ def _power_of_two(fitting: int, needs: Needs | None) -> int:
     return 2 ** (fitting.bit_length() - 1)
 
 
-def _fits(module: POVIDModule, data: PreferenceDataModule, size: int, trained: list[Tensor]) -> bool:
+def _fits(module: POVIDModule, data: PreferenceDataModule, size: int, trained: Sequence[Tensor]) -> bool:
     device = _device(module)
     try:
-        with _undisturbed(module):
+        with _restored(module):
             spare = int(SPARE * device_memory(device)[1])
             reserved = [torch.empty(8 * sum(p.numel() for p in trained) + spare, dtype=torch.uint8, device=device)]
             _peak_on_cuda(module, longest(module, data, size))
@@ -118,7 +123,7 @@ def _fits(module: POVIDModule, data: PreferenceDataModule, size: int, trained: l
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """(free, total) bytes: of the GPU, or of the machine as Linux counts what can be had without swapping."""
+    """(free, total) bytes of the GPU, or of the machine: what Linux can provide without swapping."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)
     page = os.sysconf("SC_PAGE_SIZE")
@@ -131,7 +136,7 @@ def device_memory(device: torch.device) -> tuple[int, int]:
 
 
 def kept_bytes(module: POVIDModule, batch: PreferenceBatch) -> int:
-    """What the forward pass of a step keeps for its backward pass, weights excepted."""
+    """Bytes that the forward pass of a step keeps for its backward pass, without the weights."""
     weights = {p.untyped_storage().data_ptr() for p in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
 
@@ -166,8 +171,8 @@ def longest(module: POVIDModule, data: PreferenceDataModule, count: int) -> Pref
 
 
 @contextmanager
-def _undisturbed(module: POVIDModule) -> Iterator[None]:
-    """Gradients, modes and random numbers are afterwards as they were, so that looking changes no result."""
+def _restored(module: POVIDModule) -> Iterator[None]:
+    """Restore gradients, training modes and random state afterwards, so that measuring changes no result."""
     was = {name: part.training for name, part in module.policy.named_modules()}
     with torch.random.fork_rng():
         module.policy.train()

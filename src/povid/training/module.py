@@ -10,12 +10,13 @@ from typing import Annotated, Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from povid.method.objectives import Objective, Outcome, Terms
 from povid.model.policy import Policy
-from povid.training.datamodule import PreferenceBatch
+from povid.training.datamodule import PreferenceBatch, PreferenceDataModule
 from povid.training.reference_cache import ReferenceCache, folder_key
 from povid.training.scoring import score
 from povid.training.sharding import FSDP2, shard
@@ -24,9 +25,9 @@ from povid.training.sharding import FSDP2, shard
 class StageSettings(BaseModel):
     """How a stage trains (Table 5 and section 4.1).
 
-    ``dispreferences``: what the stage can use; the ablation decides which of them it does use. ``batch_size`` counts
-    records per device and step (``auto``: the most that fit), ``accumulate`` steps per optimiser step; ``max_steps`` -1
-    leaves the length to ``epochs``. ``warmup_ratio`` is the share of all steps, ``max_grad_norm`` 0 clips nothing.
+    ``dispreferences``: those that the stage can use; the ablation selects among them. ``batch_size``: records per
+    device and step (``auto``: as many as fit); ``accumulate``: steps per optimiser step; ``max_steps``: -1 for no limit
+    besides ``epochs``; ``warmup_ratio``: share of all steps; ``max_grad_norm``: 0 for no clipping.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -34,8 +35,8 @@ class StageSettings(BaseModel):
     name: str
     dispreferences: list[Literal["text", "noise"]]
     epochs: Annotated[int, Field(ge=0)]
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    projector_lr: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+    lr: Annotated[float, Field(gt=0, le=1)]
+    projector_lr: Annotated[float, Field(ge=0, le=1)]
     batch_size: Annotated[int, Field(ge=1)] | Literal["auto"]
     accumulate: Annotated[int, Field(ge=1)] = 1
     max_steps: Annotated[int, Field(ge=-1)] = -1
@@ -45,6 +46,8 @@ class StageSettings(BaseModel):
 
     @model_validator(mode="after")
     def _has_a_length(self) -> StageSettings:
+        if self.max_steps == 0:
+            raise ValueError("max_steps is 0, which trains nothing; -1 leaves the length to epochs")
         if self.epochs < 1 and self.max_steps < 1:
             raise ValueError(f"epochs is {self.epochs} and max_steps {self.max_steps}; one must be at least 1")
         return self
@@ -67,11 +70,12 @@ class POVIDModule(L.LightningModule):
 
     Args:
         policy: with a fresh adapter.
-        objective: gives the loss; stage: settings.
+        objective: computes the loss.
+        stage: how this stage trains.
         terms: what the objective reads in this stage (:meth:`povid.method.objectives.Objective.terms`).
         optimizer: takes parameter groups with their ``lr`` and ``weight_decay``.
-        schedule: takes the optimiser, ``num_warmup_steps`` and ``num_training_steps``; stepped once an optimiser step.
-        reference_cache: folder in which the reference log-probabilities of the pairs are kept; None keeps none.
+        schedule: takes the optimiser, ``num_warmup_steps`` and ``num_training_steps``; stepped once per optimiser step.
+        reference_cache: folder that keeps the reference log-probabilities of the pairs; None for no cache.
     """
 
     def __init__(
@@ -88,8 +92,9 @@ class POVIDModule(L.LightningModule):
         super().__init__()
         self.policy, self.objective, self.stage, self.terms = policy, objective, stage, frozenset(terms)
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.reference_cache, self._cache = reference_cache, None
-        self.strict_loading = False  # a checkpoint holds what trains and nothing else
+        self.reference_cache = reference_cache
+        self._cache: ReferenceCache | None = None
+        self.strict_loading = False  # a checkpoint contains the trained weights only
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, FSDP2):
@@ -102,14 +107,15 @@ class POVIDModule(L.LightningModule):
     def _open_cache(self) -> ReferenceCache | None:
         """The cache, where it can help.
 
-        A term scored on the reference's own clean logits needs that forward anyway, and with sharded weights devices
-        that know a batch's values would wait for devices that do not.
+        A term scored on the reference's own clean logits needs that forward pass anyway. With sharded weights, devices
+        that have a batch's values cached would wait for devices that do not.
         """
         sharded = isinstance(self.trainer.strategy, (FSDPStrategy, ModelParallelStrategy))
         useless = not self.objective.reference or "noise_on_clean" in self.terms
         if self.reference_cache is None or useless or sharded:
             return None
-        data = self.trainer.datamodule
+        trainer: Any = self.trainer  # Lightning declares no datamodule
+        data: PreferenceDataModule = trainer.datamodule
         key = folder_key(
             self.policy,
             precision=str(self.trainer.precision),
@@ -131,7 +137,7 @@ class POVIDModule(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         if self._cache is not None:
             self._cache.flush()
-            self.trainer.strategy.barrier()  # what one device computed is read by all in the next epoch
+            self.trainer.strategy.barrier()  # all devices read these values in the next epoch
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         known = self._cache.find(batch) if self._cache is not None else None
@@ -164,8 +170,8 @@ class POVIDModule(L.LightningModule):
         self.log_dict(means, batch_size=examples, on_step=True, on_epoch=False, sync_dist=True)
         self.log("loss", means["train/loss"], prog_bar=True, logger=False, batch_size=examples)
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """The configured optimiser, with the projector's own learning rate, and schedule, over the stage's steps."""
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """The configured optimiser, with a separate learning rate for the projector, and schedule."""
         lora, projector = self.policy.trained_parameters()
         groups = [{"params": lora, "lr": self.stage.lr, "weight_decay": self.stage.weight_decay}]
         if projector:
@@ -177,7 +183,7 @@ class POVIDModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self._cache is not None:  # a resumed run must find every value that this one had
+        if self._cache is not None:  # a resumed run must find all values of this one
             self._cache.flush()
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}

@@ -46,7 +46,7 @@ def weights_digest(policy: Policy) -> str:
     """SHA-256 of every parameter and buffer that the reference can use: merged adapters and the original projector
     included, what is trained left out."""
     network = policy.network
-    frozen = [(name, p) for name, p in network.named_parameters() if not p.requires_grad]
+    frozen: list[tuple[str, Tensor]] = [(name, p) for name, p in network.named_parameters() if not p.requires_grad]
     frozen += [(name, b) for name, b in network.named_buffers()]
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:  # hashing releases the interpreter's lock
         digests = threads.map(lambda entry: tensor_digest(*entry), sorted(frozen, key=lambda entry: entry[0]))
@@ -77,27 +77,48 @@ def folder_key(policy: Policy, **run: Any) -> str:
 
 
 class ReferenceCache:
-    """The values of one key: JSON Lines files in ``folder/KEY``, one per writing process, each line a record.
+    """The values of one key: JSON Lines files in ``folder/KEY``, one per writing process.
 
-    Safe under several processes and devices, since each appends to a file of its own; a line torn by a kill is passed
-    over. Args: folder: of all caches; key: from ``folder_key``; dtype: of the log-probabilities.
+    Each line is a record: its digest, how many values it has, the values, and a checksum over all of that and the key.
+    A line that fails its checksum is dropped, and its values are computed again. Safe under several processes and
+    devices, since each appends to a file of its own.
+
+    Args: folder: of all caches; key: from ``folder_key``; dtype: of the log-probabilities.
     """
 
     def __init__(self, folder: Path, key: str, *, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.dtype = folder / key[:32], dtype
         self.known: dict[str, list[float]] = {}
+        self.dropped = 0
         self._pending: list[tuple[Sequence[str], Tensor]] = []
         self.load()
 
     def load(self) -> None:
-        """Read what any process has stored under this key."""
+        """Read what any process has stored under this key; what fails its checksum is dropped, counted and logged."""
+        dropped = 0
         for file in sorted(self.folder.glob("*.jsonl")):
             for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    digest, values = json.loads(line)
-                except (ValueError, TypeError):  # torn by a kill, or the empty line that parts two writes
+                if not line:  # what parts two writes
                     continue
-                self.known.setdefault(digest, values)
+                try:
+                    digest, count, values, check = json.loads(line)
+                    whole = len(values) == count and check == self._check(digest, values)
+                except (ValueError, TypeError, RecursionError):  # torn by a kill, or damaged
+                    whole = False
+                if whole:
+                    self.known.setdefault(digest, values)
+                else:
+                    dropped += 1
+        if dropped > self.dropped:
+            log.warning(
+                "%s: lines that fail their checksum and are not used: %d; their values are computed again",
+                self.folder,
+                dropped - self.dropped,
+            )
+        self.dropped = dropped
+
+    def _check(self, digest: str, values: Sequence[float]) -> str:
+        return hashlib.sha256(json.dumps([self.folder.name, digest, values]).encode()).hexdigest()[:16]
 
     def find(self, batch: PreferenceBatch) -> Terms | None:
         """The reference's log-probabilities [B] of a batch's pairs, or None unless all of its records are known."""
@@ -128,7 +149,10 @@ class ReferenceCache:
             if digest not in self.known and all(map(math.isfinite, values))
         }
         self.known |= fresh
-        lines = "".join(f"\n{json.dumps([digest, values])}" for digest, values in fresh.items())
+        lines = "".join(
+            f"\n{json.dumps([digest, len(values), values, self._check(digest, values)])}"
+            for digest, values in fresh.items()
+        )
         if lines:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
-"""Log-probabilities of a batch's responses under policy and reference, with the fewest passes.
+"""Log-probabilities of a batch's responses under policy and reference, with as few passes as possible.
 
-Vision once for both models, preferred and text-dispreferred packed behind their shared prefix, logits only where a
-response token is predicted, and one forward of the distorted image for all that is read there. Shape suffixes:
+The vision tower runs once for both models, preferred and text-dispreferred responses are packed behind their shared
+prefix, logits are computed only where a response token is predicted, and all terms on the distorted image share one
+forward pass. Shape suffixes:
 B = examples, U = predicting positions, N = response tokens of a side, V = vocabulary.
 """
 
@@ -23,7 +24,7 @@ GRADIENT_ON_DISTORTED = frozenset({"noise", "preferred_on_distorted"})
 
 
 def token_logps(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
-    """log-softmax in float32 (float64 stays) of logits [N, V], read at tokens [N] -> [N]."""
+    """Log-probabilities [N] of tokens [N] under logits [N, V], computed in float32 (float64 for float64 logits)."""
     logits_NV = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     picked_N = logits_NV.gather(-1, tokens_N[:, None])[:, 0]
     return picked_N - logits_NV.logsumexp(-1)
@@ -51,9 +52,9 @@ def score(
     Args:
         batch: made for these terms (:func:`povid.training.datamodule.collate`).
         terms: names of :class:`povid.method.objectives.Terms`.
-        with_reference: whether the reference is scored; otherwise None stands in its place and none of it runs.
-        noise_tokens_N: pins y_l^n, for comparisons, since near ties flip.
-        known_reference: the reference log-probabilities of the clean image's responses, which save that forward.
+        with_reference: whether to score the reference; if not, None is returned for it and it is never run.
+        noise_tokens_N: fixes y_l^n, for comparisons of implementations, in which near ties could fall either way.
+        known_reference: the reference log-probabilities of the responses on the clean image, which saves that pass.
 
     Raises:
         ValueError: ``known_reference`` with ``noise_on_clean``, which reads the reference's logits.
@@ -65,7 +66,7 @@ def score(
     seen_distorted = policy.look(batch.noised) if distorted else None
     reference, reference_UV, reference_distorted_UV = known_reference, None, None
     if with_reference:
-        with policy.reference():  # before the policy, whose activations would be in memory meanwhile
+        with policy.reference():  # first, while no activations of the policy are in memory
             if reference is None:
                 reference, reference_UV = _clean(policy, batch, seen)
             if distorted:
@@ -73,9 +74,9 @@ def score(
     if distorted and not gradient:
         with torch.no_grad():
             distorted_UV = policy.predict(batch.preferred, seen_distorted)
-    ours, clean_UV = _clean(policy, batch, seen)
+    scored, clean_UV = _clean(policy, batch, seen)
     if not distorted:
-        return ours, reference
+        return scored, reference
     if gradient:
         distorted_UV = policy.predict(batch.preferred, seen_distorted)
 
@@ -97,7 +98,7 @@ def score(
         found["preferred_on_distorted"] = sum_logps(distorted_UV, side, examples)
         if with_reference:
             found_reference["preferred_on_distorted"] = sum_logps(reference_distorted_UV, side, examples)
-    return ours._replace(**found), reference._replace(**found_reference) if with_reference else None
+    return scored._replace(**found), reference._replace(**found_reference) if with_reference else None
 
 
 def _clean(policy: Policy, batch: PreferenceBatch, seen: Any) -> tuple[Terms, Tensor]:

@@ -1,7 +1,7 @@
 """FSDP2: each device keeps a share of the weights of the language model, its adapter and the trained projector.
 
 With ``offload`` that share, its gradients and its optimizer state stay in the machine's memory, and a layer's weights
-are on the device only while they are used. A model can then be larger than the device's memory, even on a single one.
+are on the device only while in use. A model can then be larger than the device's memory, even on a single one.
 
 FSDP2 gathers a module's weights from all devices when the module is called. So it splits the modules that are always
 called as a whole: the decoder, each of its layers, and the projector's trained copy. Vision tower, embeddings, head
@@ -45,7 +45,7 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def model_to_device(self) -> None:
-        """Move what is not split to the device; what is split is where ``shard`` has put it."""
+        """Move everything that is not split to the device; ``shard`` has placed the rest."""
         for tensor in (*self.model.parameters(), *self.model.buffers()):
             if not isinstance(tensor, DTensor):
                 tensor.data = tensor.data.to(self.root_device)

@@ -32,7 +32,7 @@ class Diffusion(Distortion):
             zero and taken modulo 256, so that values outside [0, 1] return at the other end. Needs ``space=pixel``.
 
     Raises:
-        ValueError: a step that the scheduler does not have, or wrap-around outside pixel space.
+        ValueError: a step that the scheduler does not have, betas outside [0, 1), or wrap-around outside pixel space.
     """
 
     def __init__(
@@ -45,6 +45,9 @@ class Diffusion(Distortion):
         steps = getattr(getattr(scheduler, "config", None), "num_train_timesteps", 1000)
         if step >= steps:
             raise ValueError(f"step: found {step}; the scheduler has steps 0 to {steps - 1}")
+        betas = getattr(scheduler, "betas", None)
+        if betas is not None and not ((betas >= 0) & (betas < 1)).all():
+            raise ValueError("scheduler: its betas must be at least 0 and less than 1; correct beta_start and beta_end")
         if wrap_around and space != "pixel":
             raise ValueError("wrap_around: the released code's 8-bit wrap-around needs space=pixel")
         self.scheduler, self.step, self.space, self.wrap_around = scheduler, step, space, wrap_around

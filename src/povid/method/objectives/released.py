@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, cast
 
 from pydantic import Field
+from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from povid.method.objectives import Objective, Outcome, Terms
@@ -40,7 +41,7 @@ class Released(Objective):
             rewards["noise"] = self.beta * (policy.noise_on_clean - reference.noise_on_clean)
             weights["noise"] = self.weight_noise
         total = sum(weights.values())
-        loss_B = sum(
+        losses = (
             weight / total * -logsigmoid(rewards["preferred"] - rewards[name]) for name, weight in weights.items()
         )
-        return Outcome(loss_B, rewards)
+        return Outcome(cast(Tensor, sum(losses)), rewards)

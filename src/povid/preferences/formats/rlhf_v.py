@@ -5,13 +5,13 @@ from __future__ import annotations
 import base64
 import binascii
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from povid.fault import Fault
 from povid.preferences.formats.rlaif_v import FIELDS, triples_of
+from povid.preferences.pictures import BASE64
 from povid.preferences.records import gather, label, mapping, member, show, text
 from povid.preferences.triple import Triple
 
@@ -31,7 +31,7 @@ def _unpacked(value: Any, at: str) -> Mapping[str, Any]:
     if isinstance(value, str):
         packed = text(value, at, "text")
         try:
-            if re.fullmatch(r"[A-Za-z0-9+/\s]+=*\s*", packed):
+            if BASE64.fullmatch(packed.rstrip()):
                 packed = base64.b64decode(packed, validate=False).decode("utf-8")
             value = json.loads(packed)
         except (ValueError, RecursionError, binascii.Error):

@@ -13,6 +13,7 @@ from povid.preferences.pictures import find_picture
 from povid.preferences.records import gather, label, listing, mapping, member, name_of, one_round, text, without_marker
 from povid.preferences.triple import Triple
 
+MOST_COMPLETIONS = 64  # of one prompt; the release has four
 ASPECTS = ("Helpfulness", "Ethical Considerations", "Visual Faithfulness")
 
 
@@ -38,6 +39,11 @@ def _triples(record: Mapping[str, Any], images: Path | None, place: str) -> Iter
         notes = mapping(member(completion, "annotations", at, key), at, f"{key}.annotations")
         ratings = [_rating(notes, aspect, at, key) for aspect in ASPECTS]
         rated.append((index, response, None if None in ratings else sum(ratings) / len(ratings)))
+    if len(rated) > MOST_COMPLETIONS:
+        raise Fault(
+            f"{at}: completions has {len(rated):,} entries, more than the {MOST_COMPLETIONS} that are paired; "
+            "shorten the list or remove the record"
+        )
     for (i, first, a), (j, second, b) in itertools.combinations(rated, 2):
         if a is None or b is None or a == b or first == second or not first.strip() or not second.strip():
             continue

@@ -1,0 +1,170 @@
+"""The identities of stages, answers and runs, from their settings and the content of what they read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from povid import files
+from povid.method.objectives import ON_DISTORTED
+from povid.model.adapters import adapter_digest
+from povid.preferences.triple import Triple
+from povid.run.identity import Identity, digest, flat, identity, is_free
+from povid.run.processes import device
+from povid.run.settings import Settings
+
+LIBRARIES = ("povid", "torch", "lightning", "transformers", "peft", "diffusers", "numpy", "pillow")
+PICTURE_BYTES = 2**19  # of a larger picture only the size and this many bytes count: a second for a thousand pictures
+
+
+class Content:
+    """The digests of what a run reads, each computed once and when it is first needed."""
+
+    def __init__(self, settings: Settings, triples: Sequence[Triple]) -> None:
+        self.settings, self.triples = settings, triples
+
+    @cached_property
+    def records(self) -> str:
+        """The records as they are used, in their order."""
+        found = hashlib.sha256()
+        for triple in self.triples:
+            turns = [[turn.role, turn.text] for side in (triple.preferred, triple.dispreferred) for turn in side]
+            found.update(json.dumps([triple.id, turns]).encode())
+        return found.hexdigest()[:16]
+
+    @cached_property
+    def records_as_read(self) -> str:
+        """The same for every seed: of records whose dispreferences a seed decides, the files that they come from."""
+        if self.settings.dispreference_name == "given":
+            return self.records
+        data = self.settings.data
+        sources = [Path(place) for place in (data.preferences, data.objects, data.synonyms) if place]
+        return digest([files.digest(file) for source in sources if source.exists() for file in files.files_in(source)])
+
+    @cached_property
+    def pictures(self) -> str:
+        images = list(dict.fromkeys(triple.image for triple in self.triples))
+        with ThreadPoolExecutor(8) as threads:
+            found = dict(zip(images, threads.map(lambda image: files.digest(image, PICTURE_BYTES), images)))
+        return digest([found[triple.image] for triple in self.triples])
+
+    @cached_property
+    def weights(self) -> str | None:
+        """The base model's files; of a model from the hub, its commit; None for a served model."""
+        source = getattr(self.settings.model, "source", None)
+        if source is None:
+            return None
+        folder = Path(source)
+        if not folder.is_dir():
+            from transformers.utils import cached_file
+
+            return Path(cached_file(source, "config.json")).parent.name
+        found = [
+            file
+            for file in files.files_in(folder)
+            if file.suffix != ".md" and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+        ]
+        with ThreadPoolExecutor(8) as threads:
+            digests = threads.map(files.digest, found)
+            return digest([[str(file.relative_to(folder)), each] for file, each in zip(found, digests)])
+
+
+def of_stage(settings: Settings, number: int, adapters: Sequence[Path], content: Content) -> Identity:
+    """The identity of stage ``number`` on top of ``adapters``.
+
+    Raises:
+        Fault: an adapter cannot be read.
+    """
+    stage, tree = settings.stages[number], settings.tree
+    terms = settings.terms[number]
+    chosen = {
+        "model": tree["model"],
+        "data": {"group_by_length": settings.data.group_by_length},
+        "objective": {str(number): settings.objective_node(number)},
+        "stages": {str(number): stage.model_dump(exclude={"name"}) | {"terms": sorted(terms)}},
+        "dispreference": tree["dispreference"] if settings.dispreference_name != "given" else {},
+        "noise": tree["noise"] if terms & ON_DISTORTED else {},
+        "optimizer": settings.optimizer,
+        "schedule": settings.schedule,
+        "callbacks": settings.callbacks,
+        "trainer": settings.trainer,
+    }
+    parts = {key: value for key, value in flat(chosen) if not is_free(key) and key != "model.name"}
+    parts |= _shared(settings, content)
+    cached = settings.plain.reference_cache
+    parts |= {"pictures": content.pictures, "reference_cache": stage.epochs > 1 if cached is None else cached}
+    below = [adapter_digest(adapter) for adapter in adapters]
+    rows = [recorded_row(adapter) or found for adapter, found in zip(adapters, below)]
+    under = f"stages.{number}.starts_from"
+    return identity(
+        parts | {"seed": settings.plain.seed, "records": content.records, under: below},
+        parts | {"records": content.records_as_read, under: rows},
+    )
+
+
+def of_answers(settings: Settings, adapters: Sequence[Path], content: Content) -> Identity:
+    """The identity of who answers the benchmarks: the model with its adapters.
+
+    Where it computes in fewer than 32 bits its answers depend on how many questions are answered together.
+    """
+    parts = {key: value for key, value in flat({"model": settings.tree["model"]}) if not is_free(key)}
+    parts |= _shared(settings, content)
+    if getattr(settings.model, "answers_depend_on_batch", True):
+        parts["generation.batch_size"] = settings.generation.batch_size
+    below = [adapter_digest(adapter) for adapter in adapters]
+    rows = [recorded_row(adapter) or found for adapter, found in zip(adapters, below)]
+    return identity(parts | {"seed": settings.plain.seed, "adapters": below}, parts | {"adapters": rows})
+
+
+def of_run(answers: Identity, stages: Sequence[Mapping[str, Any]], settings: Settings, folder: Path) -> Identity:
+    """The identity of a run's scores: who answers, the stages (what their stage.json records), and what was asked.
+
+    ``folder`` holds the benchmarks' folders, in whose asked.json the suite has recorded the questions.
+    """
+    asked: dict[str, Any] = {}
+    for name, node in (settings.tree.get("benchmarks") or {}).items():
+        note = folder / name / "asked.json"
+        if note.exists():
+            found = json.loads(note.read_text(encoding="utf-8"))
+            asked |= {f"benchmarks.{name}.{k}": v for k, v in flat(node) if k not in ("data", "images")}
+            asked |= {f"benchmarks.{name}.{k}": found[k] for k in ("texts", "pictures", "truth")}
+    parts: dict[str, Any] = {}
+    row: dict[str, Any] = {}
+    for stage in stages:
+        parts |= stage["identity"]["parts"]
+        row |= stage["identity"]["row"]
+    return identity(parts | {**answers.parts} | asked, row | {**answers.row} | asked)
+
+
+def names(settings: Settings) -> dict[str, Any]:
+    """Settings that say in words where content comes from, for labels: its digests say only that it differs."""
+    found = dict(flat({"data": settings.tree["data"], "model": {"path": settings.tree["model"].get("path")}}))
+    settled = {key: value for key, value in found.items() if not is_free(key)}
+    return {"settings": settled, "places": {key: value for key, value in found.items() if key not in settled}}
+
+
+def recorded_row(adapter: Path) -> str | None:
+    """The identity, without seed, of the stage that made an adapter; None for one from elsewhere."""
+    try:
+        return json.loads((adapter.parent / "stage.json").read_text(encoding="utf-8"))["identity"]["unseeded"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _shared(settings: Settings, content: Content) -> dict[str, Any]:
+    """The parts of every identity: the frozen weights, what computes, and on what."""
+    parts = {"device": device().type} | {f"versions.{name}": _version(name) for name in LIBRARIES}
+    return parts if content.weights is None else parts | {"weights": content.weights}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
