@@ -19,7 +19,8 @@ from hydra import compose, initialize_config_dir
 
 from povid.fault import Fault
 from povid.run import experiment
-from povid.run.checkpoint import Checkpoints, Stopped
+from povid.run.checkpoint import Checkpoints
+from povid.run.signals import Stopped
 
 CONF = Path(__file__).resolve().parents[1] / "conf"
 TRAIN = CONF.parent / "train.py"
@@ -58,7 +59,7 @@ def composed(*overrides: str):
 
 
 def run(overrides: list[str], folder: Path, sabotage: Callable[[], None] = lambda: None) -> FORK.Process:
-    """A fork that runs; it exits with 0, 2 (Fault) or 143 (Stopped), or dies of what ``sabotage`` prepared."""
+    """A fork that runs; it exits with 0, 2 (Fault) 143 or 130 (Stopped), or dies of what ``sabotage`` prepared."""
 
     def work() -> None:
         sys.stdout = sys.stderr = folder.with_suffix(".log").open("a", buffering=1)
@@ -71,7 +72,7 @@ def run(overrides: list[str], folder: Path, sabotage: Callable[[], None] = lambd
             os._exit(2)
         except Stopped as stopped:
             print(f"stopped: {stopped}", flush=True)
-            os._exit(143)
+            os._exit(stopped.status)
         except BaseException:
             traceback.print_exc()
             os._exit(1)

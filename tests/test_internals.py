@@ -125,14 +125,6 @@ def test_loggers_read_the_step_that_is_corrected(trainer):
     assert "_batches_that_stepped" in inspect.getsource(type(trainer._logger_connector))
 
 
-def test_the_cluster_environment_is_the_one_given():
-    from lightning.pytorch.plugins.environments import LightningEnvironment
-
-    environment = LightningEnvironment()
-    trainer = L.Trainer(accelerator="cpu", devices=1, plugins=[environment], logger=False, enable_checkpointing=False)
-    assert internals.cluster_environment(trainer) is environment
-
-
 def test_a_launcher_that_starts_processes_is_known_and_reaches_them(trainer):
     import subprocess
 

@@ -11,10 +11,12 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from povid.fault import Fault
 
 
 @contextmanager
@@ -64,6 +66,25 @@ def write_text(file: Path, text: str) -> Path:
 def write_json(file: Path, value: Any) -> Path:
     """Write a value as indented JSON, atomically. Returns ``file``."""
     return write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+def read_json(file: Path, kind: type, cure: str, keys: Collection[str] = ()) -> Any:
+    """The value in a file that this project wrote: a ``kind``, with ``keys`` if it is a mapping.
+
+    Raises:
+        Fault: the file is unreadable, damaged or holds something else; the sentence ends with ``cure``.
+    """
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise Fault(f"{file} cannot be read ({error.strerror}); {cure}") from None
+    except (ValueError, RecursionError):
+        raise Fault(f"{file} is damaged: it is not JSON; {cure}") from None
+    if not isinstance(value, kind):
+        raise Fault(f"{file} is damaged: it holds a {type(value).__name__} and not a {kind.__name__}; {cure}")
+    if missing := [key for key in keys if key not in value]:
+        raise Fault(f"{file} is damaged: {', '.join(missing)} missing; {cure}")
+    return value
 
 
 def digest(source: Path | bytes, whole: int | None = None) -> str:

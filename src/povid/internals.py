@@ -97,11 +97,6 @@ def correct_logged_step(trainer: Any) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
-def cluster_environment(trainer: Any) -> Any:
-    """The cluster environment that a trainer has detected or been given, or None (lightning >=2.6,<2.7)."""
-    return trainer._accelerator_connector.cluster_environment
-
-
 def script_launcher(trainer: Any) -> Any:
     """The launcher, if it starts this run's other processes by their command line; else None (lightning >=2.6,<2.7).
 

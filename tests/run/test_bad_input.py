@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -81,6 +83,24 @@ def test_a_folder_that_cannot_be_written(world, tmp_path):
     (tmp_path / "file").write_text("")
     said = refused(world, tmp_path, f"hydra.run.dir={tmp_path}/file/run")
     assert f"{tmp_path}/file/run: Not a directory; choose another folder" in said
+
+
+def test_a_disk_that_is_full_from_the_start(world, tmp_path):
+    def tiny_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.RLIM_INFINITY))
+
+    command = settings(world, f"hydra.run.dir={tmp_path}/run")
+    read, write = os.pipe()  # the log must not be a file
+
+    def to_pipe() -> None:
+        tiny_files()
+        os.dup2(write, 1), os.dup2(write, 2)
+        sys.stdout = sys.stderr = os.fdopen(write, "w", buffering=1)
+
+    status, _ = train(*command, log=tmp_path / "log", sabotage=to_pipe)
+    os.close(write)
+    printed = os.read(read, 2**16).decode()
+    assert status == 2 and "error: the run folder: File too large; free space or choose another folder" in printed
 
 
 def test_data_that_cannot_be_used(world, tmp_path, data):

@@ -105,6 +105,70 @@ def test_a_run_without_benchmarks(world, tmp_path):
     assert json.loads((tmp_path / "run" / "results.json").read_text())["benchmarks"] == {}
 
 
+def test_a_benchmark_that_failed_curably_leaves_the_run_open(world, tmp_path):
+    """The model's answers stop half-way as a served model's do at a rate limit."""
+    from povid.fault import Fault
+    from povid.model.generation import Answers
+
+    def refusing() -> None:
+        honest, calls = Answers.__call__, []
+
+        def limited(self, questions, decoding):
+            calls.append(decoding)
+            if len(calls) == 1:
+                yield next(iter(honest(self, questions, decoding)))
+                raise Fault("http://server answers 429: slow down")
+            yield from honest(self, questions, decoding)
+
+        Answers.__call__ = limited
+
+    command = [*settings(world, "ablation=text", f"outputs={tmp_path}"), "benchmarks=[chair,pope]"]
+    status, printed = train(*command, log=tmp_path / "log", sabotage=refusing)
+    assert status == 2, printed
+    assert "is not finished: 1 of 2 benchmarks failed." in printed
+    assert "chair: http://server answers 429: slow down" in printed
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert not (folder / "results.json").exists() and (folder / "benchmarks" / "pope" / "scores.json").exists()
+    first = (folder / "benchmarks" / "chair" / "answers.jsonl").read_text()
+    assert first.count("\n") == 1
+
+    status, printed = train("resume=latest", f"outputs={tmp_path}", log=tmp_path / "log")
+    assert status == 0, printed
+    assert "stage 1 is finished already" in printed
+    assert (folder / "benchmarks" / "chair" / "answers.jsonl").read_text().startswith(first)
+    assert "CHAIR_S" in json.loads((folder / "results.json").read_text())["benchmarks"]["chair"]
+
+
+def test_an_unreachable_wandb_costs_one_warning(world, tmp_path):
+    variables = {
+        "WANDB_MODE": "online",
+        "WANDB_BASE_URL": "http://127.0.0.1:9",
+        "WANDB_API_KEY": "a" * 40,
+        "WANDB_INIT_TIMEOUT": "5",
+    }
+    command = settings(world, "ablation=text", "logger=wandb")
+    folder = tmp_path / "run"
+    assert finish(command, folder, lambda: os.environ.update(variables)) == 0, folder.with_suffix(".log").read_text()
+    assert folder.with_suffix(".log").read_text().count("W&B cannot be reached") == 1
+    ids = {(folder / "wandb_ids" / job).read_text() for job in ("stage_1", "evaluate")}
+    assert {place.name.split("-")[3] for place in (folder / "wandb").glob("offline-run-*")} == ids
+
+
+def test_a_logger_that_fails_at_the_end_costs_no_results(world, tmp_path):
+    from povid.run import evaluation
+
+    def broken() -> None:
+        def fail(*_):
+            raise ConnectionError("gone")
+
+        evaluation.show_evaluation = fail
+
+    folder = tmp_path / "run"
+    assert finish(settings(world, "ablation=none"), folder, broken) == 0
+    assert "a logger failed (ConnectionError: gone)" in folder.with_suffix(".log").read_text()
+    assert json.loads((folder / "results.json").read_text())["benchmarks"]["pope"]
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_batch_names_the_answers_where_rounding_makes_it_count(world, tmp_path, dtype):
     """In bfloat16 a run with other batches is another run and its answers are others'; in float32 it is resumed."""

@@ -6,8 +6,10 @@ Runs are forks of the test process, which start within a second or two and kill 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable
@@ -130,6 +132,31 @@ def test_with_workers_and_with_accumulation(world, undisturbed):
     assert finish(settings(world, *more, "resume=true"), folder, at_step(2, 5, signal.SIGKILL)) == -9
     assert finish(settings(world, *more, "resume=true"), folder) == 0, folder.with_suffix(".log").read_text()
     assert outcome(folder) == undisturbed(*more[1:]), "workers change no number either"
+
+
+def test_a_loader_process_that_dies_costs_no_step(world, undisturbed):
+    def killed() -> None:
+        honest = Checkpoints.on_train_batch_end
+
+        def batch_end(self, trainer, module, *rest):
+            if "stage_1" in str(self.folder) and trainer.global_step in (1, 6):
+                for worker in multiprocessing.active_children():
+                    worker.kill()
+            honest(self, trainer, module, *rest)
+
+        Checkpoints.on_train_batch_end = batch_end
+
+    command = settings(world, "data.workers=2", "checkpoint.every_steps=null")
+    folder, log = world / "loader", world / "loader.log"
+    assert finish(command, folder, killed) == 2, log.read_text()
+    (step,) = re.findall(r"error: stage 1: a loader process died after step (\d) \(", log.read_text())
+    assert "with resume=latest and fewer processes, data.workers=1" in log.read_text()
+    (saved,) = checkpoints(folder / "stage_1" / "checkpoints")
+    assert checkpoint.step_of(saved) == int(step), log.read_text()
+    assert finish([*command, "resume=true"], folder, killed) == 2
+    assert finish([*command, "resume=true", "data.workers=0"], folder) == 0, log.read_text()
+    assert f"stage 1 resumes after step {step}" in log.read_text()
+    assert outcome(folder) == undisturbed()
 
 
 def test_one_flipped_bit_is_noticed(tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -18,6 +20,7 @@ from povid.benchmarks.pope import POPE
 from povid.fault import Fault
 from povid.preferences.differences import plural
 from povid.preferences.formats import povid
+from povid.scenes import world as world_file
 from povid.scenes.__main__ import main
 from povid.scenes.hallucination import WorldShares, draw_answer_pair, draw_caption_pair
 from povid.scenes.language import Caption, Mention, Remark, draw_caption
@@ -317,3 +320,20 @@ def test_adversarial_negatives_are_what_habit_expects(tmp_path):
         if f" {anchor} in the image?" in positive["text"] and partner not in objects[Path(positive["image"]).stem]
     ]
     assert len(asked_for_partner) > 50 and np.mean(asked_for_partner) > 0.8
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path):
+    """A process that dies half-way through writes nothing under the folder's name; the next one clears up after it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            world_file._write_habits = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+            prepare(tmp_path / "world", **SMALL)
+        finally:
+            os._exit(1)
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL
+    assert not (tmp_path / "world").exists()
+    assert (half := [entry for entry in tmp_path.iterdir() if entry.is_dir()])
+    prepare(tmp_path / "world", **SMALL)
+    assert not any(folder.exists() for folder in half)
+    assert [entry for entry in tmp_path.iterdir() if entry.is_dir()] == [tmp_path / "world"]

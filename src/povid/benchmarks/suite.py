@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
-from povid.files import digest, write_json, write_text
+from povid.files import digest, read_json, write_bytes, write_json, write_text
 from povid.model.question import Answerer, Question
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,9 @@ def run(
 ) -> dict[str, dict[str, Any]]:
     """Name → scores, or {"missing": reason, "cure": what to do} if a benchmark could not be answered or scored.
 
+    A failure also has {"open": True} where running again, once its reason is gone, would complete the benchmark: a
+    server that refused, a damaged file. What was known to be missing beforehand, and an error in a scorer, has not.
+
     ``out/NAME`` receives answers.jsonl (LLaVA's records, one line as each answer arrives), the official answer files in
     ``official`` and scores.json; a second run resumes where the first stopped. ``model`` identifies who answers:
     answers of another model, to other questions or with other decoding settings are refused.
@@ -74,7 +77,8 @@ def run(
         try:
             answers = _answers(plan, answer, folder, model)
         except Fault as fault:
-            results[name] = {"missing": str(fault), "cure": "fix that and run again; the answers so far are kept"}
+            cure = "fix that and run again; the answers so far are kept"
+            results[name] = {"missing": str(fault), "cure": cure, "open": True}
             continue
         results[name] = _scored(plan, answers, folder, judge)
     return results
@@ -191,10 +195,7 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
             raise Fault(f"{answers} exists without {note.name}, so it is unknown what was asked; move it away")
         write_json(note, wanted)
         return
-    try:
-        found = json.loads(note.read_text(encoding="utf-8"))
-    except ValueError:
-        raise Fault(f"{note} is not JSON; move the folder {note.parent} away and run again") from None
+    found = read_json(note, dict, f"move the folder {note.parent} away and run again")
     for key, what in (
         ("model", "by a different model"),
         ("decoding", "with different decoding settings"),
@@ -246,11 +247,11 @@ def _kept(plan: Plan, file: Path, model: str) -> Iterator[tuple[int, str]]:
         with file.open("r+b") as torn:
             torn.truncate(len(whole))
     places = {json.dumps(question.id): i for i, question in enumerate(plan.questions)}
-    lines = whole.decode("utf-8").split("\n")[:-1]
+    lines = whole.split(b"\n")[:-1]
     changed = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
+            row = json.loads(line.decode("utf-8"))
             place, text = json.dumps(row["question_id"]), row["text"]
             index = places[place]
             if row.get("answer_id") != _row(plan.questions[index], text, model)["answer_id"]:
@@ -268,9 +269,9 @@ def _kept(plan: Plan, file: Path, model: str) -> Iterator[tuple[int, str]]:
             len(changed),
             aside.name,
         )
-        with aside.open("a", encoding="utf-8") as sink:
-            sink.writelines(f"{line}\n" for line in changed)
-        write_text(file, "".join(f"{line}\n" for line in lines if line not in changed))
+        with aside.open("ab") as sink:
+            sink.writelines(line + b"\n" for line in changed)
+        write_bytes(file, b"".join(line + b"\n" for line in lines if line not in changed))
 
 
 def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dict[str, Any]:
@@ -286,7 +287,8 @@ def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dic
         if not isinstance(error, Fault):
             log.exception("scoring %s failed", plan.name)
         reason = str(error) if isinstance(error, Fault) else f"scoring failed: {type(error).__name__}: {error}"
-        return {"missing": reason, "cure": _scoring_command(benchmark, official)}
+        failure = {"missing": reason, "cure": _scoring_command(benchmark, official)}
+        return failure | ({"open": True} if isinstance(error, Fault) else {})
     scores = score.scores | {"decoding": asdict(benchmark.decoding)}
     content = json.dumps({"scores": scores, "records": score.records}, indent=1)  # ASCII: answers may hold anything
     write_text(folder / "scores.json", content)

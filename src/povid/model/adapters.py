@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
-from povid.files import digest, draft
+from povid.files import digest, draft, read_json
 from povid.model.loading import DTYPES, Dtype, LocalModel, LoraSettings
 from povid.model.policy import add_lora
 
@@ -55,7 +55,8 @@ def adapter_chain(place: Path) -> list[Path]:
         place = place.parent
     stages = sorted(place.glob("stage_*/stage.json")) or [place / "stage.json"]
     if stages[-1].exists():
-        stage = json.loads(stages[-1].read_text())
+        cure = "restore it from a copy, or name the adapter folders themselves"
+        stage = read_json(stages[-1], dict, cure, ("init_from",))
         run = stages[-1].parent.parent
         chain = [_placed(run, entry, stage.get("written_in")) for entry in stage["init_from"]]
         for adapter in chain:

@@ -12,24 +12,24 @@ import os
 import random
 import re
 import signal
-import subprocess
+import threading
 import time
+import traceback
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any
 
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.plugins.environments import SLURMEnvironment
 from pydantic import BaseModel, ConfigDict, Field
 
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
-from povid.internals import cluster_environment, correct_logged_step, script_launcher
+from povid.internals import correct_logged_step, script_launcher
 from povid.run.identity import Identity
+from povid.run.signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -49,38 +49,40 @@ class CheckpointSettings(BaseModel):
     keep: Annotated[int, Field(ge=1)] = 2
 
 
-class Stopped(BaseException):
-    """The run received SIGTERM or the cluster's requeue signal, saved and stopped. Not an error."""
-
-
 class Checkpoints(L.Callback):
-    """Saves a stage as the settings say and on SIGTERM; at the end of a step, never inside one.
-
-    On a SLURM cluster (``plugins`` of the trainer: SLURMEnvironment) the requeue signal saves and requeues the job.
+    """Saves a stage as the settings say and when a signal tells the run to stop; at the end of a step, never inside.
 
     Args:
         folder: for the checkpoints.
         settings: when to save, and how many checkpoints to keep.
+        signals: what the run does with signals.
         metrics: the callback that writes metrics.csv, which is forced to disk before a checkpoint that includes its
             rows; it precedes this one in the trainer's list.
         identity: that of the stage; a checkpoint with another is refused.
     """
 
     def __init__(
-        self, folder: Path, settings: CheckpointSettings, metrics: Any = None, identity: Identity | None = None
+        self,
+        folder: Path,
+        settings: CheckpointSettings,
+        signals: Signals,
+        metrics: Any = None,
+        identity: Identity | None = None,
     ) -> None:
-        self.folder, self.settings, self.metrics, self.identity = folder, settings, metrics, identity
+        self.folder, self.settings, self.signals = folder, settings, signals
+        self.metrics, self.identity = metrics, identity
         self.saved_step, self.saved_at = 0, 0.0
+        self.in_step = False
         self.waiting: int | None = None  # the signal (0: none) of a checkpoint deferred to the end of the epoch
-        self.signal: int | None = None
-        self.requeue: int | None = None
         self.random: list[dict[str, Any]] = []
 
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
-        self._listen(trainer)
+        self.signals.launcher = script_launcher(trainer)
+        self.signals.training = True
+        self.signals.listen()
         if self.random:  # last, to discard the draws made while loading
             set_random_state(self.random[trainer.global_rank])
         elif trainer.global_rank:
@@ -88,11 +90,17 @@ class Checkpoints(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
         correct_logged_step(trainer)
+        self.in_step = True
+        if trainer.datamodule.workers and threading.current_thread() is threading.main_thread():
+            # torch's handler would raise in the middle of this step when a loader process dies; without it the loader
+            # raises when the next batch is due, and a checkpoint can be written
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+        self.in_step = False
         if trainer.global_step == self.saved_step:  # in the middle of an accumulation, or saved already
             return
-        due, received = self._due(trainer), self.signal or 0
+        due, received = self._due(trainer), self.signals.told or 0
         if trainer.world_size > 1:  # one process's clock or signal decides for all
             both = torch.tensor([int(due), received], device=trainer.strategy.root_device)
             torch.distributed.all_reduce(both, torch.distributed.ReduceOp.MAX)
@@ -109,10 +117,20 @@ class Checkpoints(L.Callback):
             received, self.waiting = self.waiting, None
             self._act(trainer, received)
 
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        """Save what was learnt before a loader process died; on several devices the others cannot join in that."""
+        if (
+            loader_died(exception)
+            and not self.in_step
+            and trainer.world_size == 1
+            and trainer.global_step > self.saved_step
+        ):
+            self.save(trainer)
+
     def _act(self, trainer: L.Trainer, received: int) -> None:
         self.save(trainer)
         if received:
-            self._leave(trainer, received)
+            self.signals.stop(received, f"saved after step {trainer.global_step}")
 
     def on_save_checkpoint(self, trainer: Any, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         states: list[Any] = [random_state()]
@@ -165,33 +183,17 @@ class Checkpoints(L.Callback):
             or (minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes)
         )
 
-    # --- signals ----------------------------------------------------------------------------------------------------
 
-    def _listen(self, trainer: L.Trainer) -> None:
-        """Take SIGTERM and the requeue signal over from Lightning, whose handlers save in the middle of a step."""
-        environment = cluster_environment(trainer)
-        launcher = script_launcher(trainer)
+def loader_died(error: BaseException) -> bool:
+    """Whether an error is that of a loader process that ended, as one does that is killed for its memory.
 
-        def note(number: int, frame: FrameType | None) -> None:
-            if self.signal is None and launcher is not None:
-                launcher.kill(number)  # forward it to the processes that this one started
-            self.signal = number
-
-        numbers = [signal.SIGTERM]
-        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
-            self.requeue = environment.requeue_signal or signal.SIGUSR1
-            numbers.append(self.requeue)
-        for number in numbers:
-            signal.signal(number, note)  # Lightning restores the previous handlers when the fit ends
-
-    def _leave(self, trainer: L.Trainer, number: int) -> None:
-        name = signal.Signals(number).name
-        if number == self.requeue and trainer.is_global_zero:
-            array = os.environ.get("SLURM_ARRAY_JOB_ID")
-            job = f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ["SLURM_JOB_ID"]
-            subprocess.run(["scontrol", "requeue", job], check=True)
-            raise Stopped(f"{name}: saved after step {trainer.global_step} and requeued as job {job}")
-        raise Stopped(f"{name}: saved after step {trainer.global_step} in {self.folder}; resume with resume=latest")
+    Either torch says so, or the connection broke over which the process was handing a batch (``_try_get_data`` is what
+    receives batches; an error that a living process raised is raised again elsewhere).
+    """
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker (pid"):
+        return True
+    receiving = any(frame.f_code.co_name == "_try_get_data" for frame, _ in traceback.walk_tb(error.__traceback__))
+    return isinstance(error, (OSError, EOFError)) and receiving
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

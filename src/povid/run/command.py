@@ -20,7 +20,6 @@ from povid.run.overrides import explain
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
 
-TERMINATED = 128 + 15  # what a shell reports of a process that SIGTERM ended
 jobs_started = 0  # before the first, Hydra's errors are about the command line
 
 # Settings of earlier versions, and what replaces them.
@@ -44,9 +43,9 @@ MOVED = {
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
 def _job(cfg: DictConfig) -> None:
-    from povid.run.checkpoint import Stopped
     from povid.run.experiment import run
     from povid.run.processes import first
+    from povid.run.signals import Stopped
 
     global jobs_started
     jobs_started += 1
@@ -57,7 +56,7 @@ def _job(cfg: DictConfig) -> None:
     except Stopped as stopped:  # and the whole sweep with it
         if first():
             print(f"stopped: {stopped}", file=sys.stderr)
-        sys.exit(TERMINATED if first() else 0)
+        sys.exit(stopped.status if first() else 0)
     except Exception as error:
         sentence = _sentence(error)
         if sentence is None:
@@ -92,8 +91,14 @@ def _moved(arguments: list[str]) -> str | None:
     return None
 
 
+def _resumes_nothing(arguments: list[str]) -> bool:
+    """Whether a command line says resume=true and no folder, which would start a new run."""
+    given = dict(argument.lstrip("+").partition("=")[::2] for argument in arguments)
+    return given.get("resume", "").lower() == "true" and not {"hydra.run.dir", "hydra.sweep.dir"} & {*given}
+
+
 def main() -> int:
-    """Run ``sys.argv``. Returns 0, 2 for an error that the user can fix, or 143 for a run stopped by a signal."""
+    """Run ``sys.argv``. Returns 0, 2 for an error that the user can fix, 143 or 130 for a run stopped by a signal."""
     from povid.run.resume import expand
 
     try:
@@ -107,6 +112,11 @@ def main() -> int:
         if "resume=latest" in sys.argv:
             sys.argv[1:] = expand(sys.argv[1:])
             print("resume=latest:", *sys.argv[1:])
+        elif _resumes_nothing(sys.argv[1:]):
+            raise Fault(
+                "resume=true needs the folder of the run: add hydra.run.dir=FOLDER (hydra.sweep.dir=FOLDER for "
+                "a sweep), or use resume=latest for the newest that is unfinished"
+            )
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
@@ -121,10 +131,13 @@ def main() -> int:
         if jobs_started:
             raise
         print(
-            f"error: {error.filename}: {error.strerror}; choose another folder with outputs= or hydra.run.dir=",
+            f"error: {error.filename or 'the run folder'}: {error.strerror}; free space or choose another folder with "
+            "outputs= or hydra.run.dir=",
             file=sys.stderr,
         )
         return 2
     except Fault:  # raised by a job, which has printed it
         return 2
+    except KeyboardInterrupt:  # before or between the jobs
+        return 130
     return 0

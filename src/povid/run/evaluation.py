@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from povid import files
 from povid.benchmarks import suite
 from povid.benchmarks.chair_words import objects, read_synonyms
+from povid.fault import Fault
 from povid.machine import versions
 from povid.method.distortions import distort_picture, generator
 from povid.model.question import Answerer, Decoding, Question
@@ -48,10 +48,13 @@ def evaluate(
     stages: Mapping[str, Any],
     started: str,
     identity: Identity,
-) -> dict[str, Any]:
-    """Answer the benchmarks with the adapted model and return the content of results.json, without timings.
+) -> tuple[dict[str, Any], list[str]]:
+    """Answer the benchmarks and the samples with the adapted model.
 
-    ``identity`` is that of the answers.
+    ``identity`` is that of the answers. Returns the content of results.json, without timings, and the captions.
+
+    Raises:
+        Fault: a benchmark failed for a reason that running again can cure; the others' answers and scores are kept.
     """
     batch = batch_that_counts(settings)
     answers = settings.model.answerer(
@@ -60,8 +63,13 @@ def evaluate(
     scores = suite.run(
         settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{identity.digest}"
     )
-    samples = sample_questions(triples, settings.plain.samples)
-    after = caption(answers, samples)
+    if failed := [f"{name}: {score['missing']}" for name, score in scores.items() if score.get("open")]:
+        raise Fault(
+            f"{run} is not finished: {len(failed)} of {len(scores)} benchmarks failed. Stages, answers and the other "
+            "scores are kept; resume it with resume=true (or latest) when the reason is gone:\n  - "
+            + "\n  - ".join(failed)
+        )
+    captions = caption(answers, sample_questions(triples, settings.plain.samples))
     results = {
         "row": settings.plain.row,
         "ablation": settings.ablation.name,
@@ -88,8 +96,7 @@ def evaluate(
         "versions": versions(),
         "started": started,
     }
-    _show(settings, run, results, triples, samples, captions_before(run) or after, after)
-    return results
+    return results, captions
 
 
 def batch_that_counts(settings: Settings) -> dict[str, int]:
@@ -121,19 +128,18 @@ def write_captions_before(run: Path, answers: Answerer, samples: Sequence[Questi
 
 def captions_before(run: Path) -> list[str]:
     file = run / "captions_before.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    cure = "move it away to leave out the captions before training"
+    return files.read_json(file, list, cure) if file.exists() else []
 
 
-def _show(
-    settings: Settings,
-    run: Path,
-    results: Mapping[str, Any],
-    triples: Sequence[Triple],
-    samples: Sequence[Question],
-    before: Sequence[str],
-    after: Sequence[str],
+def show(
+    settings: Settings, run: Path, results: Mapping[str, Any], triples: Sequence[Triple], after: Sequence[str]
 ) -> None:
-    """The page of captions, and the evaluation in every logger."""
+    """Write the page of captions, and show the evaluation in every logger; ``after``: the captions of the samples.
+
+    A logger that fails is named in a warning: what it would show is in results.json already.
+    """
+    samples, before = sample_questions(triples, settings.plain.samples), captions_before(run) or after
     records = []
     for sample, was, now in zip(samples, before, after):
         number = sample.meta["record"]
@@ -158,6 +164,9 @@ def _show(
     table = dashboards.table_rows(records, (lambda text: objects(text, known)) if known else None)
     if records:
         dashboards.write_page(table, run / "captions.html")
-    loggers = make_loggers(settings.loggers, RunContext.of(settings, run, "evaluate"))
-    show_evaluation(loggers, results["benchmarks"], table if records else None)
-    close(loggers)
+    try:
+        loggers = make_loggers(settings.loggers, RunContext.of(settings, run, "evaluate"))
+        show_evaluation(loggers, results["benchmarks"], table if records else None)
+        close(loggers)
+    except Exception as error:  # whatever a logger raises
+        log.warning("a logger failed (%s: %s); all scores are in %s", type(error).__name__, error, run / "results.json")

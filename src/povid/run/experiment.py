@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import logging
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from povid import files
@@ -26,10 +27,12 @@ from povid.run.build import make
 from povid.run.content import Content, of_answers, of_stage
 from povid.run.data import check, load_triples
 from povid.run.guards import explain_full_disk, refuse
+from povid.run.lock import NAME, held
 from povid.run.loggers import RunContext, require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
-from povid.run.resume import compare
+from povid.run.resume import compare, in_sweep
 from povid.run.settings import Settings, build, check_devices
+from povid.run.signals import Signals, requeue_signal
 from povid.run.stage import Stage, starting_adapters
 
 log = logging.getLogger(__name__)
@@ -51,28 +54,39 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
         Fault: any error that a user can fix; finished stages stay in the folder.
         Stopped: the run received a signal to stop and has saved a checkpoint.
     """
-    settings = build(cfg)
-    check_devices(settings)
-    with explain_full_disk(folder), one_job(folder):
+    with explain_full_disk(folder), one_job(folder), held(folder) if first() else nullcontext():
+        new = not (folder / "config.yaml").exists()
+        with checking(folder, new), refusal(folder):
+            settings = build(cfg)
+            check_devices(settings)
+        return _run(settings, folder, new)
+
+
+def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
+    signals = Signals(folder, requeue_signal(settings.trainer))
+    with signals.handled():
         if first():
             claim(folder, settings)
             if (folder / "results.json").exists():
                 log.info("finished already: %s", folder)
-                return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        return Experiment(settings, folder).run()
+                return files.read_json(
+                    folder / "results.json", dict, "move it away and resume the run to write it again from what is kept"
+                )
+        return Experiment(settings, folder, signals).run(new)
 
 
 class Experiment:
     """A run in its folder."""
 
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        self.settings, self.folder = settings, folder
+    def __init__(self, settings: Settings, folder: Path, signals: Signals) -> None:
+        self.settings, self.folder, self.signals = settings, folder, signals
         self.timings: dict[str, float] = {}
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
 
-    def run(self) -> dict[str, Any]:
+    def run(self, new: bool) -> dict[str, Any]:
+        """``new``: the run begins here, and leaves nothing behind if the checks refuse it."""
         keep_freed_memory()
-        with self.timed("prepare"):
+        with self.timed("prepare"), checking(self.folder, new):
             triples, content, adapters = self.prepare()
         stages: dict[str, Any] = {}
         for number in self.settings.run_stages:
@@ -81,13 +95,14 @@ class Experiment:
                 log.info("stage %d is finished already: %s", number, stage.home)
             else:
                 self.train(stage, triples)
-            stages[str(number)] = json.loads(stage.note.read_text(encoding="utf-8"))
+                release_memory()
+            stages[str(number)] = stage.finished()
             adapters = (*adapters, stage.adapter)
         if not first():
             return {}
         leave_group()
         with self.timed("evaluate"):
-            results = evaluation.evaluate(
+            results, captions = evaluation.evaluate(
                 self.settings,
                 self.folder,
                 triples,
@@ -99,6 +114,7 @@ class Experiment:
         results["timings"] = {name: round(seconds, 2) for name, seconds in self.timings.items()}
         files.write_json(self.folder / "results.json", results)
         log.info("results: %s", self.folder / "results.json")
+        evaluation.show(self.settings, self.folder, results, triples, captions)
         return results
 
     def stage(self, number: int, adapters: tuple[Path, ...], content: Content) -> Stage:
@@ -106,7 +122,7 @@ class Experiment:
         return Stage(self.settings, number, self.folder, adapters, identity)
 
     def prepare(self) -> tuple[list[Triple], Content, tuple[Path, ...]]:
-        """Prepare data and model, check data and benchmarks, record the configuration, reuse what was computed.
+        """Prepare data and model, check data and benchmarks, reuse what was computed.
 
         Returns the triples, the digests of what is read, and the adapters to begin with.
         """
@@ -125,7 +141,6 @@ class Experiment:
         content = Content(settings, triples)
         adapters = starting_adapters(settings, content)
         if first():
-            files.write_text(self.folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings.tree)))
             if not ready.exists():  # the other processes wait for it, and all must see the same stages finished
                 self.take_over(adapters, content, triples)
             files.write_text(ready, packages())
@@ -148,7 +163,11 @@ class Experiment:
             if stage.number == self.settings.run_stages[0] and first():
                 self.caption_before(policy, template, triples)
         with self.timed(f"stage_{stage.number}.fit"):
-            stage.train(policy, template, triples)
+            try:
+                stage.train(policy, template, triples, self.signals)
+            finally:
+                self.signals.training, self.signals.launcher = False, None
+        self.signals.check()  # a signal after the last step waited for the stage to be saved
 
     def caption_before(self, policy: Policy, template: Template, triples: list[Triple]) -> None:
         """Caption the samples with the policy as it is before the first stage; not where its weights are split."""
@@ -162,6 +181,46 @@ class Experiment:
         start = time.perf_counter()
         yield
         self.timings[name] = time.perf_counter() - start
+
+
+def release_memory() -> None:
+    """Give a finished stage's weights, gradients and optimiser state back before the next stage loads its own.
+
+    Trainer and module refer to each other, so that they would otherwise stay until Python happens to collect them.
+    """
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+@contextmanager
+def checking(folder: Path, new: bool) -> Iterator[None]:
+    """Leave no run folder behind where the checks inside refuse a new run, which has then done nothing.
+
+    A job of a sweep keeps its folder: it is refused again, or run, when the sweep is resumed.
+    """
+    try:
+        yield
+    except Fault:
+        if new and first() and not in_sweep(folder):
+            nothing = {".hydra", NAME, "config.yaml", "packages.txt"}
+            if all(entry.name in nothing or entry.suffix == ".log" for entry in folder.iterdir()):
+                files.remove(folder)
+        raise
+
+
+@contextmanager
+def refusal(folder: Path) -> Iterator[None]:
+    """Keep the problems of a sweep's job that cannot run in error.txt, so that resume=latest does not wait for it."""
+    note = folder / "error.txt"
+    if first():
+        note.unlink(missing_ok=True)
+    try:
+        yield
+    except Fault as fault:
+        if first() and in_sweep(folder):
+            files.write_text(note, f"{fault}\n")
+        raise
 
 
 def claim(folder: Path, settings: Settings) -> None:
@@ -188,6 +247,8 @@ def claim(folder: Path, settings: Settings) -> None:
         compare(folder / "config.yaml", settings.tree, bound)
     try:
         files.write_text(folder / ".writable", "1").unlink()
+        if not (folder / "results.json").exists():
+            files.write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings.tree)))
     except OSError as error:
         raise Fault(
             f"{folder} cannot be written ({error.strerror}); free space or choose another hydra.run.dir"

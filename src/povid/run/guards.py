@@ -18,7 +18,8 @@ from torch import Tensor
 from povid.fault import Fault
 from povid.preferences.check import Report, check
 from povid.preferences.triple import Triple
-from povid.run.checkpoint import Stopped, newest
+from povid.run.checkpoint import newest
+from povid.run.signals import Stopped
 
 log = logging.getLogger(__name__)
 

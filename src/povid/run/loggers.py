@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import pkgutil
 import secrets
@@ -21,6 +22,8 @@ from povid.report import dashboards
 from povid.run.build import accepted, make
 from povid.run.processes import first
 from povid.run.settings import Settings
+
+log = logging.getLogger(__name__)
 
 
 class MetricsFile(L.Callback):
@@ -58,8 +61,14 @@ class MetricsFile(L.Callback):
         """Write the header, and the rows of an earlier attempt that are still valid."""
         rows = []
         if self.start and self.file.exists():
-            with self.file.open(newline="", encoding="utf-8") as source:
-                rows = [row for row in csv.DictReader(source) if row["step"] and int(row["step"]) < self.start]
+            try:
+                with self.file.open(newline="", encoding="utf-8") as source:
+                    rows = [row for row in csv.DictReader(source) if row["step"] and int(row["step"]) < self.start]
+            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                raise Fault(
+                    f"{self.file} is damaged ({error}); restore it from a copy, or move it away to resume without the "
+                    f"metrics of the first {self.start} steps"
+                ) from None
         with files.draft(self.file) as draft, draft.open("w", newline="", encoding="utf-8") as sink:
             writer = csv.DictWriter(sink, self.columns, extrasaction="ignore")
             writer.writeheader()
@@ -144,19 +153,35 @@ def wandb_logger(
     place = run.folder / "wandb_ids" / run.job
     if not place.exists():
         files.write_text(place, secrets.token_hex(4))
-    return WandbLogger(
-        project=project,
-        entity=entity,
-        name=f"{run.folder.name}-{run.job}",
-        id=place.read_text(encoding="utf-8"),
-        resume="allow",
-        group=run.group,
-        job_type=run.job,
-        save_dir=str(run.folder),
-        mode=wandb_mode(mode),
-        tags=list(run.tags),
-        config=dict(run.config),
-    )
+    arguments = {
+        "project": project,
+        "entity": entity,
+        "name": f"{run.folder.name}-{run.job}",
+        "id": place.read_text(encoding="utf-8"),
+        "resume": "allow",
+        "group": run.group,
+        "job_type": run.job,
+        "save_dir": str(run.folder),
+        "tags": list(run.tags),
+        "config": dict(run.config),
+    }
+    logger = WandbLogger(**arguments, mode=(chosen := wandb_mode(mode)))
+    if chosen not in ("online", "shared"):
+        return logger
+    import wandb
+
+    try:
+        _ = logger.experiment  # connects
+    except (wandb.errors.Error, OSError) as error:
+        log.warning(
+            "W&B cannot be reached (%s); this run is logged offline below %s/wandb: upload it later with wandb sync",
+            str(error).splitlines()[0],
+            run.folder,
+        )
+        wandb.teardown()  # of the connection that failed
+        os.environ["WANDB_MODE"] = "offline"  # for the other jobs of this process, which would wait as long again
+        return WandbLogger(**arguments, mode="offline")
+    return logger
 
 
 def wandb_mode(mode: str) -> str:

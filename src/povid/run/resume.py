@@ -9,11 +9,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from povid.fault import Fault
 from povid.run.identity import flat, is_free
+from povid.run.lock import in_progress
 
 SET_ANEW = ("resume", "hydra.mode", "hydra.run.dir", "hydra.sweep.dir")
 KEY = re.compile(r"\w+([.@/]\w+)*")
@@ -42,8 +44,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if not waiting:
         others = f" by you ({len(found)} by others, the newest is {found[-1][1]})" if found else ""
         raise Fault(
-            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started{others} and not finished; leave "
-            "out resume=latest to start one"
+            f"{outputs} holds no {'sweep' if sweeps_only else 'run'} that was started{others} and not finished and is "
+            "not in progress; leave out resume=latest to start one"
         )
     _, folder = waiting[-1]
     sweep = (folder / "multirun.yaml").exists()
@@ -69,19 +71,8 @@ def _key(override: str) -> str:
 def _overrides(folder: Path) -> Iterator[str]:
     """The overrides with which a run or sweep was started, but for the places that are set anew."""
     note = folder / "multirun.yaml"
-    if not note.exists():
-        note = folder / ".hydra" / "hydra.yaml"
-    try:
-        saved = yaml.safe_load(note.read_text(encoding="utf-8"))["hydra"]["overrides"]
-        overrides = [] + saved["hydra"] + saved["task"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
-        overrides = [None]
-    if not all(isinstance(override, str) for override in overrides):
-        raise Fault(
-            f"{note} does not hold the command line of a run; resume with resume=true "
-            f"hydra.{'sweep' if note.name == 'multirun.yaml' else 'run'}.dir={folder} and the overrides of then"
-        )
-    return (override for override in overrides if _key(override) not in SET_ANEW)
+    saved = _saved(note if note.exists() else folder / ".hydra" / "hydra.yaml")
+    return (override for override in saved["hydra"] + saved["task"] if _key(override) not in SET_ANEW)
 
 
 def distrusted(override: str) -> str | None:
@@ -135,24 +126,61 @@ def is_own(folder: Path) -> bool:
 
 
 def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[float, Path]]:
-    """(when last started, folder) of the sweeps and runs that were started and not finished.
+    """(when last started, folder) of the sweeps and runs that were started, not finished and are not in progress.
 
-    A run is started when its config.yaml is written and finished with its results.json; a sweep is finished when all
-    its jobs are and its table is written.
+    A run is started when its config.yaml is written and finished with its results.json. A sweep is finished when all
+    its jobs are and its table is there; jobs whose configuration was refused (error.txt) can never run and leave a
+    sweep without its table.
     """
     for note in outputs.rglob("multirun.yaml"):
         jobs = [child for child in note.parent.iterdir() if (child / ".hydra").is_dir()]
         started = any((job / "config.yaml").exists() for job in jobs)
-        finished = (
-            all((job / "results.json").exists() for job in jobs) and (note.parent / "tables" / "table3.md").exists()
-        )
-        if started and not finished:
+        refused = [job for job in jobs if (job / "error.txt").exists()]
+        ended = len(refused) + sum((job / "results.json").exists() for job in jobs)
+        if refused:
+            finished = ended >= len(jobs) and ended >= job_count(note)
+        else:
+            finished = ended == len(jobs) and (note.parent / "tables" / "table3.md").exists()
+        if started and not finished and not any(map(in_progress, (note.parent, *jobs))):
             yield note.stat().st_mtime, note.parent
     for note in () if sweeps_only else outputs.rglob(".hydra/hydra.yaml"):
         run = note.parent.parent
-        in_sweep = (run.parent / "multirun.yaml").exists()
-        if not in_sweep and (run / "config.yaml").exists() and not (run / "results.json").exists():
+        open_ = (run / "config.yaml").exists() and not (run / "results.json").exists()
+        if open_ and not in_sweep(run) and not in_progress(run):
             yield note.stat().st_mtime, run
+
+
+def in_sweep(run: Path) -> bool:
+    """Whether a run folder is that of a sweep's job."""
+    return (run.parent / "multirun.yaml").exists()
+
+
+def job_count(note: Path) -> int:
+    """How many jobs a sweep has, by its multirun.yaml."""
+    overrides = OverridesParser.create().parse_overrides(_saved(note)["task"])
+    (jobs,) = BasicSweeper.split_arguments(overrides, None)
+    return len(jobs)
+
+
+def _saved(note: Path) -> dict[str, list[str]]:
+    """The overrides in a hydra.yaml or multirun.yaml.
+
+    Raises:
+        Fault: it is not the file that Hydra wrote.
+    """
+    try:
+        saved = yaml.safe_load(note.read_text(encoding="utf-8"))["hydra"]["overrides"]
+        overrides = [] + saved["hydra"] + saved["task"]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
+        overrides = [None]
+    if not all(isinstance(override, str) for override in overrides):
+        sweep = note.name == "multirun.yaml"
+        raise Fault(
+            f"{note} does not hold the command line of a run; resume with resume=true "
+            f"hydra.{'sweep' if sweep else 'run'}.dir={note.parent if sweep else note.parent.parent} and the overrides "
+            "of then"
+        )
+    return saved
 
 
 def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = ()) -> None:

@@ -23,13 +23,14 @@ from povid.model.template import Template
 from povid.preferences.triple import Triple
 from povid.run import data as run_data
 from povid.run.build import make
-from povid.run.checkpoint import Checkpoints, batch_size_of, identity_of, newest, step_of
+from povid.run.checkpoint import Checkpoints, batch_size_of, identity_of, loader_died, newest, step_of
 from povid.run.content import Content, of_stage
 from povid.run.guards import DataCheck, FiniteLoss
 from povid.run.identity import Identity
 from povid.run.loggers import MetricsFile, RunContext, close, make_loggers
 from povid.run.processes import device, end_children, first
 from povid.run.settings import Settings
+from povid.run.signals import Signals
 from povid.training.datamodule import PreferenceDataModule
 from povid.training.memory import estimate, largest_batch
 from povid.training.module import POVIDModule
@@ -69,11 +70,13 @@ class Stage:
         """What its stage.json records; None while it is not finished.
 
         Raises:
-            Fault: it was finished under another identity, or its adapter was changed since.
+            Fault: it was finished under another identity, its adapter was changed since, or a file is damaged.
         """
         if not self.note.exists():
             return None
-        found = json.loads(self.note.read_text(encoding="utf-8"))
+        cure = f"restore it from a copy, or move {self.home} away to train the stage again"
+        found = files.read_json(self.note, dict, cure, ("identity", "steps", "adapter"))
+        files.read_json(self.adapter / "adapter_config.json", dict, cure)
         self.identity.check(
             found.get("identity"), f"the stage in {self.home}", "restore that to resume, or start in another folder"
         )
@@ -119,7 +122,7 @@ class Stage:
             policy = policy.to(device())
         return policy, self.settings.model.template(policy.processor)
 
-    def train(self, policy: Policy, template: Template, triples: Sequence[Triple]) -> None:
+    def train(self, policy: Policy, template: Template, triples: Sequence[Triple], signals: Signals) -> None:
         """Fit the stage, from its newest intact checkpoint if there is one, and save its adapter."""
         settings, stage = self.settings, self.settings.stages[self.number]
         terms = settings.terms[self.number]
@@ -138,7 +141,7 @@ class Stage:
         if not settings.split:
             memory = str(estimate(module, data, data.batch_size))
         log.info("stage %d: batches of %d; %s", self.number, data.batch_size, memory)
-        steps = self._fit(module, data)
+        steps = self._fit(module, data, signals)
         weights = whole_adapter(policy)
         if first():
             self._save(policy, weights, steps, len(triples), data.batch_size)
@@ -175,7 +178,7 @@ class Stage:
             group_by_length=settings.data.group_by_length,
         )
 
-    def _fit(self, module: POVIDModule, data: PreferenceDataModule) -> int:
+    def _fit(self, module: POVIDModule, data: PreferenceDataModule, signals: Signals) -> int:
         """Returns the number of optimiser steps."""
         settings, stage = self.settings, self.settings.stages[self.number]
         checkpoint = newest(self.checkpoints)
@@ -193,7 +196,7 @@ class Stage:
         callbacks += [
             metrics,
             FiniteLoss(self.number, self.checkpoints),
-            Checkpoints(self.checkpoints, settings.checkpoint, metrics, self.identity),
+            Checkpoints(self.checkpoints, settings.checkpoint, signals, metrics, self.identity),
         ]
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(TQDMProgressBar(refresh_rate=1))
@@ -218,9 +221,16 @@ class Stage:
         )
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
-        except BaseException:
+        except BaseException as error:
             end_children(trainer)
             close(loggers, "failed")
+            if loader_died(error):
+                raise Fault(
+                    f"stage {self.number}: a loader process died after step {trainer.global_step} "
+                    f"({str(error).rstrip('. ')}), most likely because memory ran out; what was learnt is kept: resume "
+                    f"with resume=latest and fewer processes, data.workers={settings.data.workers // 2}, or a smaller "
+                    "data.cache_mb"
+                ) from error
             raise
         close(loggers)
         return trainer.global_step

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+from filelock import FileLock
 from pydantic import Field
 
 from povid.dispreference.causes import Share
@@ -111,14 +111,18 @@ def prepare(
                 _write_habits(folder / "habits.json", seed)
             return folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        draft = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        try:
-            _write(draft, world)
-            write_json(draft / "manifest.json", settings)
-            draft.chmod(0o755)
-            _settle(draft, folder, settings)
-        finally:
-            remove(draft)
+        draft = folder.with_name(f".{folder.name}.part")
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if _complete(folder, settings):  # by the process that held the lock
+                return folder
+            remove(draft)  # what a killed process has left
+            try:
+                draft.mkdir()
+                _write(draft, world)
+                write_json(draft / "manifest.json", settings)
+                _settle(draft, folder, settings)
+            finally:
+                remove(draft)
     except OSError as error:
         raise Fault(
             f"the embedded world cannot be written to {folder}: {error.strerror or error}; free space or "

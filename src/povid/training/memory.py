@@ -144,7 +144,7 @@ def kept_bytes(module: POVIDModule, batch: PreferenceBatch) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # an output that is kept with its graph would keep itself, the graph and the weights
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
         _loss(module, batch)
