@@ -75,7 +75,7 @@ def read_json(file: Path, kind: type, cure: str, keys: Collection[str] = ()) -> 
         Fault: the file is unreadable, damaged or holds something else; the sentence ends with ``cure``.
     """
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        value: Any = json.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
         raise Fault(f"{file} cannot be read ({error.strerror}); {cure}") from None
     except (ValueError, RecursionError):

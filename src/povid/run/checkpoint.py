@@ -88,7 +88,7 @@ class Checkpoints(L.Callback):
         elif trainer.global_rank:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)  # different dropout on each device
 
-    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
         correct_logged_step(trainer)
         self.in_step = True
         if trainer.datamodule.workers and threading.current_thread() is threading.main_thread():

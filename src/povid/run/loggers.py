@@ -153,7 +153,7 @@ def wandb_logger(
     place = run.folder / "wandb_ids" / run.job
     if not place.exists():
         files.write_text(place, secrets.token_hex(4))
-    arguments = {
+    arguments: dict[str, Any] = {
         "project": project,
         "entity": entity,
         "name": f"{run.folder.name}-{run.job}",
