@@ -68,7 +68,7 @@ def write_json(file: Path, value: Any) -> Path:
     return write_text(file, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def read_json(file: Path, kind: type, cure: str, keys: Collection[str] = ()) -> Any:
+def read_json(file: Path, kind: type[Any], cure: str, keys: Collection[str] = ()) -> Any:
     """The value in a file that this project wrote: a ``kind``, with ``keys`` if it is a mapping.
 
     Raises:
