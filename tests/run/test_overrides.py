@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 
+import pytest
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from povid.fault import Fault
@@ -85,11 +88,51 @@ def test_nonsense_is_refused_with_a_sentence(monkeypatch):
         ("stages.1.lrr=1", "Could not override 'stages.1.lrr': there is no such setting; did you mean 'lr'?"),
         ("benchmarks=[popee]", "Available options in 'benchmarks': chair llava_bench mm_vet mmbench mme mmhal pope"),
         ("model=scenes_tinny", "did you mean 'scenes_tiny'?"),
-        ("data.folder=/tmp/ä b", "quotes for the shell and for Hydra: 'data.folder=\"/tmp/ä b\"'"),
+        ("data.folder=/data/ä b", "quotes for the shell and for Hydra: 'data.folder=\"/data/ä b\"'"),
         ("b", "'b' cannot be read as KEY=VALUE; a value with spaces"),
     ):
         found = answer(override)
         assert sentence in found, f"{override}: {found or 'accepted'}"
         assert "use +" not in found and "a:b@" not in found, found
-    for override in ("data.folder='/tmp/ä b'", "+trainer.limit_train_batches=3", "optimizer._target_=torch.optim.SGD"):
+    for override in ("data.folder='/data/ä b'", "+trainer.limit_train_batches=3", "optimizer._target_=torch.optim.SGD"):
         assert answer(override) == ""
+
+
+VALUES = (
+    "-1 0 1 2 0.5 -0.5 1e30 .nan .inf -.inf null true false abc '' [] [1] [abc] {} {a:1} ??? ${seed} ${nothing} "
+    "99999999999999999999 '../x' ä {_target_:os.getcwd} {_target_:nowhere.X} {_target_:3}"
+).split(" ")
+
+
+def keys(tree, prefix="") -> list[str]:
+    found = []
+    for key, value in tree.items():
+        found.append(f"{prefix}{key}")
+        if isinstance(value, dict):
+            found += keys(value, f"{prefix}{key}.")
+    return found
+
+
+@pytest.mark.slow
+def test_three_hundred_random_overrides():
+    """Each is refused with a sentence or gives settings; none ends in a traceback."""
+    draw = random.Random(11)
+    known = keys(OmegaConf.to_container(composed("logger=[wandb,csv]", "callbacks=[learning_rate]")))
+    refused = 0
+    for _ in range(300):
+        key = draw.choice(known)
+        form = draw.random()
+        if form < 0.1:
+            key = "+" + key + draw.choice([".foo", "x", ".1"])
+        elif form < 0.2:
+            at = draw.randrange(len(key))
+            key = key[:at] + draw.choice("abc_.") + key[at + 1 :]
+        override = f"{key}={draw.choice(VALUES)}"
+        try:
+            said = answer(override)
+        except Exception as error:
+            raise AssertionError(f"{override} ends in {type(error).__name__}: {error}") from error
+        refused += bool(said)
+        if said:
+            assert "use +" not in said, f"{override}: {said}"
+    assert 150 < refused < 300
