@@ -82,7 +82,7 @@ def test_a_command_line_that_cannot_be_run(arguments, part, world, tmp_path):
 def test_a_folder_that_cannot_be_written(world, tmp_path):
     (tmp_path / "file").write_text("")
     said = refused(world, tmp_path, f"hydra.run.dir={tmp_path}/file/run")
-    assert f"{tmp_path}/file/run: Not a directory; choose another folder" in said
+    assert f"{tmp_path}/file/run: Not a directory; free space or choose another folder" in said
 
 
 def test_a_disk_that_is_full_from_the_start(world, tmp_path):

@@ -185,10 +185,9 @@ def test_the_batch_names_the_answers_where_rounding_makes_it_count(world, tmp_pa
         assert "generation.batch_size was 64 and is now 3" in log.read_text()
         record = folder / "config.yaml"
         record.write_text(record.read_text().replace("batch_size: 64", "batch_size: 3"))
-        assert finish(again, folder) == 0
-        assert (
-            "by a different model" in json.loads((folder / "results.json").read_text())["benchmarks"]["pope"]["missing"]
-        )
+        assert finish(again, folder) == 2
+        assert "is not finished: 1 of 1 benchmarks failed" in log.read_text()
+        assert "holds answers by a different model" in log.read_text()
 
 
 def test_any_lightning_logger_callback_optimizer_and_schedule(world, tmp_path):
