@@ -310,7 +310,7 @@ def test_pope_negatives_are_the_official_ones():
 
 def test_adversarial_negatives_are_what_habit_expects(tmp_path):
     """Asked about an anchor whose partner is missing, the adversarial split mostly asks for that partner next."""
-    world = prepare(tmp_path / "large", preferences=1, tuning=150, evaluation=0)
+    world = prepare(tmp_path / "large", preferences=0, tuning=150, evaluation=0)
     objects = json.loads((world / "tuning" / "objects.json").read_text())
     rows = [json.loads(line) for line in (world / "tuning" / "coco_pope_adversarial.json").read_text().splitlines()]
     asked_for_partner = [

@@ -42,7 +42,7 @@ class World(WorldShares):
     """The settings of :func:`prepare`."""
 
     seed: Whole
-    preferences: Annotated[int, Field(ge=1)]
+    preferences: Whole
     tuning: Whole
     evaluation: Whole
     yes_no_share: Share
@@ -54,7 +54,7 @@ def prepare(
     folder: Path | str,
     *,
     seed: Whole = 0,
-    preferences: Annotated[int, Field(ge=1)] = 800,
+    preferences: Whole = 800,
     tuning: Whole = 300,
     evaluation: Whole = 500,
     yes_no_share: Share = 0.25,
