@@ -66,7 +66,7 @@ def test_nonsense_is_refused_with_a_sentence(monkeypatch):
         ("stages.1.max_steps=0", "stages.1: max_steps is 0, which trains nothing"),
         ("benchmarks.chair.prompt=''", "benchmarks.chair.prompt: found '', needed text"),
         ("objective.1=null", "objective.1: found None, needed a _target_"),
-        ("data.prepare.preferences=0", "data.prepare.preferences: found 0, needed at least 1"),
+        ("data.prepare.preferences=-1", "data.prepare.preferences: found -1, needed at least 0"),
         ("data.split=foo", "data.split: found 'foo', needed evaluation or tuning"),
         ("row=''", "row: found '', needed text"),
         ("row=a/b", "row: found 'a/b', needed text without /"),

@@ -179,6 +179,7 @@ def wandb_logger(
             run.folder,
         )
         wandb.teardown()  # of the connection that failed
+        os.environ.pop("WANDB_SERVICE", None)  # a service that another process started still holds this run's id
         os.environ["WANDB_MODE"] = "offline"  # for the other jobs of this process, which would wait as long again
         return WandbLogger(**arguments, mode="offline")
     return logger
