@@ -35,7 +35,7 @@ table3: $(DONE)  ## the same over five seeds, with the controls
 	$(BIN)/python -m povid.report outputs/table3
 
 test: $(DONE)  ## run the tests, except the slow ones
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
 
 test-slow: $(VENV)/.extra-bench  ## run the slow tests, and those against TRL
 	$(BIN)/python -m pytest -q tests/bench/test_trl.py
