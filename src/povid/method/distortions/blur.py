@@ -6,7 +6,7 @@ from typing import Annotated
 
 import torch
 from PIL import ImageFilter
-from pydantic import Field
+from pydantic import Field, validate_call
 from torch import Tensor
 
 from povid.method.distortions import Distortion, to_picture, to_tensor
@@ -22,6 +22,7 @@ class Blur(Distortion):
 
     space = "pixel"
 
+    @validate_call
     def __init__(self, sigma: Annotated[float, Field(gt=0, le=1)] = 0.03) -> None:
         self.sigma = sigma
 

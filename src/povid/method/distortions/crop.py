@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, validate_call
 from torch import Tensor
 
 from povid.method.distortions import Distortion
@@ -28,6 +28,7 @@ class Crop(Distortion):
 
     space = "pixel"
 
+    @validate_call
     def __init__(self, smallest: Share = 0.01, largest: Share = 0.2) -> None:
         if smallest > largest:
             raise ValueError(f"smallest: found {smallest}, needed at most largest, which is {largest}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, validate_call
 from torch import Tensor
 
 from povid.method.distortions import Distortion
@@ -36,6 +36,7 @@ class Diffusion(Distortion):
             picture, or wrap-around outside pixel space.
     """
 
+    @validate_call
     def __init__(
         self,
         scheduler: Any,

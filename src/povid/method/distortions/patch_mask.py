@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, validate_call
 from torch import Tensor
 
 from povid.method.distortions import Distortion
@@ -23,6 +23,7 @@ class PatchMask(Distortion):
 
     space = "pixel"
 
+    @validate_call
     def __init__(
         self, share: Annotated[float, Field(gt=0, le=1)] = 0.3, grid: Annotated[int, Field(ge=1)] = 24
     ) -> None:
