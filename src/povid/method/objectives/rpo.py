@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -37,6 +38,9 @@ class RPO(Objective):
         for name in Objective.__annotations__:  # what is scored is what the objective asks for
             object.__setattr__(self, name, getattr(inner, name))
         object.__setattr__(self, "needs", inner.needs | {"preferred"})
+
+    def terms(self, dispreferences: Set[str]) -> frozenset[str]:
+        return self.objective.terms(dispreferences) | {"preferred"}
 
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         loss_B, rewards = self.objective(policy, reference, tokens)
