@@ -33,7 +33,7 @@ def test_losses_and_gradients_are_trls(objective, beta, loss_type):
     processor, base = build_processor(shape), build_model(shape, device="cpu")
     policy = adapt(twin(base), processor, shape)
     arm, parameters = trl_dpo(policy, base, processor, checkpoint=False, beta=beta, loss_type=loss_type)
-    mine = [parameter for group in policy.trained_parameters() for parameter in group]
+    mine = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     terms = objective.terms({"text"})
     for step in steps(shape, processor, count=2, batch_size=2, device="cpu"):
         theirs = arm.run(step, None)
