@@ -89,7 +89,7 @@ def test_a_run_trains_evaluates_and_reports_with_all_five(outputs):
     run = only_run(outputs)
     results = json.loads((run / "results.json").read_text())
     assert (results["objective"], results["data"]) == ("hinge", "csv_pairs")
-    assert results["noise"]["_target_"] == "mine.crop.Crop"
+    assert results["noise"]["_target_"] == "mine.tiles.Tiles"
 
     # The format: every row of the table is a record of both stages.
     records = len(rows(EXTEND / "data" / "preferences.csv"))
@@ -145,32 +145,34 @@ def test_the_processes_of_a_sweep_over_two_devices_find_the_package_too(outputs,
         assert alone == pytest.approx(shared, rel=1e-3, abs=1e-5)
 
 
-def test_the_crop_is_what_stage_2_trains_on(outputs, tmp_path):
-    """With the whole picture as the crop, stage 1 stays as it was and the noise term of stage 2 does not."""
+def test_the_tiles_are_what_stage_2_trains_on(outputs, tmp_path):
+    """With one tile, which is the whole picture, stage 1 stays as it was and the noise term of stage 2 does not."""
     status, printed = forks.train(
-        SEARCH, "experiment=extend", "noise.smallest=1.0", "noise.largest=1.0", *short(tmp_path), log=tmp_path / "log"
+        SEARCH, "experiment=extend", "noise.side=1", *short(tmp_path), log=tmp_path / "log"
     )
     assert status == 0, printed
-    cropped, whole = only_run(outputs), only_run(tmp_path)
-    assert metrics(cropped, 1) == metrics(whole, 1)
-    assert metrics(cropped, 2)[1]["train/reward_noise"] != metrics(whole, 2)[1]["train/reward_noise"]
+    mixed, whole = only_run(outputs), only_run(tmp_path)
+    assert metrics(mixed, 1) == metrics(whole, 1)
+    assert metrics(mixed, 2)[1]["train/reward_noise"] != metrics(whole, 2)[1]["train/reward_noise"]
 
 
-def test_the_crop_is_a_part_of_the_picture_within_its_bounds():
-    from mine.crop import Crop
+def test_tiles_change_places_and_nothing_else():
+    """A picture of 7 x 10 pixels, 3 tiles a side: tiles of 2 x 3, a row and a column of pixels left over."""
+    from mine.tiles import Tiles
 
-    x = torch.arange(40 * 60, dtype=torch.float32).reshape(1, 40, 60).expand(3, -1, -1)
-    crop, corners = Crop(smallest=0.25, largest=0.5), set()
-    for record in range(50):
-        part = crop(x, generator(seed=0, epoch=0, record=record))
-        top, left = divmod(int(part[0, 0, 0]), 60)
-        assert part.equal(x[:, top : top + part.shape[1], left : left + part.shape[2]])
-        assert 0.24 < part[0].numel() / x[0].numel() < 0.52
-        assert part.equal(crop(x, generator(seed=0, epoch=0, record=record)))
-        corners.add((top, left))
-    assert len(corners) > 25
-    assert Crop(smallest=1.0, largest=1.0)(x, generator(seed=0, epoch=0, record=0)).equal(x)
-    assert Crop(smallest=1e-9, largest=1e-9)(x, generator(seed=0, epoch=0, record=0)).shape == (3, 1, 1)
+    x = torch.arange(70.0).reshape(1, 7, 10).expand(3, -1, -1)
+    orders = set()
+    for record in range(20):
+        mixed = Tiles(side=3)(x, generator(seed=0, epoch=0, record=record))
+        assert mixed[:, 6:].equal(x[:, 6:]) and mixed[:, :, 9:].equal(x[:, :, 9:])
+        corners = [int(mixed[0, 2 * i, 3 * j]) for i in range(3) for j in range(3)]
+        assert sorted(corners) == [20 * i + 3 * j for i in range(3) for j in range(3)]
+        for place, corner in enumerate(corners):
+            (i, j), (top, left) = divmod(place, 3), divmod(corner, 10)
+            assert mixed[:, 2 * i : 2 * i + 2, 3 * j : 3 * j + 3].equal(x[:, top : top + 2, left : left + 3])
+        orders.add(tuple(corners))
+    assert len(orders) > 15
+    assert Tiles(side=1)(x, generator(seed=0, epoch=0, record=0)).equal(x)
 
 
 def test_the_hinge():
@@ -228,7 +230,7 @@ def test_arguments_that_the_examples_do_not_take_are_answered_with_the_nearest_o
     conf = shutil.copytree(EXTEND / "conf", tmp_path / "conf")
     for file, spelled, misspelled in (
         ("objective/hinge.yaml", "alpha:", "alhpa:"),
-        ("noise/crop.yaml", "largest:", "larges:"),
+        ("noise/tiles.yaml", "side:", "sides:"),
         ("data/csv_pairs.yaml", "_partial_: true}", "_partial_: true, image: x}"),
         ("benchmarks/exact_match.yaml", "max_new_tokens:", "max_new_token:"),
         ("callbacks/gradient_norm.yaml", "order:", "oder:"),
@@ -242,7 +244,7 @@ def test_arguments_that_the_examples_do_not_take_are_answered_with_the_nearest_o
     assert status == 2
     for sentence in (
         "objective.alhpa: mine.hinge.Hinge takes no such argument; did you mean 'alpha'?",
-        "noise.larges: mine.crop.Crop takes no such argument; did you mean 'largest'?",
+        "noise.sides: mine.tiles.Tiles takes no such argument; did you mean 'side'?",
         "data.format.image: mine.csv_pairs.read takes no such argument; did you mean 'images'?",
         "benchmarks.exact_match.max_new_token: mine.exact_match.ExactMatch takes no such argument; "
         "did you mean 'max_new_tokens'?",

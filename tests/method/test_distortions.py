@@ -1,4 +1,5 @@
-"""Eq. 4 through diffusers, bit for bit what it is when written out, and the released code's 8-bit wrap-around."""
+"""Eq. 4 through diffusers, bit for bit what it is when written out, the released code's 8-bit wrap-around, and the other
+distortions."""
 
 from __future__ import annotations
 
@@ -6,13 +7,22 @@ import json
 import math
 from pathlib import Path
 
+import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
+from pydantic import ValidationError
 
-from povid.method.distortions import distort_picture, generator
+from povid.fault import Fault
+from povid.method.distortions import distort_picture, generator, to_tensor
+from povid.method.distortions.blur import Blur
+from povid.method.distortions.crop import Crop
 from povid.method.distortions.diffusion import Diffusion
+from povid.method.distortions.mean_color import MeanColor
+from povid.method.distortions.other_picture import OtherPicture
+from povid.method.distortions.patch_mask import PatchMask
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "noise.json"
 
@@ -87,3 +97,162 @@ def test_bad_settings_are_named():
         Diffusion(scheduler(), 1000)
     with pytest.raises(ValueError, match="needs space=pixel"):
         Diffusion(scheduler(), wrap_around=True)
+    with pytest.raises(ValueError, match="smallest: found 0.5, needed at most largest, which is 0.2"):
+        Crop(smallest=0.5)
+    for kind, wrong in (
+        (Crop, {"smallest": 0}),
+        (Crop, {"largest": 1.5}),
+        (Blur, {"sigma": 0}),
+        (Blur, {"sigma": math.nan}),
+        (PatchMask, {"share": 0}),
+        (PatchMask, {"share": 1.01}),
+        (PatchMask, {"grid": 0}),
+    ):
+        with pytest.raises(ValidationError):
+            kind(**wrong)
+
+
+# Schedulers of diffusers that add no noise to a picture: of tokens, of proteins, without noise levels of their own, or
+# (FlowMatchHeun) with those of a single step.
+NOT_OF_PICTURES = {
+    "AmusedScheduler",
+    "BlockRefinementScheduler",
+    "FlowMatchHeunDiscreteScheduler",
+    "HeliosDMDScheduler",
+    "KarrasVeScheduler",
+    "MiniMaxH3Scheduler",
+    "RFD4ProteinaScheduler",
+    "RePaintScheduler",
+    "ScoreSdeVeScheduler",
+}
+
+
+def noising_schedulers() -> list[type]:
+    """Every scheduler class of diffusers that can be imported here and has a method that adds noise."""
+    found = []
+    for name in sorted(n for n in dir(diffusers) if n.endswith("Scheduler") and not n.startswith("Flax")):
+        kind = getattr(diffusers, name)
+        try:
+            if hasattr(kind, "add_noise") or hasattr(kind, "scale_noise"):
+                found.append(kind)
+        except ImportError:  # a stand-in for one that needs a further package
+            continue
+    return found
+
+
+def test_every_diffusers_scheduler_noises_a_picture_or_is_refused():
+    """Noise grows with the step; whoever has DDPM's betas mixes x and eps as Eq. 4 does at that very step."""
+    kinds, refused, eq_4 = noising_schedulers(), set(), set()
+    x, ddpm = torch.rand(3, 6, 6), DDPMScheduler()
+    for kind in kinds:
+        try:
+            scheduler = kind()
+        except TypeError:  # it cannot be made without what belongs to tokens or proteins
+            refused.add(kind.__name__)
+            continue
+        steps = getattr(scheduler.config, "num_train_timesteps", None) or 1000
+        try:
+            noised = [
+                Diffusion(kind(), step)(x, generator(seed=0, epoch=0, record=0))
+                for step in (0, steps // 4, steps // 2, steps - 1)
+            ]
+        except ValueError as error:
+            assert str(error).startswith(f"scheduler: {kind.__name__} cannot") or "does not grow" in str(error)
+            refused.add(kind.__name__)
+            continue
+        gone = [(each - x).norm().item() for each in noised]
+        assert gone == sorted(gone) and gone[0] < 0.2 * gone[-1], kind
+        assert noised[-1].std() < 1.5, kind  # of unit variance at most, whatever the scheduler's own scale is
+        config = scheduler.config
+        if (getattr(config, "beta_schedule", ""), getattr(config, "beta_end", 0)) == ("linear", 0.02) and steps == 1000:
+            eps = torch.randn(x.shape, generator=generator(seed=0, epoch=0, record=0))
+            expected = ddpm.add_noise(x[None], eps[None], torch.tensor([500]))[0]
+            torch.testing.assert_close(noised[2], expected, rtol=0, atol=0.01, msg=kind.__name__)
+            eq_4.add(kind.__name__)
+    assert refused <= NOT_OF_PICTURES and len(kinds) - len(refused) >= 25
+    assert {"DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "EulerDiscreteScheduler"} <= eq_4
+
+
+@pytest.fixture
+def photograph() -> Image.Image:
+    """60 x 40 pixels, all of them different."""
+    number = np.arange(2400).reshape(40, 60)
+    return Image.fromarray(np.stack([number % 256, number // 256, number % 7], -1).astype(np.uint8))
+
+
+def test_every_distortion_keeps_the_size_and_belongs_to_the_record(photograph):
+    """The number of a model's image tokens may depend on the size, and x^n stands in the place of x."""
+    others = [Image.new("RGB", (9, 31), color) for color in ("red", "green", "blue")]
+    for distortion, drawn in (
+        (Crop(), True),
+        (Blur(), False),
+        (PatchMask(), True),
+        (MeanColor(), False),
+        (OtherPicture().among(others), True),
+        (Diffusion(scheduler(), space="pixel"), True),
+    ):
+        before = photograph.tobytes()
+        found = [
+            distort_picture(distortion, photograph, generator(seed=0, epoch=0, record=record))
+            for record in (0, 0, 1, 2, 3, 4)
+        ]
+        assert {picture.size for picture in found} == {photograph.size}
+        assert before == photograph.tobytes() != found[0].tobytes() == found[1].tobytes()
+        assert (len({picture.tobytes() for picture in found}) > 1) == drawn
+
+
+def test_the_crop_is_a_part_of_the_picture_within_its_bounds():
+    x = torch.arange(40 * 60, dtype=torch.float32).reshape(1, 40, 60).expand(3, -1, -1)
+    crop, corners = Crop(smallest=0.25, largest=0.5), set()
+    for record in range(50):
+        part = crop(x, generator(seed=0, epoch=0, record=record))
+        top, left = divmod(int(part[0, 0, 0]), 60)
+        assert part.equal(x[:, top : top + part.shape[1], left : left + part.shape[2]])
+        assert 0.24 < part[0].numel() / x[0].numel() < 0.52
+        corners.add((top, left))
+    assert len(corners) > 25
+    assert Crop(smallest=1.0, largest=1.0)(x, generator(seed=0, epoch=0, record=0)).equal(x)
+    assert Crop(smallest=1e-9, largest=1e-9)(x, generator(seed=0, epoch=0, record=0)).shape == (3, 1, 1)
+
+
+def test_masked_patches_have_the_mean_color_and_the_others_stay(photograph):
+    """A grid of 4 on 40 x 60 pixels: patches of 10 x 15, of which 30 % of 16 are 5."""
+    x = to_tensor(photograph)
+    masked = PatchMask(share=0.3, grid=4)(x, generator(seed=0, epoch=0, record=3))
+    changed = (masked != x).any(0).unflatten(0, (4, 10)).unflatten(2, (4, 15)).transpose(1, 2).flatten(2)
+    assert changed.all(-1).sum() == changed.any(-1).sum() == 5
+    mean = x.mean((1, 2))
+    assert torch.equal(masked[:, (masked != x).any(0)], mean[:, None].expand(3, 5 * 150))
+    assert torch.equal(PatchMask(share=1.0)(x, generator(seed=0, epoch=0, record=0)), mean[:, None, None].expand_as(x))
+    assert torch.equal(MeanColor()(x, generator(seed=0, epoch=0, record=0)), mean[:, None, None].expand_as(x))
+    assert (PatchMask(share=1e-9, grid=99)(x, generator(seed=0, epoch=0, record=0)) != x).any(0).sum() == 1
+
+
+def test_the_blur_is_gaussian_and_of_the_same_strength_at_every_size():
+    """A white pixel becomes a bell: 0.05 of 100 pixels is a standard deviation of 5."""
+    x = torch.zeros(3, 101, 101)
+    x[:, :, 50] = 1.0
+    bell = Blur(sigma=0.05)(x, generator(seed=0, epoch=0, record=0))[0, 50].double()
+    place = torch.arange(101) - 50
+    assert bell.sum().item() == pytest.approx(1, abs=0.05)
+    assert ((bell * place**2).sum() / bell.sum()).sqrt().item() == pytest.approx(5, abs=0.3)
+    edge = torch.zeros(3, 200, 200)
+    edge[:, :, 100:] = 1.0
+    small = torch.nn.functional.avg_pool2d(edge, 2)
+    large = torch.nn.functional.avg_pool2d(Blur()(edge, generator(seed=0, epoch=0, record=0)), 2)
+    torch.testing.assert_close(large, Blur()(small, generator(seed=0, epoch=0, record=0)), rtol=0, atol=0.02)
+
+
+def test_the_other_picture_is_never_the_records_own(photograph):
+    """Of four records two share a picture; alone with it, a record has no other."""
+    red, blue = Image.new("RGB", (8, 8), "red"), Image.new("RGB", (8, 8), "blue")
+    distortion = OtherPicture().among([photograph, red, photograph, blue])
+    colors = set()
+    for record in range(40):
+        other = distort_picture(distortion, photograph, generator(seed=0, epoch=0, record=record))
+        colors.add(other.getpixel((0, 0)))
+    assert colors == {(255, 0, 0), (0, 0, 255)}
+    with pytest.raises(Fault, match="the data's 2 records show no picture but this one"):
+        distort_picture(
+            OtherPicture().among([red, red.copy()]), red, generator(seed=0, epoch=0, record=0)
+        )

@@ -10,11 +10,17 @@ import pytest
 import torch
 
 from povid.method.noise_dispreferred import most_likely
-from povid.method.objectives import Terms
+from povid.method.objectives import Objective, Terms
+from povid.method.objectives.apo_zero import APOZero
+from povid.method.objectives.ddpo import DDPO
 from povid.method.objectives.dpo import DPO
+from povid.method.objectives.ipo import IPO
+from povid.method.objectives.mdpo import MDPO
 from povid.method.objectives.povid import POVID
 from povid.method.objectives.preferred_only import PreferredOnly
 from povid.method.objectives.released import Released
+from povid.method.objectives.rpo import RPO
+from povid.method.objectives.simpo import SimPO
 from povid.training.scoring import token_logps
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden" / "objective.json"
@@ -82,6 +88,125 @@ def test_preferred_only_by_hand():
     assert PreferredOnly()(Terms(t(-10)), Terms(t(-9)), Terms(t(4))).loss_B.item() == 2.5
 
 
+def test_where_the_others_begin():
+    """All rewards are zero: ipo (1 / 0.2)^2 = 25 = 1 / (4 * 0.01), apo_zero 1 - 1/2 + 1/2, mdpo three times log 2, with
+    delta 1 log(1 + e) = 1.3132617 in the anchor's place."""
+    same, counts = Terms(*(t(-3.0, -8.0) - i for i in range(5))), Terms(*[t(4, 6)] * 5)
+    for objective, loss in (
+        (IPO(0.1), 25),
+        (APOZero(), 1),
+        (DDPO(), math.log(2)),
+        (MDPO(), 3 * math.log(2)),
+        (MDPO(delta=1.0), 2 * math.log(2) + 1.3132617),
+    ):
+        found = objective(same, same, counts).loss_B
+        torch.testing.assert_close(found, torch.full((2,), loss, dtype=torch.float64), rtol=1e-7, atol=1e-7)
+
+
+PAIR = Terms(t(-10), t(-14)), Terms(t(-12), t(-13)), Terms(t(4), t(5))
+NOISE = {"noise": t(-6)}, {"noise": t(-11)}, {"noise": t(4)}
+
+
+def both() -> tuple[Terms, Terms, Terms]:
+    policy, reference, tokens = (terms._replace(**more) for terms, more in zip(PAIR, NOISE))
+    return policy, reference, tokens
+
+
+def test_ipo_by_hand():
+    """r: 2 over 4 tokens, -1 over 5, and of y_l^n 5 over 4; beta 0.5, so that the margin is 1.
+
+    0.5 + 0.2 - 1 = -0.3, squared 0.09; 0.5 - 1.25 - 1 = -1.75, squared 3.0625; mean 1.57625.
+    """
+    out = IPO(beta=0.5)(*PAIR)
+    assert out.loss_B.item() == pytest.approx(0.09) and out.rewards["text"].item() == pytest.approx(-0.2)
+    assert IPO(beta=0.5)(*both()).loss_B.item() == pytest.approx(1.57625)
+
+
+def test_simpo_by_hand():
+    """beta 2, gamma 0.25 * 2 = 0.5; means -2.5 and -2.8, and of y_l^n -1.5.
+
+    -5 + 5.6 - 0.5 = 0.1, log(1 + e^-0.1) = 0.6443967; -5 + 3 - 0.5 = -2.5, log(1 + e^2.5) = 2.5788897; mean 1.6116432.
+    The reference is not read.
+    """
+    simpo = SimPO(beta=2.0, gamma_beta_ratio=0.25)
+    assert simpo.reference is False
+    out = simpo(PAIR[0], None, PAIR[2])
+    assert out.loss_B.item() == pytest.approx(0.6443967, abs=1e-7)
+    assert {name: reward.item() for name, reward in out.rewards.items()} == pytest.approx(
+        {"preferred": -5, "text": -5.6}
+    )
+    policy, _, tokens = both()
+    assert simpo(policy, None, tokens).loss_B.item() == pytest.approx(1.6116432, abs=1e-7)
+
+
+def test_apo_zero_by_hand():
+    """beta 0.5: rewards 1, -0.5 and, of y_l^n, 2.5; sigmoids 0.7310586, 0.3775407 and 0.9241418.
+
+    1 - 0.7310586 + 0.3775407 = 0.6464821; with the mean of both, 0.6508412, 0.9197827.
+    """
+    assert APOZero(beta=0.5)(*PAIR).loss_B.item() == pytest.approx(0.6464821, abs=1e-7)
+    assert APOZero(beta=0.5)(*both()).loss_B.item() == pytest.approx(0.9197827, abs=1e-7)
+
+
+def test_rpo_adds_the_likelihood_to_any_objective():
+    """Eq. 3 is 0.5543552 and Eq. 5 with 0.05 and 0.02 is 0.6209571, both as above; 0.2 * 10 / 4 = 0.5 comes on top.
+
+    Whatever scoring asks of an objective, it asks of the one inside.
+    """
+    assert RPO(DPO(), 0.2)(*PAIR).loss_B.item() == pytest.approx(1.0543552, abs=1e-7)
+    assert RPO(POVID(0.1, 0.05, 0.02), 0.2)(*both()).loss_B.item() == pytest.approx(1.1209571, abs=1e-7)
+    assert RPO(SimPO(), 0.2)(PAIR[0], None, PAIR[2]).rewards == SimPO()(PAIR[0], None, PAIR[2]).rewards
+    for inside in (DPO(), POVID(differing_only=True), SimPO(), DDPO(), MDPO(distorted_images=2)):
+        outside = RPO(inside)
+        for name in Objective.__annotations__:
+            assert getattr(outside, name) == getattr(inside, name), name
+        assert outside.terms({"text", "noise"}) == inside.terms({"text", "noise"})
+    with pytest.raises(ValueError, match="objective: found 3, needed the _target_ of an objective"):
+        RPO(3)
+
+
+def test_mdpo_by_hand():
+    """beta 0.1, delta 0.05: rewards 0.2 and -0.1, of y_w on the distorted image 0.1 * (-16 + 15) = -0.1.
+
+    Response and image preference: margins 0.3, 0.5543552 each. Anchor: 0.15, 0.6209571. Together 1.7296675.
+    Without text or noise dispreferences 1.1753123.
+    """
+    mdpo = MDPO(delta=0.05)
+    policy, reference = (
+        terms._replace(preferred_on_distorted=t(value)) for terms, value in zip(PAIR[:2], (-16, -15))
+    )
+    out = mdpo(policy, reference, NO_COUNTS)
+    assert out.loss_B.item() == pytest.approx(1.7296675, abs=1e-7)
+    assert out.rewards["noise"].item() == pytest.approx(-0.1)
+    assert mdpo(*PAIR).loss_B.item() == pytest.approx(1.1753123, abs=1e-7)
+    alone = mdpo(policy._replace(text=None), reference, NO_COUNTS)
+    assert alone.loss_B.item() == pytest.approx(1.1753123, abs=1e-7) and "text" not in alone.rewards
+
+
+def test_ddpo_weights_changed_tokens():
+    """A red bus . / A blue big bus and dog . as 1 2 3 4 / 1 5 6 3 7 8 4: red and blue big are one segment in two wordings,
+    and dog a segment of one response alone.
+
+    With matches of at least two tokens there are none, and everything is one changed segment.
+    """
+    one, other = [1, 2, 3, 4], [1, 5, 6, 3, 7, 8, 4]
+    assert DDPO().token_weights(one, other) == ([1, 3, 1, 1], [1, 3, 3, 1, 3, 3, 1])
+    assert DDPO(weight=5.0, one_sided=False).token_weights(one, other) == ([1, 5, 1, 1], [1, 5, 5, 1, 1, 1, 1])
+    assert DDPO(shortest_match=2).token_weights(one, other) == ([3] * 4, [3] * 7)
+    assert DDPO().token_weights(one, one) == ([1] * 4, [1] * 4)
+    # A long response, of which difflib by itself would ignore the frequent tokens.
+    long = [1, 2] * 150
+    assert DDPO().token_weights(long, [*long[:-1], 9]) == ([1.0] * 299 + [3.0], [1.0] * 299 + [3.0])
+
+
+def test_ddpo_marks_the_segments_of_rlaif_v():
+    """What get_diff_ids of RLAIF-V's utils/diff_lib.py (min_match_size=3) returned for these two responses."""
+    one = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]
+    other = [7, 8, 9, 10, 30, 12, 31, 14, 15, 16, 32, 33, 17, 18, 19, 40]
+    weights = DDPO(weight=2.0, shortest_match=3, one_sided=False).token_weights(one, other)
+    assert [[i for i, weight in enumerate(side) if weight == 2] for side in weights] == [[4, 5, 6], [4, 5, 6]]
+
+
 def test_an_ablation_leaves_out_what_an_objective_can_do_without():
     assert POVID().terms({"text", "noise"}) == {"preferred", "text", "noise"}
     assert POVID().terms({"noise"}) == {"preferred", "noise"}
@@ -89,6 +214,15 @@ def test_an_ablation_leaves_out_what_an_objective_can_do_without():
     assert PreferredOnly().terms({"text", "noise"}) == {"preferred"}
     with pytest.raises(ValueError, match="DPO needs text dispreferences, and this stage has noise"):
         DPO().terms({"noise"})
+    for objective in (IPO(), SimPO(), APOZero()):
+        assert objective.terms({"text"}) == {"preferred", "text"}
+        assert objective.terms({"noise"}) == {"preferred", "noise"}
+        with pytest.raises(ValueError, match="needs noise or text dispreferences, and this stage has none"):
+            objective.terms(set())
+    assert MDPO().terms({"text"}) == {"preferred", "text"}
+    assert MDPO().terms({"noise"}) == {"preferred", "preferred_on_distorted"}
+    with pytest.raises(ValueError, match="DDPO needs text dispreferences, and this stage has noise"):
+        RPO(DDPO()).terms({"noise"})
 
 
 def test_token_logps_is_log_softmax():

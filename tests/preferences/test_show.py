@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from html.parser import HTMLParser
 
@@ -16,8 +17,10 @@ from tiny import load, picture, save_tiny_llava
 
 from povid.fault import Fault
 from povid.method.distortions.diffusion import Diffusion
+from povid.method.distortions.other_picture import OtherPicture
 from povid.preferences.__main__ import main
 from povid.preferences.differences import changes, objects, overlap, segments
+from povid.preferences.formats import find
 from povid.preferences.show import marked, write_page
 from povid.preferences.triple import Triple, Turn
 from povid.training.datamodule import PreferenceDataset
@@ -142,3 +145,39 @@ def test_the_command_on_the_real_sample(tmp_path, capsys):
     assert main(["show", str(file), "--out", str(tmp_path / "p.html"), "--count", "2"]) == 0
     page = (tmp_path / "p.html").read_text()
     assert page.count("noised, step 500") == 4 and page.count("<article>") == 2
+
+
+def test_the_page_draws_any_option_of_conf_noise(tmp_path, capsys):
+    """Under the same seed training sees the very picture that the page shows, another record's included."""
+    pictures = [picture(tmp_path, f"p{n}", n, size=(40, 32)) for n in range(4)]
+    records = [
+        {
+            "id": str(n),
+            "image": image.name,
+            "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}],
+            "rejected_conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
+        }
+        for n, image in enumerate(pictures)
+    ]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps(records))
+    command = ["show", str(file), "--out", str(tmp_path / "p.html"), "--seed", "5"]
+    assert main([*command, "--noise", "other_picture", "--noise", "crop", "smallest=0.3", "largest=0.5"]) == 0
+    page = (tmp_path / "p.html").read_text()
+    assert "noised, step" not in page and page.count("<figcaption>crop smallest=0.3 largest=0.5<") == 4
+    _, template = load(save_tiny_llava(tmp_path / "model"))
+    data = PreferenceDataset(find("povid")(file, tmp_path, None), template, OtherPicture(), seed=5)
+    shown = re.findall(r'<b>(\d)</b>.*?alt="other_picture" src="data:image/png;base64,([^"]+)"', page)
+    assert len(shown) == 4
+    for record, encoded in shown:
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:
+            seen = template.see(template.prompt("What?"), template.picture(image))[1]["pixel_values"]
+        assert torch.equal(seen, data[int(record), 0].noised["pixel_values"])
+    for noise, sentence in (
+        (["bluer"], "--noise bluer: there is no such option; did you mean 'blur'?"),
+        (["blur", "sigma=0"], "--noise blur sigma=0: sigma: found 0, needed more than 0"),
+        (["crop", "smalest=0.1"], "'smalest' is not in struct"),
+        (["sigmoid", "step=1000"], "step: found 1000; the scheduler has steps 0 to 999"),
+    ):
+        assert main([*command, "--noise", *noise]) == 2
+        assert sentence in capsys.readouterr().err

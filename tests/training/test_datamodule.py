@@ -5,6 +5,8 @@ import tiny
 import torch
 from PIL import Image
 
+from povid.method.distortions.crop import Crop
+from povid.method.distortions.other_picture import OtherPicture
 from povid.model.packing import Encoded, pack
 from povid.model.template import pad_to_square
 from povid.training.datamodule import EpochBatches, PreferenceDataModule, PreferenceDataset, collate
@@ -138,3 +140,46 @@ def test_pad_to_square_by_hand():
     square = pad_to_square(Image.new("RGB", (2, 4), (255, 0, 0)), (0.5, 0.5, 0.5))
     assert square.size == (4, 4)
     assert [square.getpixel((x, 0)) for x in range(4)] == [(127,) * 3, (255, 0, 0), (255, 0, 0), (127,) * 3]
+
+
+def test_the_references_own_distorted_image_is_a_second_draw(loaded):
+    """The first draw is what it is without a second one, in both spaces."""
+    (_, template), triples = loaded
+    for distortion in (Crop(0.3, 0.6), tiny.noise()):
+        one = PreferenceDataset(triples, template, distortion, seed=3)
+        two = PreferenceDataset(triples, template, distortion, seed=3, distorted_images=2)
+        assert one[1, 0].noised_for_reference is None
+        first, second = (two[1, 0].noised["pixel_values"], two[1, 0].noised_for_reference["pixel_values"])
+        assert torch.equal(first, one[1, 0].noised["pixel_values"]) and not torch.equal(first, second)
+        assert torch.equal(second, two[1, 0].noised_for_reference["pixel_values"])
+        batch = collate([two[i, 0] for i in (1, 2)], TERMS, packable=True, padding_id=2)
+        assert torch.equal(batch.noised_for_reference["pixel_values"][0], second[0])
+        assert collate([one[1, 0]], TERMS, packable=True, padding_id=2).noised_for_reference is None
+
+
+def test_loader_processes_draw_the_same_other_pictures(loaded):
+    (_, template), triples = loaded
+
+    def noised(workers: int, batch_size: int) -> dict[int, torch.Tensor]:
+        data = PreferenceDataModule(
+            triples,
+            template,
+            terms=TERMS,
+            distortion=OtherPicture(),
+            packable=True,
+            batch_size=batch_size,
+            seed=0,
+            workers=workers,
+        )
+        return {
+            record: image
+            for batch in data.train_dataloader()
+            for record, image in zip(batch.records, batch.noised["pixel_values"])
+        }
+
+    alone, together = noised(0, 4), noised(2, 1)
+    assert alone.keys() == together.keys() == {0, 1, 2, 3}
+    own = [template.encode((t.preferred,), t.image, t.id)[1]["pixel_values"][0] for t in triples]
+    for record, image in alone.items():
+        assert torch.equal(image, together[record])
+        assert [i for i in range(4) if torch.equal(image, own[i])] not in ([], [record])

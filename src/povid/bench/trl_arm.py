@@ -11,15 +11,23 @@ from torch import Tensor, nn
 
 from povid.bench.arms import Arm
 from povid.bench.subject import Step, twin
-from povid.method.objectives.dpo import DPO
 from povid.model.policy import Policy
 
 
-def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool) -> tuple[Arm, list[nn.Parameter]]:
+def trl_dpo(
+    policy: Policy,
+    base: nn.Module,
+    processor: Any,
+    *,
+    checkpoint: bool,
+    beta: float = 0.1,
+    loss_type: str | list[str] = "sigmoid",
+) -> tuple[Arm, list[nn.Parameter]]:
     """An arm and the parameters that it trains: a fresh peft model of TRL's making with the policy's adapter weights.
 
     TRL wraps the bare model itself, so that its reference is the model without adapter, as here. ``checkpoint``:
-    gradient checkpointing, which TRL uses by default.
+    gradient checkpointing, which TRL uses by default. ``beta`` and ``loss_type`` are TRL's; by default those of stage 1's
+    objective.
     """
     from datasets import Dataset
     from PIL import Image
@@ -32,7 +40,8 @@ def trl_dpo(policy: Policy, base: nn.Module, processor: Any, *, checkpoint: bool
         model=model,
         args=DPOConfig(
             folder,
-            beta=DPO().alpha,  # the objective of stage 1
+            beta=beta,
+            loss_type=loss_type,
             gradient_checkpointing=checkpoint,
             bf16=policy.settings.dtype == "bfloat16",
             use_cpu=device.type == "cpu",

@@ -5,12 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from povid.fault import Fault
+from pydantic import BaseModel, ValidationError
+
+from povid.fault import Fault, did_you_mean, sentences
+from povid.machine import conf_folder
 from povid.preferences.check import check
 from povid.preferences.formats import find, names
 from povid.preferences.show import write_page
 from povid.preferences.triple import Triple
+
+if TYPE_CHECKING:
+    from povid.method.distortions import Distortion
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -46,6 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, default=Path("preferences.html"), metavar="PAGE")
     one.add_argument("--count", type=int, default=40, metavar="N", help="triples on the page, drawn at random")
     one.add_argument("--seed", type=int, default=0, help="of the draw and of the noise (default: 0)")
+    one.add_argument(
+        "--noise",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("NAME", "KEY=VALUE"),
+        help="an option of conf/noise and its settings, in place of the noised pictures; may be given several times",
+    )
     one.add_argument("--skip-bad", action="store_true", help="skip and count records that cannot be read")
     one.set_defaults(run=_show)
 
@@ -85,9 +100,42 @@ def _check(options: argparse.Namespace) -> int:
 
 def _show(options: argparse.Namespace) -> int:
     triples = _read(options)
-    write_page(triples, options.out, title=str(options.data), count=options.count, seed=options.seed)
+    distortions = {" ".join(words): _distortion(*words) for words in options.noise}
+    steps = {"noise_steps": ()} if distortions else {}
+    write_page(
+        triples,
+        options.out,
+        title=str(options.data),
+        count=options.count,
+        seed=options.seed,
+        distortions=distortions,
+        **steps,
+    )
     print(options.out)
     return 0
+
+
+def _distortion(name: str, *settings: str) -> Distortion:
+    """An option of conf/noise, as a run with the overrides noise=NAME and noise.KEY=VALUE has it."""
+    from hydra import compose, initialize_config_dir  # only here: no other command needs a configuration
+    from hydra.errors import HydraException
+    from hydra.utils import instantiate
+    from omegaconf.errors import OmegaConfBaseException
+
+    given, options = " ".join((name, *settings)), [file.stem for file in (conf_folder() / "noise").glob("*.yaml")]
+    if name not in options:
+        raise Fault(f"--noise {given}: there is no such option{did_you_mean(name, sorted(options), 'options')}")
+    try:
+        with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+            composed = compose(overrides=[f"+noise={name}", *(f"noise.{setting}" for setting in settings)])
+        return instantiate(composed.noise)
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        if isinstance(cause, ValidationError):
+            raise Fault(f"--noise {given}: {'; '.join(sentences(cause.errors(), '', BaseModel))}") from None
+        raise Fault(f"--noise {given}: {str(cause).splitlines()[0]}; correct the setting") from None
 
 
 def _convert(options: argparse.Namespace) -> int:

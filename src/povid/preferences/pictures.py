@@ -6,7 +6,7 @@ import base64
 import binascii
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -48,6 +48,21 @@ def open_picture(image: Path | bytes) -> Image.Image:
             f"{name} cannot be decoded ({error}); replace the file, remove its record, or skip it with "
             "data.skip_bad=true"
         ) from None
+
+
+class Pictures(Sequence[Image.Image]):
+    """The pictures of records, opened one at a time when they are indexed, by :func:`open_picture`."""
+
+    def __init__(self, images: Sequence[Path | bytes]) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, record: Any) -> Any:
+        if isinstance(record, slice):
+            return Pictures(self.images[record])
+        return open_picture(self.images[record])
 
 
 def picture_fault(image: Path | bytes) -> str | None:

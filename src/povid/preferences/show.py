@@ -1,7 +1,8 @@
 """A page to look at preference triples: picture, noised pictures, differing words marked, statistics.
 
-The page is one file with its pictures inside, so that it can be sent to somebody. The noised pictures are those that a
-run with the same seed trains on in its first epoch under ``noise.space=pixel`` (sigmoid schedule, appendix A.1).
+The page is one file with its pictures inside, so that it can be sent to somebody. The distorted pictures are those that
+a run with the same seed trains on in its first epoch: the noised ones under ``noise.space=pixel`` (sigmoid schedule,
+appendix A.1), and those of any other distortion that works on pictures.
 """
 
 from __future__ import annotations
@@ -11,17 +12,21 @@ import io
 import random
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from povid.fault import Fault
 from povid.files import write_text
 from povid.preferences.differences import changes, compared_whole, overlap, segments, words
-from povid.preferences.pictures import open_picture
+from povid.preferences.pictures import Pictures, open_picture
 from povid.preferences.triple import Triple
+
+if TYPE_CHECKING:
+    from povid.method.distortions import Distortion
 
 NOISE_STEPS = (250, 500, 750)  # of 1000; the paper trains at 500 (Table 5)
 SIDE = 320  # pixels of the longer side; larger pictures are scaled down
@@ -72,6 +77,7 @@ def write_page(
     count: int = 40,
     seed: int = 0,
     noise_steps: Sequence[int] = NOISE_STEPS,
+    distortions: Mapping[str, Distortion] | None = None,
     extra: str = "",
 ) -> None:
     """Write the page for ``triples``.
@@ -81,6 +87,7 @@ def write_page(
         count: how many records are shown in full, drawn by ``seed``.
         seed: of the drawn records and of the noise.
         noise_steps: steps k of Eq. 4, 0 to 999; one noised picture for each.
+        distortions: further distortions by the name that stands below their pictures.
         extra: HTML between statistics and records.
 
     Raises:
@@ -91,7 +98,10 @@ def write_page(
     shown: Sequence[int] = range(len(triples))
     if count < len(shown):
         shown = random.Random(seed).sample(shown, max(count, 0))
-    cards = "\n".join(_card(triples[record], noise_steps, seed, record) for record in shown)
+    drawn = {f"noised, step {step}": _noise(step) for step in noise_steps}
+    pictures = Pictures([triple.image for triple in triples])
+    drawn |= {name: distortion.among(pictures) for name, distortion in (distortions or {}).items()}
+    cards = "\n".join(_card(triples[record], drawn, seed, record) for record in shown)
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title><style>{STYLE}</style></head><body><main>
@@ -170,7 +180,7 @@ def _statistics(triples: Sequence[Triple]) -> str:
     )
 
 
-def _card(triple: Triple, noise_steps: Sequence[int], seed: int, record: int) -> str:
+def _card(triple: Triple, distortions: Mapping[str, Distortion], seed: int, record: int) -> str:
     first, second = _responses(triple.preferred), _responses(triple.dispreferred)
     found = changes(first, second)
     tags = "".join(f'<span class="tag">{kind}</span>' for kind in KINDS if kind in found.kinds)
@@ -186,33 +196,36 @@ def _card(triple: Triple, noise_steps: Sequence[int], seed: int, record: int) ->
     return (
         f"<article><header><b>{escape(triple.id)}</b>{tags}<span class='dim'>overlap {overlap(first, second):.2f}, "
         f"{len(words(first))} → {len(words(second))} words</span></header>"
-        f'<div class="pictures">{_figures(triple, noise_steps, seed, record)}</div>{"".join(rounds)}</article>'
+        f'<div class="pictures">{_figures(triple, distortions, seed, record)}</div>{"".join(rounds)}</article>'
     )
 
 
-def _figures(triple: Triple, noise_steps: Sequence[int], seed: int, record: int) -> str:
+def _figures(triple: Triple, distortions: Mapping[str, Distortion], seed: int, record: int) -> str:
     try:
         picture = open_picture(triple.image)
     except Fault as fault:  # a page about data shows what is wrong with them
         return f'<div class="gone">{escape(str(fault))}</div>'
     shown = [(picture, "picture")]
-    shown += [(_noised(picture, step, seed, record), f"noised, step {step}") for step in noise_steps]
+    if distortions:
+        from povid.method.distortions import distort_picture, generator
+
+        for name, distortion in distortions.items():
+            source = generator(seed=seed, epoch=0, record=record)
+            shown.append((distort_picture(distortion, picture, source), name))
     return "".join(
         f'<figure><img alt="{escape(name)}" src="{_embedded(image)}"><figcaption>{escape(name)}</figcaption></figure>'
         for image, name in shown
     )
 
 
-def _noised(picture: Image.Image, step: int, seed: int, record: int) -> Image.Image:
-    """Eq. 4 on the picture's pixels, as training applies it to this record in its first epoch."""
+def _noise(step: int) -> Distortion:
+    """Eq. 4 on a picture's pixels."""
     from diffusers.schedulers.scheduling_ddpm import DDPMScheduler  # takes seconds to import
 
-    from povid.method.distortions import distort_picture, generator
     from povid.method.distortions.diffusion import Diffusion
 
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3)
-    distortion = Diffusion(scheduler, step, space="pixel")
-    return distort_picture(distortion, picture, generator(seed=seed, epoch=0, record=record))
+    return Diffusion(scheduler, step, space="pixel")
 
 
 def _embedded(picture: Image.Image) -> str:

@@ -14,7 +14,7 @@ from povid.fault import Fault
 from povid.machine import versions
 from povid.method.distortions import distort_picture, generator
 from povid.model.question import Answerer, Decoding, Question
-from povid.preferences.pictures import open_picture
+from povid.preferences.pictures import Pictures, open_picture
 from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.run.build import make
@@ -140,6 +140,7 @@ def show(
     A logger that fails is named in a warning: what it would show is in results.json already.
     """
     samples, before = sample_questions(triples, settings.plain.samples), captions_before(run) or after
+    distortion = settings.distortion.among(Pictures([triple.image for triple in triples]))
     records = []
     for sample, was, now in zip(samples, before, after):
         number = sample.meta["record"]
@@ -153,7 +154,7 @@ def show(
                 "question": triple.question,
                 "before": was,
                 "after": now,
-                "noised": distort_picture(settings.distortion, picture, source),
+                "noised": distort_picture(distortion, picture, source),
                 "preferred": triple.preferred[-1].text,
                 "dispreferred": triple.dispreferred[-1].text,
                 "objects": triple.meta.get("objects"),

@@ -261,7 +261,7 @@ def build(cfg: DictConfig) -> Settings:
     checkpoint = building.settings(CheckpointSettings, tree.get("checkpoint"), "checkpoint", problems)
     generation = building.settings(Generation, tree.get("generation"), "generation", problems)
     model = _node(tree, "model", problems)
-    distortion = _node(tree, "noise", problems)
+    distortion = _made_kind(_node(tree, "noise", problems), tree.get("noise"), "noise", Distortion, problems)
     dispreference = _node(tree, "dispreference", problems)
     if dispreference is not None and not callable(
         dispreference
@@ -421,8 +421,13 @@ def _objectives(tree: Mapping[str, Any], problems: list[str]) -> dict[int, Objec
         ]
         if "name" not in node:
             problems.append("objective.name: missing; name it for results and tables")
-        return {int(n): building.build(each, f"objective.{n}", problems) for n, each in nodes.items()}
-    one = building.build(nodes["1"], "objective", problems)
+        return {
+            int(n): _made_kind(
+                building.build(each, f"objective.{n}", problems), each, f"objective.{n}", Objective, problems
+            )
+            for n, each in nodes.items()
+        }
+    one = _made_kind(building.build(nodes["1"], "objective", problems), node, "objective", Objective, problems)
     return dict.fromkeys(map(int, nodes), one)
 
 
@@ -459,6 +464,14 @@ def _check_kind(node: Any, key: str, kind: type, problems: list[str]) -> None:
     call = building.target(node, key, []) if is_node(node) else None
     if call is not None and not (issubclass(call, kind) if isinstance(call, type) else inspect.isfunction(call)):
         problems.append(f"{key}._target_: found {node['_target_']!r}, needed a {kind.__name__} of Lightning's")
+
+
+def _made_kind(made: Any, node: Any, key: str, kind: type, problems: list[str]) -> Any:
+    """What was built if it is a ``kind``; None, with the problem noted, if it is something else."""
+    if made is None or isinstance(made, kind):
+        return made
+    problems.append(f"{key}._target_: found {node['_target_']!r}, needed a subclass of {kind.__module__}.{kind.__name__}")
+    return None
 
 
 def _check_reader(node: Any, problems: list[str]) -> None:

@@ -169,6 +169,7 @@ class Stage:
             template,
             terms=settings.terms[self.number],
             distortion=settings.distortion,
+            distorted_images=settings.objectives[self.number].distorted_images,
             weigh=settings.objectives[self.number].token_weights,
             packable=policy.packable,
             batch_size=1 if stage.batch_size == "auto" else stage.batch_size,

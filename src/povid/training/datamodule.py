@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 from typing import NamedTuple
 
 import lightning as L
@@ -13,16 +13,19 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from povid.fault import Fault
 from povid.method.distortions import Distortion, distort_picture, generator
-from povid.method.objectives import ON_DISTORTED, Terms
+from povid.method.objectives import ON_DISTORTED, Terms, Weigh
 from povid.model.packing import Encoded, Packed, pack, stack
 from povid.model.template import Template
-from povid.preferences.pictures import open_picture
+from povid.preferences.pictures import Pictures, open_picture
 from povid.preferences.triple import Triple
 from povid.training.digest import record_digest
 
 
 class Example(NamedTuple):
-    """One record, ready to be packed. ``noised``: x^n, None if the stage uses none; ``digest`` names the content."""
+    """One record, ready to be packed. ``digest`` names the content.
+
+    ``noised``: x^n, None if the stage uses none; ``noised_for_reference``: one that is the reference's own, if any.
+    """
 
     record: int
     name: str
@@ -31,6 +34,7 @@ class Example(NamedTuple):
     images: dict[str, Tensor]
     noised: dict[str, Tensor] | None
     digest: str = ""
+    noised_for_reference: dict[str, Tensor] | None = None
 
 
 class PreferenceBatch(NamedTuple):
@@ -39,8 +43,9 @@ class PreferenceBatch(NamedTuple):
     ``pairs`` packs preferred and dispreferred together, or the preferred side alone if no term needs the other;
     ``preferred`` packs the preferred side alone for the distorted image (None without one). For models whose sequences
     cannot be packed, ``pairs`` is the preferred side and ``dispreferred`` the other. ``images`` and ``noised`` hold the
-    processor's tensors of x and x^n, one row (or more) per example. ``tokens``: the number of tokens of each response
-    [B], or the sum of their weights.
+    processor's tensors of x and x^n, one row (or more) per example; ``noised_for_reference`` those of the x^n that only
+    the reference sees, None if it sees the policy's. ``tokens``: the number of tokens of each response [B], or the sum
+    of their weights.
     """
 
     names: list[str]
@@ -52,14 +57,14 @@ class PreferenceBatch(NamedTuple):
     noised: dict[str, Tensor] | None
     digests: Sequence[str] = ()
     tokens: Terms = Terms()
-
-
-Weigh = Callable[[Sequence[int], Sequence[int]], tuple[Sequence[float], Sequence[float]]]
-"""Takes the token ids of a preferred and a dispreferred response and returns a weight for each token of both."""
+    noised_for_reference: dict[str, Tensor] | None = None
 
 
 class PreferenceDataset(Dataset):
-    """Triples as examples, indexed by (record number, epoch) because each epoch has its own distortions."""
+    """Triples as examples, indexed by (record number, epoch) because each epoch has its own distortions.
+
+    ``distorted_images``: how many of a record's x^n are drawn, one after the other; the second is the reference's.
+    """
 
     def __init__(
         self,
@@ -68,8 +73,11 @@ class PreferenceDataset(Dataset):
         distortion: Distortion | None,
         seed: int,
         cache_mb: int = 0,
+        distorted_images: int = 1,
     ) -> None:
-        self.triples, self.template, self.distortion, self.seed = triples, template, distortion, seed
+        self.triples, self.template, self.seed = triples, template, seed
+        self.distortion = distortion and distortion.among(Pictures([triple.image for triple in triples]))
+        self.distorted_images = distorted_images
         self.cache_bytes, self.cached_bytes = cache_mb * 2**20, 0
         self.cache: OrderedDict[int, tuple] = OrderedDict()
 
@@ -80,8 +88,8 @@ class PreferenceDataset(Dataset):
         record, epoch = key
         triple = self.triples[record]
         (preferred, dispreferred), images, digest = self._encoded(record)
-        noised = self._distorted(triple, images, record, epoch)
-        return Example(record, triple.id, preferred, dispreferred, images, noised, digest)
+        noised, *second = self._distorted(triple, images, record, epoch)
+        return Example(record, triple.id, preferred, dispreferred, images, noised, digest, *second)
 
     def _encoded(self, record: int) -> tuple[list[Encoded], dict[str, Tensor], str]:
         if record in self.cache:
@@ -101,14 +109,17 @@ class PreferenceDataset(Dataset):
 
     def _distorted(
         self, triple: Triple, images: dict[str, Tensor], record: int, epoch: int
-    ) -> dict[str, Tensor] | None:
+    ) -> list[dict[str, Tensor] | None]:
         if self.distortion is None:
-            return None
+            return [None]
         source = generator(seed=self.seed, epoch=epoch, record=record)
-        if self.distortion.space == "pixel":
-            picture = distort_picture(self.distortion, open_picture(triple.image), source)
-            return self.template.see(self.template.prompt(triple.question), self.template.picture(picture))[1]
-        return {**images, "pixel_values": self.distortion(images["pixel_values"], source)}
+        if self.distortion.space == "normalized":
+            pixels = images["pixel_values"]
+            draws = [self.distortion(pixels, source) for _ in range(self.distorted_images)]
+            return [{**images, "pixel_values": drawn} for drawn in draws]
+        picture, prompt = open_picture(triple.image), self.template.prompt(triple.question)
+        pictures = [distort_picture(self.distortion, picture, source) for _ in range(self.distorted_images)]
+        return [self.template.see(prompt, self.template.picture(drawn))[1] for drawn in pictures]
 
 
 def collate(
@@ -147,6 +158,9 @@ def collate(
         stack([example.noised for example in examples]) if noised else None,
         [example.digest for example in examples],
         Terms(**counted),
+        stack([example.noised_for_reference for example in examples])
+        if noised and examples[0].noised_for_reference is not None
+        else None,
     )
 
 
@@ -216,6 +230,7 @@ class PreferenceDataModule(L.LightningDataModule):
         template: turns a record into tokens and image tensors.
         terms: what the stage's objective reads (:class:`povid.method.objectives.Terms`).
         distortion: makes x^n; used where a term needs it.
+        distorted_images: 2: the reference sees an x^n of its own (``Objective.distorted_images``).
         weigh: the objective's token weights; None if all tokens count equally.
         packable: whether the model takes packed sequences (``Policy.packable``).
         batch_size: records per device and step.
@@ -239,6 +254,7 @@ class PreferenceDataModule(L.LightningDataModule):
         batch_size: int,
         seed: int,
         distortion: Distortion | None = None,
+        distorted_images: int = 1,
         weigh: Weigh | None = None,
         workers: int = 0,
         cache_mb: int = 0,
@@ -250,7 +266,8 @@ class PreferenceDataModule(L.LightningDataModule):
         needs_distortion = bool(ON_DISTORTED & terms)
         if needs_distortion and distortion is None:
             raise ValueError(f"the terms {', '.join(sorted(ON_DISTORTED & terms))} need a distortion")
-        self.dataset = PreferenceDataset(triples, template, distortion if needs_distortion else None, seed, cache_mb)
+        used = distortion if needs_distortion else None
+        self.dataset = PreferenceDataset(triples, template, used, seed, cache_mb, distorted_images)
         self.lengths = [sum(len(turn.text) for turn in (*t.preferred, *t.dispreferred)) for t in triples]
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.terms, self.weigh, self.packable, self.group_by_length = frozenset(terms), weigh, packable, group_by_length

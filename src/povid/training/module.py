@@ -155,6 +155,7 @@ class POVIDModule(L.LightningModule):
             self.terms,
             with_reference=self.objective.reference,
             known_reference=known_reference,
+            differing_only=self.objective.differing_only,
         )
         return self.objective(policy, reference, batch.tokens), reference
 

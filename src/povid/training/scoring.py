@@ -30,11 +30,18 @@ def token_logps(logits_NV: Tensor, tokens_N: Tensor) -> Tensor:
     return picked_N - logits_NV.logsumexp(-1)
 
 
-def sum_logps(logits_UV: Tensor, side: Side, examples: int, tokens_N: Tensor | None = None) -> Tensor:
-    """log pi(y|x) [B]: the (weighted) sum over a side's response tokens, or over other tokens in their places."""
+def sum_logps(
+    logits_UV: Tensor, side: Side, examples: int, tokens_N: Tensor | None = None, *, differing_only: bool = False
+) -> Tensor:
+    """log pi(y|x) [B]: the (weighted) sum over a side's response tokens, or over other tokens in their places.
+
+    ``differing_only``: over those of the other tokens that are not the side's own.
+    """
     logps_N = token_logps(logits_UV[side.position_N], side.token_N if tokens_N is None else tokens_N)
     if side.weight_N is not None:
         logps_N = logps_N * side.weight_N
+    if differing_only and tokens_N is not None:
+        logps_N = logps_N * (tokens_N != side.token_N)
     return logps_N.new_zeros(examples).index_add(0, side.example_N, logps_N)
 
 
@@ -46,6 +53,7 @@ def score(
     with_reference: bool = True,
     noise_tokens_N: Tensor | None = None,
     known_reference: Terms | None = None,
+    differing_only: bool = False,
 ) -> tuple[Terms, Terms | None]:
     """Score ``terms`` under the policy (with gradient) and the reference (without).
 
@@ -55,6 +63,7 @@ def score(
         with_reference: whether to score the reference; if not, None is returned for it and it is never run.
         noise_tokens_N: fixes y_l^n, for comparisons of implementations, in which near ties could fall either way.
         known_reference: the reference log-probabilities of the responses on the clean image, which saves that pass.
+        differing_only: leave out of y_l^n the positions where it is y_w's token.
 
     Raises:
         ValueError: ``known_reference`` with ``noise_on_clean``, which reads the reference's logits.
@@ -64,13 +73,16 @@ def score(
     distorted, gradient = bool(ON_DISTORTED & terms), bool(GRADIENT_ON_DISTORTED & terms)
     seen = policy.look(batch.images)
     seen_distorted = policy.look(batch.noised) if distorted else None
+    seen_by_reference = seen_distorted
+    if with_reference and batch.noised_for_reference is not None:
+        seen_by_reference = policy.look(batch.noised_for_reference)
     reference, reference_UV, reference_distorted_UV = known_reference, None, None
     if with_reference:
         with policy.reference():  # first, while no activations of the policy are in memory
             if reference is None:
                 reference, reference_UV = _clean(policy, batch, seen)
             if distorted:
-                reference_distorted_UV = policy.predict(batch.preferred, seen_distorted)
+                reference_distorted_UV = policy.predict(batch.preferred, seen_by_reference)
     if distorted and not gradient:
         with torch.no_grad():
             distorted_UV = policy.predict(batch.preferred, seen_distorted)
@@ -84,16 +96,20 @@ def score(
     found, found_reference = {}, {}
     chosen_N = most_likely(distorted_UV)[side.position_N] if noise_tokens_N is None else noise_tokens_N
     if "noise" in terms:
-        found["noise"] = sum_logps(distorted_UV, side, examples, chosen_N)
+        found["noise"] = sum_logps(distorted_UV, side, examples, chosen_N, differing_only=differing_only)
         if with_reference:  # the policy's tokens
-            found_reference["noise"] = sum_logps(reference_distorted_UV, side, examples, chosen_N)
+            found_reference["noise"] = sum_logps(
+                reference_distorted_UV, side, examples, chosen_N, differing_only=differing_only
+            )
     if "noise_on_clean" in terms:
-        found["noise_on_clean"] = sum_logps(clean_UV, clean, examples, chosen_N)
+        found["noise_on_clean"] = sum_logps(clean_UV, clean, examples, chosen_N, differing_only=differing_only)
         if with_reference:  # its own tokens
             own_N = noise_tokens_N
             if own_N is None:
                 own_N = most_likely(reference_distorted_UV)[side.position_N]
-            found_reference["noise_on_clean"] = sum_logps(reference_UV, clean, examples, own_N)
+            found_reference["noise_on_clean"] = sum_logps(
+                reference_UV, clean, examples, own_N, differing_only=differing_only
+            )
     if "preferred_on_distorted" in terms:
         found["preferred_on_distorted"] = sum_logps(distorted_UV, side, examples)
         if with_reference:

@@ -8,9 +8,10 @@ say of the distorted image x^n. Shape suffix: B = examples of a batch.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Set
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Sequence, Set
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -35,9 +36,19 @@ class Terms(NamedTuple):
     noise_on_clean: Tensor | None = None
     preferred_on_distorted: Tensor | None = None
 
+    @property
+    def dispreferred(self) -> dict[str, Tensor]:
+        """The dispreferred responses that are scored where they were seen: y_l^t ("text") and y_l^n ("noise")."""
+        pairs = {"text": self.text, "noise": self.noise}
+        return {name: scored_B for name, scored_B in pairs.items() if scored_B is not None}
+
 
 ON_DISTORTED = frozenset({"noise", "noise_on_clean", "preferred_on_distorted"})  # terms that need x^n
 DISPREFERENCES = {"text": "text", **dict.fromkeys(ON_DISTORTED, "noise")}  # what an ablation must allow for a term
+
+
+Weigh = Callable[[Sequence[int], Sequence[int]], tuple[Sequence[float], Sequence[float]]]
+"""Takes the token ids of a preferred and a dispreferred response and returns a weight for each token of both."""
 
 
 class Outcome(NamedTuple):
@@ -47,19 +58,35 @@ class Outcome(NamedTuple):
     rewards: dict[str, Tensor]
 
 
+def mean_of_pairs(losses: Sequence[Tensor]) -> Tensor:
+    """The mean [B] of the losses [B] of several pairs of a preferred and a dispreferred response."""
+    return torch.stack(list(losses)).mean(0)
+
+
 class Objective(ABC):
     """What one stage of training minimises.
 
     Attributes:
         needs: names of the :class:`Terms` to be scored.
-        optional: those of ``needs`` that an ablation may leave out; they are ``None`` then.
+        optional: those of ``needs`` that an ablation may leave out; they are ``None`` then. If it leaves out every
+            dispreference among them, nothing is left to prefer to, and the stage is refused.
         reference: whether the reference must be scored; without it no reference forward runs and ``__call__`` is given
             ``None``.
+        distorted_images: 1: policy and reference see the same x^n; 2: each sees one of its own, drawn separately.
+        differing_only: whether y_l^n counts only at positions where it is not y_w's token. The number of its tokens in
+            ``tokens`` stays that of y_w.
+        token_weights: a method that weights tokens; None: log-probabilities are plain sums, not weighted ones. y_l^n
+            takes the weights of y_w's tokens in its positions.
+
+    A setting may be a field of the same name, as ``differing_only`` is of :class:`povid.method.objectives.povid.POVID`.
     """
 
-    needs: ClassVar[frozenset[str]]
-    optional: ClassVar[frozenset[str]] = frozenset()
-    reference: ClassVar[bool] = True
+    needs: frozenset[str]
+    optional: frozenset[str] = frozenset()
+    reference: bool = True
+    distorted_images: int = 1
+    differing_only: bool = False
+    token_weights: Weigh | None = None
 
     @abstractmethod
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
@@ -70,10 +97,6 @@ class Objective(ABC):
             tokens: the number of tokens of each response [B], or the sum of their weights.
         """
 
-    # A method ``token_weights(preferred, dispreferred)`` weights tokens: it takes the token ids of the two responses
-    # and returns a weight for each, as two lists; log-probabilities are then weighted sums.
-    token_weights = None
-
     def terms(self, dispreferences: Set[str]) -> frozenset[str]:
         """What is scored in a stage that may use these ``dispreferences`` (of "text" and "noise").
 
@@ -81,10 +104,12 @@ class Objective(ABC):
             ValueError: the objective cannot do without a term that they leave out.
         """
         kept = frozenset(t for t in self.needs if DISPREFERENCES.get(t, "") in {"", *dispreferences})
-        missing = self.needs - kept - self.optional
+        missing, joined = self.needs - kept - self.optional, " and "
+        if not missing and self.optional and not kept & DISPREFERENCES.keys():
+            missing, joined = self.optional, " or "
         if missing:
             raise ValueError(
-                f"{type(self).__name__} needs {' and '.join(sorted({DISPREFERENCES[t] for t in missing}))} "
+                f"{type(self).__name__} needs {joined.join(sorted({DISPREFERENCES[t] for t in missing}))} "
                 f"dispreferences, and this stage has {' and '.join(sorted(dispreferences)) or 'none'}"
             )
         return kept

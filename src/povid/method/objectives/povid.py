@@ -20,6 +20,8 @@ class POVID(Objective):
     Args:
         alpha: coefficient of the preferred response, more than 0.
         beta_text, beta_noise: beta_1 and beta_2, at least 0.
+        differing_only: leave out of y_l^n the positions where it is y_w's own token, which the loss would otherwise
+            raise and lower at once. The paper does not.
     """
 
     needs = frozenset({"preferred", "text", "noise"})
@@ -28,6 +30,7 @@ class POVID(Objective):
     alpha: Annotated[float, Field(gt=0)] = 0.1
     beta_text: Annotated[float, Field(ge=0)] = 0.05
     beta_noise: Annotated[float, Field(ge=0)] = 0.05
+    differing_only: bool = False
 
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         rewards = {"preferred": self.alpha * (policy.preferred - reference.preferred)}

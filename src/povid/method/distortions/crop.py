@@ -1,11 +1,11 @@
-"""A distortion: a small part of the picture instead of noise."""
+"""A random part of the picture, enlarged: much of what a response speaks of lies outside it."""
 
 from __future__ import annotations
 
 from typing import Annotated
 
 import torch
-from pydantic import Field
+from pydantic import Field, validate_call
 from torch import Tensor
 
 from povid.method.distortions import Distortion
@@ -14,7 +14,7 @@ Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Crop(Distortion):
-    """x^n is a random part of x, of x's own shape, which the image processor then enlarges.
+    """x^n is a random part of x with x's proportions.
 
     The default areas are those of mDPO's rejected images (arXiv 2406.11839; its code's ``crop_images``).
 
@@ -28,6 +28,7 @@ class Crop(Distortion):
 
     space = "pixel"
 
+    @validate_call
     def __init__(self, smallest: Share = 0.01, largest: Share = 0.2) -> None:
         if smallest > largest:
             raise ValueError(f"smallest: found {smallest}, needed at most largest, which is {largest}")
