@@ -6,7 +6,7 @@ A new benchmark is one file with a subclass of :class:`Benchmark` and one YAML t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -55,6 +55,22 @@ class Source:
     sha256: str | None = None
     unpack: str | None = None
     only: tuple[str, ...] = ()
+
+
+def paired(
+    picture: str | int, sums: Mapping[str, Sequence[int]], group: str | None = None, mentions: str | None = None
+) -> dict[str, Any]:
+    """What a record holds under "paired" so that ``povid report compare`` can compare the answers of two runs.
+
+    Args:
+        picture: what the question is about; questions about one picture are resampled together.
+        sums: figure → (numerator, denominator) that this answer adds; the figure is 100 x sum / sum.
+        group: figures are computed within each group and averaged, such as POPE's splits; None for a single one.
+        mentions: one letter for each object that a caption mentions, in order: n (true, named for the first time), r
+            (true, repeated), h (hallucinated). "coverage" must be among the sums.
+    """
+    found: dict[str, Any] = {"picture": picture, "sums": {key: list(terms) for key, terms in sums.items()}}
+    return found | {key: value for key, value in (("group", group), ("mentions", mentions)) if value is not None}
 
 
 class Benchmark(BaseModel, ABC):

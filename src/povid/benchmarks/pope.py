@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, Strict
 
-from povid.benchmarks import coco
+from povid.benchmarks import coco, yes_no
 from povid.benchmarks.answer_file import read_records
-from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.benchmark import Benchmark, Column, Source, paired
 from povid.fault import Fault
 from povid.files import write_text
 from povid.model.question import Question, Score
@@ -27,8 +27,6 @@ WHAT = "case and punctuation ignored, a leading yes or no decides, n't, nope, no
 BY_ID = "each answer to the question that its id names, where the official script counts by position"
 
 _ASKED = re.compile(r"is there (?:an? )?(.{1,300}?) in the im", re.IGNORECASE)
-_WORD = re.compile(r"[a-z]+(?:['’]t)?")
-_NEGATIONS = {"no", "not", "nope", "nah", "none", "nothing", "never", "neither", "nor", "cannot", "without"}
 
 
 class POPE(Benchmark):
@@ -205,10 +203,12 @@ class POPE(Benchmark):
         return score
 
     def notes(self, score: Score) -> list[str]:
-        """That the file's order is not that of the questions."""
+        """That answers are invalid, and that the file's order is not that of the questions."""
+        notes = yes_no.notes(score.scores, "officially they count as yes")
         if "by_id" not in score.scores:
-            return []
+            return notes
         return [
+            *notes,
             "the answers' ids are in another order than the questions, or some are missing; the official script counts "
             "answers by position, so its figures are of answers to other questions: by_id has the right ones "
             f"(F1 {score.scores['by_id']['f1']:.2f})"
@@ -219,23 +219,47 @@ class POPE(Benchmark):
 
         Headline "f1" is the mean of the splits' F1, as LLaVA and POVID report it. Yes is the positive class; a
         precision or F1 of nothing is 0 where the official script divides by zero. "corrected" holds the same by a
-        parser without the official one's blind spots. Records: split, question_id, image, label, parsed, correct,
-        parsed_corrected.
+        parser without the official one's blind spots. "invalid" is the share of answers that say neither yes nor no to
+        a reader (officially they count as yes), "f1_valid" the F1 of the others as a reader takes them. Records: split,
+        question_id, image, label, parsed, correct, verdict, parsed_corrected.
         """
         scores: dict[str, Any] = _all_figures(questions, answers, says_no)
+        add_valid(scores, questions, answers)
         scores["corrected"] = _all_figures(questions, answers, says_no_corrected) | {"what": WHAT}
         records = []
         for question, answer in zip(questions, answers, strict=True):
-            parsed, label = "no" if says_no(answer) else "yes", question.meta["label"]
-            records.append(
-                {key: question.meta[key] for key in ("split", "question_id", "image", "label")}
-                | {
-                    "parsed": parsed,
-                    "correct": parsed == label,
-                    "parsed_corrected": "no" if says_no_corrected(answer) else "yes",
-                }
-            )
+            found = record(question, answer, "no" if says_no(answer) else "yes")
+            records.append(found | {"parsed_corrected": "no" if says_no_corrected(answer) else "yes"})
         return Score(scores, records)
+
+
+def record(question: Question, answer: str, parsed: str | None) -> dict[str, Any]:
+    """What was decided for an answer that the official rule takes for ``parsed``."""
+    label, image, said = question.meta["label"], question.meta["image"], yes_no.verdict(answer)
+    sums = {
+        "f1": yes_no.f1_terms(parsed, label),
+        "accuracy": [int(parsed == label), int(parsed is not None)],
+        "yes_ratio": [int(parsed == "yes"), int(parsed is not None)],
+        "invalid": [int(said is None), 1],
+        "f1_valid": yes_no.f1_terms(said, label),
+    }
+    return {key: question.meta[key] for key in ("split", "question_id", "image", "label")} | {
+        "parsed": parsed,
+        "correct": parsed == label,
+        "verdict": said,
+        "paired": paired(image, sums, question.meta["split"]),
+    }
+
+
+def add_valid(scores: dict[str, Any], questions: Sequence[Question], answers: Sequence[str]) -> None:
+    """Add ``invalid`` and ``f1_valid`` to the figures of every split, and their means over the splits."""
+    given: dict[str, list[tuple[str | None, str]]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        given.setdefault(question.meta["split"], []).append((yes_no.verdict(answer), question.meta["label"]))
+    found = {split: yes_no.valid(*zip(*pairs)) for split, pairs in given.items()}
+    for split, figures in found.items():
+        scores[split] |= figures
+    scores |= {key: sum(figures[key] for figures in found.values()) / len(found) for key in ("invalid", "f1_valid")}
 
 
 def _rows(file: Path) -> list[dict[str, Any]]:
@@ -274,10 +298,10 @@ def says_no(text: str) -> bool:
 
 def says_no_corrected(text: str) -> bool:
     """What a reader would understand as a no (see ``WHAT``), still from the first sentence alone."""
-    words = _WORD.findall(re.split(r"[.!?\n]", text.strip())[0].lower())
+    words = yes_no.words_of(yes_no.first_sentence(text))
     if not words or words[0] in ("yes", "no"):
         return not words or words[0] == "no"
-    return any(word in _NEGATIONS or word.endswith(("n't", "n’t")) for word in words)
+    return yes_no.negates(words)
 
 
 def _answers(file: Path) -> list[tuple[str, dict[str, Any]]]:
