@@ -228,6 +228,12 @@ def test_records_tell_what_was_parsed(data: Path) -> None:
         "parsed": "yes",
         "correct": False,
         "parsed_corrected": "no",
+        "verdict": "no",
+        "paired": {
+            "picture": "COCO_val2014_000000000001.jpg",
+            "group": "random",
+            "sums": {"f1": [0, 1], "accuracy": [0, 1], "yes_ratio": [1, 1], "invalid": [0, 1], "f1_valid": [0, 0]},
+        },
     }
     assert [record["correct"] for record in records] == [True, False, False, True]
 

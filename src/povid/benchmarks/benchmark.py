@@ -84,6 +84,8 @@ class Benchmark(BaseModel, ABC):
         judged: whether a judge scores it ("always"), helps where it can ("optional") or has no part in it ("never").
         official_judge, wording: the official judge's model, and the version of our wording of its prompt.
         decimals: digits after the point when its scores are printed. stop: see ``Decoding``.
+        again: the benchmark whose answers it scores again: where a selection holds both and they are decoded alike, a
+            question of both (with the same id, text and picture) is asked once.
 
     Attributes:
         data: folder of its official files.
@@ -103,6 +105,7 @@ class Benchmark(BaseModel, ABC):
     wording: ClassVar[str] = ""
     decimals: ClassVar[int] = 1
     stop: ClassVar[str | None] = None
+    again: ClassVar[type[Benchmark] | None] = None
 
     data: Folder
     images: Folder | None = None

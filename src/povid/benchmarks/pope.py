@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
@@ -72,7 +72,7 @@ class POPE(Benchmark):
         unified = _llava_ids(data / "llava_pope_test.jsonl") if (data / "llava_pope_test.jsonl").is_file() else {}
         by_image: dict[str, list[Question]] = {}
         for split in chosen:
-            for position, row in enumerate(_rows(data / f"coco_pope_{split}.json")):
+            for position, row in enumerate(rows(data / f"coco_pope_{split}.json")):
                 meta = {"split": split, "position": position, "question": row["text"]} | {
                     key: row[key] for key in ("question_id", "label", "image")
                 }
@@ -199,7 +199,9 @@ class POPE(Benchmark):
                 moved = True
         score = self.score(*_columns(by_position))
         if moved:
-            score.scores["by_id"] = _all_figures(*_columns(by_id), says_no) | {"what": BY_ID}
+            asked_by_id, answers = _columns(by_id)
+            said = ["no" if says_no(answer) else "yes" for answer in answers]
+            score.scores["by_id"] = all_figures(asked_by_id, said) | {"what": BY_ID}
         return score
 
     def notes(self, score: Score) -> list[str]:
@@ -223,13 +225,15 @@ class POPE(Benchmark):
         a reader (officially they count as yes), "f1_valid" the F1 of the others as a reader takes them. Records: split,
         question_id, image, label, parsed, correct, verdict, parsed_corrected.
         """
-        scores: dict[str, Any] = _all_figures(questions, answers, says_no)
+        official = ["no" if says_no(answer) else "yes" for answer in answers]
+        corrected = ["no" if says_no_corrected(answer) else "yes" for answer in answers]
+        scores: dict[str, Any] = all_figures(questions, official)
         add_valid(scores, questions, answers)
-        scores["corrected"] = _all_figures(questions, answers, says_no_corrected) | {"what": WHAT}
-        records = []
-        for question, answer in zip(questions, answers, strict=True):
-            found = record(question, answer, "no" if says_no(answer) else "yes")
-            records.append(found | {"parsed_corrected": "no" if says_no_corrected(answer) else "yes"})
+        scores["corrected"] = all_figures(questions, corrected) | {"what": WHAT}
+        records = [
+            record(question, answer, parsed) | {"parsed_corrected": other}
+            for question, answer, parsed, other in zip(questions, answers, official, corrected, strict=True)
+        ]
         return Score(scores, records)
 
 
@@ -262,8 +266,9 @@ def add_valid(scores: dict[str, Any], questions: Sequence[Question], answers: Se
     scores |= {key: sum(figures[key] for figures in found.values()) / len(found) for key in ("invalid", "f1_valid")}
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    rows, seen = [], set()
+def rows(file: Path) -> list[dict[str, Any]]:
+    """The questions of one split's file. Raises Fault for a record that is none, and for an id that is there twice."""
+    found, seen = [], set()
     for place, row in read_records(file):
         if not isinstance(row, dict) or not {"question_id", "image", "text", "label"} <= row.keys():
             raise Fault(f"{place} is not a POPE question; each has question_id, image, text and label")
@@ -272,10 +277,10 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         if row["question_id"] in seen:
             raise Fault(f"{place} repeats question_id {row['question_id']!r}; every question of a split has its own")
         seen.add(row["question_id"])
-        rows.append(row)
-    if not rows:
+        found.append(row)
+    if not found:
         raise Fault(f"{file} holds no question; download it again")
-    return rows
+    return found
 
 
 def _llava_ids(file: Path) -> dict[str, list[int | str]]:
@@ -462,10 +467,12 @@ def _rises(before: str, after: str) -> bool:
     return before.isdecimal() and after.isdecimal() and int(before) < int(after)
 
 
-def _all_figures(questions: Sequence[Question], answers: Sequence[str], no: Callable[[str], bool]) -> dict[str, Any]:
-    pairs: dict[str, list[tuple[bool, bool]]] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        pairs.setdefault(question.meta["split"], []).append((not no(answer), question.meta["label"] == "yes"))
+def all_figures(questions: Sequence[Question], said: Sequence[str | None]) -> dict[str, Any]:
+    """The figures of each split and their means over the splits; ``said``: yes or no, or None for what is left out."""
+    pairs: dict[str, list[tuple[bool, bool]]] = {question.meta["split"]: [] for question in questions}
+    for question, one in zip(questions, said, strict=True):
+        if one is not None:
+            pairs[question.meta["split"]].append((one == "yes", question.meta["label"] == "yes"))
     by_split = {split: _figures(pairs[split]) for split in SPLITS if split in pairs}
     means = {
         key: sum(figures[key] for figures in by_split.values()) / len(by_split)
@@ -475,18 +482,18 @@ def _all_figures(questions: Sequence[Question], answers: Sequence[str], no: Call
 
 
 def _figures(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | int]:
-    """Figures of (said yes, is yes) pairs, in percent."""
+    """Figures of (said yes, is yes) pairs, in percent; 0 where there is no pair."""
     tp, fp = pairs.count((True, True)), pairs.count((True, False))
     tn, fn = pairs.count((False, False)), pairs.count((False, True))
     precision = tp / (tp + fp) if tp + fp else 0.0
     recall = tp / (tp + fn) if tp + fn else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {
-        "accuracy": 100 * (tp + tn) / len(pairs),
+        "accuracy": 100 * (tp + tn) / (len(pairs) or 1),
         "precision": 100 * precision,
         "recall": 100 * recall,
         "f1": 100 * f1,
-        "yes_ratio": 100 * (tp + fp) / len(pairs),
+        "yes_ratio": 100 * (tp + fp) / (len(pairs) or 1),
         "questions": len(pairs),
         "tp": tp,
         "fp": fp,
