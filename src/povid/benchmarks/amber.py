@@ -1,4 +1,4 @@
-"""AMBER: descriptions of an image, and yes/no questions about the existence, attributes and relations of its objects."""
+"""AMBER: descriptions of images, and yes/no questions about the existence, attributes and relations of objects."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class AMBER(Benchmark):
         )
     )
     notice: ClassVar[str] = (
-        "The images AMBER_1.jpg to AMBER_1004.jpg cannot be downloaded from here: get them by the link in the readme of "
+        "The images AMBER_1.jpg to AMBER_1004.jpg are left to you: get them by the link in the readme of "
         "https://github.com/junyangwang0410/AMBER and put them into {data}/images; answers can be scored without them. "
         f"To score descriptions, {CURE.partition(', or')[0]}."
     )
@@ -130,7 +130,9 @@ class AMBER(Benchmark):
             number, kind, truth = llava_format.fields(place, row, "id", "type", "truth")
             generative = kind == "generative"
             if kind not in TYPES or not (isinstance(truth, list) if generative else truth in ("yes", "no")):
-                raise Fault(f"{place} is of type {kind!r} with truth {truth!r:.60}, which is not AMBER's; {_again(self)}")
+                raise Fault(
+                    f"{place} is of type {kind!r} with truth {truth!r:.60}, which is not AMBER's; {_again(self)}"
+                )
             found[number] = (kind, truth, llava_format.fields(place, row, "hallu")[0] if generative else [])
         return found
 
@@ -206,8 +208,8 @@ class AMBER(Benchmark):
             return []
         return [
             *yes_no.notes(scores, "officially they are wrong"),
-            f"{scores['unmatched']:.1f} % of the answers are not Yes or No themselves, which the official script counts "
-            f"as wrong; as a reader takes them, F1 is {scores['corrected']['f1']:.1f}",
+            f"{scores['unmatched']:.1f} % of the answers are not Yes or No themselves, so that officially they are "
+            f"wrong; as a reader takes them, F1 is {scores['corrected']['f1']:.1f}",
         ]
 
 

@@ -213,7 +213,7 @@ class POPE(Benchmark):
             *notes,
             "the answers' ids are in another order than the questions, or some are missing; the official script counts "
             "answers by position, so its figures are of answers to other questions: by_id has the right ones "
-            f"(F1 {score.scores['by_id']['f1']:.2f})"
+            f"(F1 {score.scores['by_id']['f1']:.2f})",
         ]
 
     def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:

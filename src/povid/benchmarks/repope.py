@@ -178,6 +178,6 @@ def _by_id(file: Path, asked: Sequence[Question]) -> dict[str, str] | None:
 
 def _other_version(data: Path, question: str) -> Fault:
     return Fault(
-        f"{data}: POPE's and RePOPE's files ask different things under {question!r}, so they are of different versions; "
-        f"run `python -m povid.benchmarks fetch repope --data {data}` into an empty folder"
+        f"{data}: POPE's and RePOPE's files ask different things under {question!r}, so they are of different "
+        f"versions; run `python -m povid.benchmarks fetch repope --data {data}` into an empty folder"
     )
