@@ -42,7 +42,7 @@ def test_table3_has_all_eight_and_overrides_reach_them():
         "benchmarks.mm_vet.runs=5",
     )
     built: dict[str, Benchmark] = instantiate(nodes, _convert_="all")
-    assert set(built) == set(command.names())
+    assert set(built) == set(command.names()) - {"amber", "repope"}  # the paper's eight
     assert built["chair"].decoding.max_new_tokens == 50 and built["chair"].ids == (3, "a.png")
     assert built["pope"].splits == ("random",) and built["pope"].decoding.stop == "."
     assert built["mm_vet"].runs == 5

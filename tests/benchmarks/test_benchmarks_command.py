@@ -48,6 +48,7 @@ def test_chair_prints_a_table_and_writes_every_decision(data: Path) -> None:
     assert "note: empty captions, left out as in the official to_chair.py: 1 (the first is of image 3)" in done.stderr
     written = json.loads((data / "new" / "out.json").read_text())
     assert written["scores"]["CHAIR_S"] == 50.0 and written["scores"]["with_empty"]["CHAIR_S"] == 100 / 3
+    assert [record.pop("paired")["mentions"] for record in written["records"]] == ["nh", "", ""]
     assert written["records"] == [
         {"image_id": 1, "objects": ["cat", "dog"], "hallucinated": ["dog"], "counted": True},
         {"image_id": 2, "objects": [], "hallucinated": [], "counted": True},
@@ -71,14 +72,17 @@ def test_help_lists_the_benchmarks() -> None:
     done = run("--help")
     assert done.returncode == 0
     text = " ".join(done.stdout.split())
-    assert "Benchmarks: chair, llava_bench, mm_vet, mmbench, mme, mmhal, pope, science_qa, or a class" in text
+    assert (
+        "Benchmarks: amber, chair, llava_bench, mm_vet, mmbench, mme, mmhal, pope, repope, science_qa, or a class"
+        in text
+    )
     assert "fetch NAME --data DIR" in text
 
 
 def test_mistakes_are_one_sentence_and_status_2(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for change, sentence in [
         ({"name": "pop"}, "error: there is no benchmark 'pop'; did you mean 'pope'?"),
-        ({"name": "bleu"}, "error: there is no benchmark 'bleu'; choose one of chair, llava_bench"),
+        ({"name": "bleu"}, "error: there is no benchmark 'bleu'; choose one of amber, chair, llava_bench"),
         ({"answers": "none.jsonl"}, "none.jsonl: no such file; give the answers to be scored"),
         ({"data": "nowhere"}, "nowhere does not exist; give the folder of the official files, or run"),
         ({"name": "pope"}, "holds none of coco_pope_{random,popular,adversarial}.json"),

@@ -223,6 +223,7 @@ def test_score_by_hand(tmp_path: Path) -> None:
     "A cat and a dog, a dog." → cat, dog, dog, of which dog, dog hallucinated; "A man on a bus." → person alone, for
     bus is read as "bu". CHAIR_S 1/2, CHAIR_I 2/4, coverage (cat + person) of 4 = 50, words (7 + 5) / 2.
     Corrected: the second caption also names a bus that is not there: CHAIR_S 2/2, CHAIR_I 3/5.
+    Distinct: cat, dog; person: CHAIR_I 1/3; one of the four mentions is a repeat.
     """
     folder = data_folder(tmp_path, {"1": ["cat", "bus"], "2": ["puppy", "person"], "3": ["cup"]})
     score = scored(
@@ -232,10 +233,16 @@ def test_score_by_hand(tmp_path: Path) -> None:
     assert (scores["CHAIR_S"], scores["CHAIR_I"], scores["coverage"], scores["words"]) == (50.0, 50.0, 50.0, 6.0)
     assert (scores["captions"], scores["empty"], scores["without_caption"]) == (2, 0, 1)
     assert (scores["corrected"]["CHAIR_S"], scores["corrected"]["CHAIR_I"]) == (100.0, 60.0)
+    assert (scores["CHAIR_I_distinct"], scores["repeat_rate"]) == pytest.approx((100 / 3, 25))
+    paired = [record.pop("paired") for record in score.records]
     assert score.records == [
         {"image_id": 2, "objects": ["person"], "hallucinated": [], "counted": True},
         {"image_id": 1, "objects": ["cat", "dog", "dog"], "hallucinated": ["dog", "dog"], "counted": True},
     ]
+    assert [(one["picture"], one["mentions"]) for one in paired] == [(2, "n"), (1, "nhh")]
+    for key in ("CHAIR_S", "CHAIR_I", "CHAIR_I_distinct", "coverage", "repeat_rate"):
+        above, below = (sum(one["sums"][key][i] for one in paired) for i in (0, 1))
+        assert 100 * above / below == pytest.approx(scores[key]), key
 
 
 def test_empty_captions_leave_the_denominator_and_are_counted(tmp_path: Path) -> None:

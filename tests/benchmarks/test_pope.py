@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from shared import shared
 
-from povid.benchmarks import pope
+from povid.benchmarks import pope, yes_no
 from povid.benchmarks.pope import POPE
 from povid.fault import Fault
 
@@ -170,11 +170,51 @@ def test_score_by_hand(data: Path) -> None:
             "fp": 0,
             "tn": 2,
             "fn": 1,
+            "invalid": 0,
+            "f1_valid": 200 / 3,
         }
     )
     assert list(scores)[5:8] == ["random", "popular", "adversarial"]
     assert scores["adversarial"]["precision"] == scores["adversarial"]["f1"] == 0.0
     assert scores["corrected"]["f1"] == scores["f1"]
+
+
+def test_invalid_answers_stand_beside_the_official_figures(data: Path) -> None:
+    """Labels yes no yes no. Officially each of these answers counts as yes: tp 2, fp 2, F1 2/3.
+
+    A reader finds tp 1, fp 1 in the first case, tp 1, tn 1, fp 1 in the second, tp 2, tn 2 in the third.
+    """
+    benchmark = POPE(data=data, splits=["random"])
+    questions = sorted(benchmark.questions(), key=lambda question: question.meta["position"])
+    for answers, official, invalid, others in [
+        (["Yes", "Yes", "A dog.", "I cannot tell"], 200 / 3, 50, 200 / 3),
+        (["Yes", "NO", "A dog.", "Yes"], 200 / 3, 25, 200 / 3),
+        (["Yes", "NO", "yes", "Nope"], 200 / 3, 0, 100),
+        (["?"] * 4, 200 / 3, 100, 0),
+    ]:
+        score = benchmark.score(questions, answers)
+        found = (score.scores["f1"], score.scores["invalid"], score.scores["f1_valid"])
+        assert found == pytest.approx((official, invalid, others)), answers
+        assert bool(benchmark.notes(score)) == (invalid > 1)
+
+
+def test_what_a_reader_takes_for_yes_no_or_neither() -> None:
+    for answer, verdict in [
+        ("Yes", "yes"),
+        ("NO, there is", "no"),
+        ("Yeah, it is.", "yes"),
+        ("There is a dog. No cat", "yes"),
+        ("There are no dogs", "no"),
+        ("There isn’t one", "no"),
+        ("I cannot see one", "no"),
+        ("I can't tell", None),
+        ("Not sure", None),
+        ("Perhaps yes, perhaps no", None),
+        ("A dog and a knot", None),
+        ("", None),
+        ("!", None),
+    ]:
+        assert yes_no.verdict(answer) == verdict, answer
 
 
 def test_records_tell_what_was_parsed(data: Path) -> None:
@@ -188,6 +228,12 @@ def test_records_tell_what_was_parsed(data: Path) -> None:
         "parsed": "yes",
         "correct": False,
         "parsed_corrected": "no",
+        "verdict": "no",
+        "paired": {
+            "picture": "COCO_val2014_000000000001.jpg",
+            "group": "random",
+            "sums": {"f1": [0, 1], "accuracy": [0, 1], "yes_ratio": [1, 1], "invalid": [0, 1], "f1_valid": [0, 0]},
+        },
     }
     assert [record["correct"] for record in records] == [True, False, False, True]
 

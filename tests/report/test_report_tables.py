@@ -256,6 +256,32 @@ def test_the_corrected_score_is_a_note_on_the_official_one(write, outputs):
     ]
 
 
+def test_invalid_answers_and_repeats_are_notes_where_they_explain_a_score(write, outputs):
+    """Both are means over the seeds; up to one percent, and where older results hold neither, nothing is said."""
+
+    def benchmarks(invalid: float, distinct: float) -> dict:
+        return {
+            "pope": {"f1": 80.0, "yes_ratio": 50.0, "invalid": invalid, "f1_valid": 85.0},
+            "chair": {"CHAIR_S": 50.0, "CHAIR_I": 20.0, "CHAIR_I_distinct": distinct, "repeat_rate": 30.0},
+        }
+
+    for seed, invalid in enumerate((2.0, 4.0)):
+        write("both", seed, benchmarks=benchmarks(invalid, 24.0))
+        write("text", seed, benchmarks=benchmarks(0.9, 20.9))
+        write("none", seed)
+    made = lines(table(3, find_runs(outputs)))
+    both, text, none = made["both"], made["text"], made["none"]
+    assert both.cells["pope.f1"].notes == [
+        "pope: 3.0 % of the answers say neither yes nor no; f1 of the others is 85.00"
+    ]
+    assert both.cells["chair.CHAIR_I"].notes == [
+        "chair: 30.0 % of the mentions repeat an object of their caption; CHAIR_I over distinct objects is 24.0"
+    ]
+    assert not both.cells["chair.CHAIR_S"].notes
+    for line in (text, none):
+        assert not line.cells["pope.f1"].notes and not line.cells["chair.CHAIR_I"].notes
+
+
 def test_a_run_without_a_correction_counts_with_its_official_score(write, outputs):
     """Official 80 and 60, corrected 82 in the first run only: the corrected mean is (82 + 60) / 2 = 71."""
     write("none", 0, benchmarks={"pope": {"f1": 80.0, "corrected": {"f1": 82.0, "what": "a parser"}}})

@@ -6,7 +6,7 @@ A new benchmark is one file with a subclass of :class:`Benchmark` and one YAML t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
@@ -57,6 +57,22 @@ class Source:
     only: tuple[str, ...] = ()
 
 
+def paired(
+    picture: str | int, sums: Mapping[str, Sequence[int]], group: str | None = None, mentions: str | None = None
+) -> dict[str, Any]:
+    """What a record holds under "paired" so that ``povid report compare`` can compare the answers of two runs.
+
+    Args:
+        picture: what the question is about; questions about one picture are resampled together.
+        sums: figure → (numerator, denominator) that this answer adds; the figure is 100 x sum / sum.
+        group: figures are computed within each group and averaged, such as POPE's splits; None for a single one.
+        mentions: one letter for each object that a caption mentions, in order: n (true, named for the first time), r
+            (true, repeated), h (hallucinated). "coverage" must be among the sums.
+    """
+    found: dict[str, Any] = {"picture": picture, "sums": {key: list(terms) for key, terms in sums.items()}}
+    return found | {key: value for key, value in (("group", group), ("mentions", mentions)) if value is not None}
+
+
 class Benchmark(BaseModel, ABC):
     """A benchmark and its settings. Subclasses add settings of their own as fields with types and bounds.
 
@@ -68,6 +84,8 @@ class Benchmark(BaseModel, ABC):
         judged: whether a judge scores it ("always"), helps where it can ("optional") or has no part in it ("never").
         official_judge, wording: the official judge's model, and the version of our wording of its prompt.
         decimals: digits after the point when its scores are printed. stop: see ``Decoding``.
+        again: the benchmark whose answers it scores again: where a selection holds both and they are decoded alike, a
+            question of both (with the same id, text and picture) is asked once.
 
     Attributes:
         data: folder of its official files.
@@ -87,6 +105,7 @@ class Benchmark(BaseModel, ABC):
     wording: ClassVar[str] = ""
     decimals: ClassVar[int] = 1
     stop: ClassVar[str | None] = None
+    again: ClassVar[type[Benchmark] | None] = None
 
     data: Folder
     images: Folder | None = None

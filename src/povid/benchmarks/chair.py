@@ -13,7 +13,7 @@ from pydantic import Field, Strict
 
 from povid.benchmarks import coco
 from povid.benchmarks.answer_file import read_records
-from povid.benchmarks.benchmark import Benchmark, Column, Folder, Source
+from povid.benchmarks.benchmark import Benchmark, Column, Folder, Source, paired
 from povid.benchmarks.chair_words import mended_singular, objects, official_singular, read_synonyms
 from povid.fault import Fault
 from povid.files import write_text
@@ -161,7 +161,9 @@ class CHAIR(Benchmark):
         Coverage: true objects named at least once, of all (OPERA's recall). Empty captions leave every denominator, as
         to_chair.py drops them, and are counted in "empty"; "with_empty" has the figures with them, as official scripts
         print them for captions that do not pass through to_chair.py (there "without_empty" has the others). A ratio of
-        nothing (no mention, no true object) is 0.
+        nothing (no mention, no true object) is 0. "CHAIR_I_distinct" counts an object once for each caption, and
+        "repeat_rate" is the share of mentions that repeat an object of their caption: repeating true objects lowers
+        CHAIR_I.
         Records: {"image_id", "objects", "hallucinated", "counted"}, node words in order of mention with repeats.
         "corrected" reads captions, human ones too, with singulars that keep "bus" and "tie" and with the synonyms that
         a stray space or capital disables (" motor bike", " cheesecake", "iPhone").
@@ -196,16 +198,7 @@ class CHAIR(Benchmark):
         what = "singular bus and tie kept; synonyms disabled by a space or capital mended"
         scores["corrected"] = corrected | {"what": what}
         read = {question.id: found for (question, _), found in zip(kept, mentions)}
-        records = [
-            {
-                "image_id": question.id,
-                "objects": read.get(question.id, []),
-                "hallucinated": [node for node in read.get(question.id, []) if node not in question.meta["objects"]],
-                "counted": question.id in read,
-            }
-            for question in questions
-        ]
-        return Score(scores, records)
+        return Score(scores, [_record(question, read.get(question.id)) for question in questions])
 
     def notes(self, score: Score) -> list[str]:
         """Which captions and images are not in the score."""
@@ -313,6 +306,7 @@ def captions(file: Path) -> list[tuple[str, int | str, str]]:
 def _figures(mentions: Sequence[Sequence[str]], truths: Sequence[frozenset[str]]) -> dict[str, float | int]:
     wrong = [[node for node in found if node not in truth] for found, truth in zip(mentions, truths)]
     said, hallucinated = sum(map(len, mentions)), sum(map(len, wrong))
+    distinct = sum(len(set(found)) for found in mentions)
     named = sum(len(truth.intersection(found)) for found, truth in zip(mentions, truths))
     there = sum(map(len, truths))
     return {
@@ -321,4 +315,28 @@ def _figures(mentions: Sequence[Sequence[str]], truths: Sequence[frozenset[str]]
         "coverage": 100 * named / there if there else 0.0,
         "mentions": said,
         "hallucinated_mentions": hallucinated,
+        "CHAIR_I_distinct": 100 * sum(len(set(found)) for found in wrong) / distinct if distinct else 0.0,
+        "repeat_rate": 100 * (said - distinct) / said if said else 0.0,
+    }
+
+
+def _record(question: Question, read: Sequence[str] | None) -> dict[str, Any]:
+    """What was read in a caption; ``read`` is None for one that does not count."""
+    truth, found = question.meta["objects"], read or []
+    wrong = [node for node in found if node not in truth]
+    distinct, counted = set(found), int(read is not None)
+    sums = {
+        "CHAIR_S": [int(bool(wrong)), counted],
+        "CHAIR_I": [len(wrong), len(found)],
+        "CHAIR_I_distinct": [len(set(wrong)), len(distinct)],
+        "coverage": [len(truth & distinct), counted * len(truth)],
+        "repeat_rate": [len(found) - len(distinct), len(found)],
+    }
+    letters = ("h" if node not in truth else "r" if node in found[:i] else "n" for i, node in enumerate(found))
+    return {
+        "image_id": question.id,
+        "objects": list(found),
+        "hallucinated": wrong,
+        "counted": read is not None,
+        "paired": paired(question.id, sums, mentions="".join(letters)),
     }

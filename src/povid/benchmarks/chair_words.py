@@ -134,15 +134,20 @@ _WORD_RULES = [
 
 
 def tokens(caption: str) -> list[str]:
-    """What ``nltk.word_tokenize(caption.lower())`` of NLTK 3.3 to 3.9.2 gives: sentences first, then the words of each.
+    """The words of a caption, in lower case."""
+    return word_tokenize(caption.lower())
+
+
+def word_tokenize(text: str) -> list[str]:
+    """What ``nltk.word_tokenize(text)`` of NLTK 3.3 to 3.9.2 gives: sentences first, then the words of each.
 
     The rules are pinned here and above, since NLTK's own changed in 3.9.3 and 3.10.1.
     """
     words = []
-    for text in _sentences().tokenize(caption.lower()):
+    for sentence in _sentences().tokenize(text):
         for pattern, replacement in _WORD_RULES:
-            text = pattern.sub(replacement, text)
-        words += text.split()
+            sentence = pattern.sub(replacement, sentence)
+        words += sentence.split()
     return words
 
 

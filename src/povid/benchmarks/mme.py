@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from pydantic import Field
 
 from povid.benchmarks import llava_format
-from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.benchmark import Benchmark, Column, Source, paired
 from povid.fault import Fault
 from povid.files import write_text
 from povid.model.question import Question, Score
@@ -171,6 +171,9 @@ class MME(Benchmark):
                     "parsed": parsed,
                     "correct": parsed == label,
                     "corrected": corrected == label,
+                    "paired": paired(
+                        f"{question.meta['subtask']}/{question.meta['image']}", {"accuracy": [int(parsed == label), 1]}
+                    ),
                 }
             )
         scores = _figures(records, "correct")

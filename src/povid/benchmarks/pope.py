@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, Strict
 
-from povid.benchmarks import coco
+from povid.benchmarks import coco, yes_no
 from povid.benchmarks.answer_file import read_records
-from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.benchmark import Benchmark, Column, Source, paired
 from povid.fault import Fault
 from povid.files import write_text
 from povid.model.question import Question, Score
@@ -27,8 +27,6 @@ WHAT = "case and punctuation ignored, a leading yes or no decides, n't, nope, no
 BY_ID = "each answer to the question that its id names, where the official script counts by position"
 
 _ASKED = re.compile(r"is there (?:an? )?(.{1,300}?) in the im", re.IGNORECASE)
-_WORD = re.compile(r"[a-z]+(?:['’]t)?")
-_NEGATIONS = {"no", "not", "nope", "nah", "none", "nothing", "never", "neither", "nor", "cannot", "without"}
 
 
 class POPE(Benchmark):
@@ -74,7 +72,7 @@ class POPE(Benchmark):
         unified = _llava_ids(data / "llava_pope_test.jsonl") if (data / "llava_pope_test.jsonl").is_file() else {}
         by_image: dict[str, list[Question]] = {}
         for split in chosen:
-            for position, row in enumerate(_rows(data / f"coco_pope_{split}.json")):
+            for position, row in enumerate(rows(data / f"coco_pope_{split}.json")):
                 meta = {"split": split, "position": position, "question": row["text"]} | {
                     key: row[key] for key in ("question_id", "label", "image")
                 }
@@ -201,17 +199,21 @@ class POPE(Benchmark):
                 moved = True
         score = self.score(*_columns(by_position))
         if moved:
-            score.scores["by_id"] = _all_figures(*_columns(by_id), says_no) | {"what": BY_ID}
+            asked_by_id, answers = _columns(by_id)
+            said = ["no" if says_no(answer) else "yes" for answer in answers]
+            score.scores["by_id"] = all_figures(asked_by_id, said) | {"what": BY_ID}
         return score
 
     def notes(self, score: Score) -> list[str]:
-        """That the file's order is not that of the questions."""
+        """That answers are invalid, and that the file's order is not that of the questions."""
+        notes = yes_no.notes(score.scores, "officially they count as yes")
         if "by_id" not in score.scores:
-            return []
+            return notes
         return [
+            *notes,
             "the answers' ids are in another order than the questions, or some are missing; the official script counts "
             "answers by position, so its figures are of answers to other questions: by_id has the right ones "
-            f"(F1 {score.scores['by_id']['f1']:.2f})"
+            f"(F1 {score.scores['by_id']['f1']:.2f})",
         ]
 
     def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
@@ -219,27 +221,54 @@ class POPE(Benchmark):
 
         Headline "f1" is the mean of the splits' F1, as LLaVA and POVID report it. Yes is the positive class; a
         precision or F1 of nothing is 0 where the official script divides by zero. "corrected" holds the same by a
-        parser without the official one's blind spots. Records: split, question_id, image, label, parsed, correct,
-        parsed_corrected.
+        parser without the official one's blind spots. "invalid" is the share of answers that say neither yes nor no to
+        a reader (officially they count as yes), "f1_valid" the F1 of the others as a reader takes them. Records: split,
+        question_id, image, label, parsed, correct, verdict, parsed_corrected.
         """
-        scores: dict[str, Any] = _all_figures(questions, answers, says_no)
-        scores["corrected"] = _all_figures(questions, answers, says_no_corrected) | {"what": WHAT}
-        records = []
-        for question, answer in zip(questions, answers, strict=True):
-            parsed, label = "no" if says_no(answer) else "yes", question.meta["label"]
-            records.append(
-                {key: question.meta[key] for key in ("split", "question_id", "image", "label")}
-                | {
-                    "parsed": parsed,
-                    "correct": parsed == label,
-                    "parsed_corrected": "no" if says_no_corrected(answer) else "yes",
-                }
-            )
+        official = ["no" if says_no(answer) else "yes" for answer in answers]
+        corrected = ["no" if says_no_corrected(answer) else "yes" for answer in answers]
+        scores: dict[str, Any] = all_figures(questions, official)
+        add_valid(scores, questions, answers)
+        scores["corrected"] = all_figures(questions, corrected) | {"what": WHAT}
+        records = [
+            record(question, answer, parsed) | {"parsed_corrected": other}
+            for question, answer, parsed, other in zip(questions, answers, official, corrected, strict=True)
+        ]
         return Score(scores, records)
 
 
-def _rows(file: Path) -> list[dict[str, Any]]:
-    rows, seen = [], set()
+def record(question: Question, answer: str, parsed: str | None) -> dict[str, Any]:
+    """What was decided for an answer that the official rule takes for ``parsed``."""
+    label, image, said = question.meta["label"], question.meta["image"], yes_no.verdict(answer)
+    sums = {
+        "f1": yes_no.f1_terms(parsed, label),
+        "accuracy": [int(parsed == label), int(parsed is not None)],
+        "yes_ratio": [int(parsed == "yes"), int(parsed is not None)],
+        "invalid": [int(said is None), 1],
+        "f1_valid": yes_no.f1_terms(said, label),
+    }
+    return {key: question.meta[key] for key in ("split", "question_id", "image", "label")} | {
+        "parsed": parsed,
+        "correct": parsed == label,
+        "verdict": said,
+        "paired": paired(image, sums, question.meta["split"]),
+    }
+
+
+def add_valid(scores: dict[str, Any], questions: Sequence[Question], answers: Sequence[str]) -> None:
+    """Add ``invalid`` and ``f1_valid`` to the figures of every split, and their means over the splits."""
+    given: dict[str, list[tuple[str | None, str]]] = {}
+    for question, answer in zip(questions, answers, strict=True):
+        given.setdefault(question.meta["split"], []).append((yes_no.verdict(answer), question.meta["label"]))
+    found = {split: yes_no.valid(*zip(*pairs)) for split, pairs in given.items()}
+    for split, figures in found.items():
+        scores[split] |= figures
+    scores |= {key: sum(figures[key] for figures in found.values()) / len(found) for key in ("invalid", "f1_valid")}
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    """The questions of one split's file. Raises Fault for a record that is none, and for an id that is there twice."""
+    found, seen = [], set()
     for place, row in read_records(file):
         if not isinstance(row, dict) or not {"question_id", "image", "text", "label"} <= row.keys():
             raise Fault(f"{place} is not a POPE question; each has question_id, image, text and label")
@@ -248,10 +277,10 @@ def _rows(file: Path) -> list[dict[str, Any]]:
         if row["question_id"] in seen:
             raise Fault(f"{place} repeats question_id {row['question_id']!r}; every question of a split has its own")
         seen.add(row["question_id"])
-        rows.append(row)
-    if not rows:
+        found.append(row)
+    if not found:
         raise Fault(f"{file} holds no question; download it again")
-    return rows
+    return found
 
 
 def _llava_ids(file: Path) -> dict[str, list[int | str]]:
@@ -274,10 +303,10 @@ def says_no(text: str) -> bool:
 
 def says_no_corrected(text: str) -> bool:
     """What a reader would understand as a no (see ``WHAT``), still from the first sentence alone."""
-    words = _WORD.findall(re.split(r"[.!?\n]", text.strip())[0].lower())
+    words = yes_no.words_of(yes_no.first_sentence(text))
     if not words or words[0] in ("yes", "no"):
         return not words or words[0] == "no"
-    return any(word in _NEGATIONS or word.endswith(("n't", "n’t")) for word in words)
+    return yes_no.negates(words)
 
 
 def _answers(file: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -438,10 +467,12 @@ def _rises(before: str, after: str) -> bool:
     return before.isdecimal() and after.isdecimal() and int(before) < int(after)
 
 
-def _all_figures(questions: Sequence[Question], answers: Sequence[str], no: Callable[[str], bool]) -> dict[str, Any]:
-    pairs: dict[str, list[tuple[bool, bool]]] = {}
-    for question, answer in zip(questions, answers, strict=True):
-        pairs.setdefault(question.meta["split"], []).append((not no(answer), question.meta["label"] == "yes"))
+def all_figures(questions: Sequence[Question], said: Sequence[str | None]) -> dict[str, Any]:
+    """The figures of each split and their means over the splits; ``said``: yes or no, or None for what is left out."""
+    pairs: dict[str, list[tuple[bool, bool]]] = {question.meta["split"]: [] for question in questions}
+    for question, one in zip(questions, said, strict=True):
+        if one is not None:
+            pairs[question.meta["split"]].append((one == "yes", question.meta["label"] == "yes"))
     by_split = {split: _figures(pairs[split]) for split in SPLITS if split in pairs}
     means = {
         key: sum(figures[key] for figures in by_split.values()) / len(by_split)
@@ -451,18 +482,18 @@ def _all_figures(questions: Sequence[Question], answers: Sequence[str], no: Call
 
 
 def _figures(pairs: Sequence[tuple[bool, bool]]) -> dict[str, float | int]:
-    """Figures of (said yes, is yes) pairs, in percent."""
+    """Figures of (said yes, is yes) pairs, in percent; 0 where there is no pair."""
     tp, fp = pairs.count((True, True)), pairs.count((True, False))
     tn, fn = pairs.count((False, False)), pairs.count((False, True))
     precision = tp / (tp + fp) if tp + fp else 0.0
     recall = tp / (tp + fn) if tp + fn else 0.0
     f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     return {
-        "accuracy": 100 * (tp + tn) / len(pairs),
+        "accuracy": 100 * (tp + tn) / (len(pairs) or 1),
         "precision": 100 * precision,
         "recall": 100 * recall,
         "f1": 100 * f1,
-        "yes_ratio": 100 * (tp + fp) / len(pairs),
+        "yes_ratio": 100 * (tp + fp) / (len(pairs) or 1),
         "questions": len(pairs),
         "tp": tp,
         "fp": fp,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from povid.benchmarks import llava_format
 from povid.benchmarks.answer_file import read_records
-from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.benchmark import Benchmark, Column, Source, paired
 from povid.fault import Fault
 from povid.model.question import Question, Score
 
@@ -153,6 +153,7 @@ class ScienceQA(Benchmark):
                     "truth": truth,
                     "correct": parsed == truth and parsed in letters,
                     "corrected": corrected == truth and corrected in letters,
+                    "paired": paired(question.id, {"accuracy": [int(parsed == truth and parsed in letters), 1]}),
                 }
             )
         scores = _accuracies(records, "correct")

@@ -68,20 +68,22 @@ def run(
     answers of another model, to other questions or with other decoding settings are refused.
     """
     results: dict[str, dict[str, Any]] = {}
-    for name, plan in _plans(benchmarks).items():
+    answered: list[tuple[Plan, list[str]]] = []
+    for name, plan in sorted(_plans(benchmarks).items(), key=lambda item: _scores_again(item[1])):
         if isinstance(plan, dict):
             log.warning("%s is skipped: %s", name, plan["missing"])
             results[name] = plan
             continue
         folder = Path(out) / name
         try:
-            answers = _answers(plan, answer, folder, model)
+            answers = _answers(plan, answer, folder, model, _given(plan, answered))
         except Fault as fault:
             cure = "fix that and run again; the answers so far are kept"
             results[name] = {"missing": str(fault), "cure": cure, "open": True}
             continue
+        answered.append((plan, answers))
         results[name] = _scored(plan, answers, folder, judge)
-    return results
+    return {name: results[name] for name in benchmarks}
 
 
 def columns(benchmarks: Mapping[str, Benchmark]) -> list[dict[str, Any]]:
@@ -144,12 +146,40 @@ def _check_images(name: str, questions: Sequence[Question]) -> None:
             ) from None
 
 
-def _answers(plan: Plan, answer: Answerer, folder: Path, model: str) -> list[str]:
-    """Answers in the order of the questions: those on disk, then the others, each written as it arrives."""
+def _scores_again(plan: Plan | dict[str, str]) -> bool:
+    """Whether a benchmark scores the answers of another one again, and so comes after it."""
+    return isinstance(plan, Plan) and plan.benchmark.again is not None
+
+
+def _given(plan: Plan, answered: Sequence[tuple[Plan, list[str]]]) -> dict[int, str]:
+    """Index → answer of the questions that the benchmark named by ``again`` has already asked."""
+    known: dict[tuple[str | int, str, str], str] = {}
+    for other, answers in answered:
+        if type(other.benchmark) is plan.benchmark.again and other.benchmark.decoding == plan.benchmark.decoding:
+            pictures = _pictures(other.questions)
+            for question, text in zip(other.questions, answers, strict=True):
+                known[question.id, question.text, pictures[question.image]] = text
+    if not known:
+        return {}
+    pictures = _pictures(plan.questions)
+    keys = [(question.id, question.text, pictures[question.image]) for question in plan.questions]
+    return {i: known[key] for i, key in enumerate(keys) if key in known}
+
+
+def _answers(plan: Plan, answer: Answerer, folder: Path, model: str, given: Mapping[int, str]) -> list[str]:
+    """Answers in the order of the questions: those on disk, those ``given`` already, then the others.
+
+    Each is written as it arrives.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "answers.jsonl"
     _claim(plan, folder / "asked.json", file, model)
     done = dict(_kept(plan, file, model))
+    if taken := {i: text for i, text in given.items() if i not in done}:
+        log.info("%s: answers that are scored again, without asking: %d", plan.name, len(taken))
+        with file.open("a", encoding="utf-8") as sink:
+            sink.writelines(json.dumps(_row(plan.questions[i], text, model)) + "\n" for i, text in taken.items())
+        done |= taken
     unanswered = [i for i in range(len(plan.questions)) if i not in done]
     asked = [plan.questions[i] for i in unanswered]
     if asked:
@@ -213,17 +243,19 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
 
 def _content(questions: Sequence[Question]) -> dict[str, str]:
     """What is asked, about which pictures, and what the answers are compared with: a digest of each."""
-    pictures = {
-        image: digest(image, PICTURE_BYTES)
-        for image in dict.fromkeys(question.image for question in questions)
-        if image is not None
-    }
+    pictures = _pictures(questions)
     found = {name: hashlib.sha256() for name in ("texts", "pictures", "truth")}
     for question in questions:
         found["texts"].update(json.dumps([question.id, question.text]).encode())
-        found["pictures"].update(pictures.get(question.image, "none").encode())
+        found["pictures"].update(pictures[question.image].encode())
         found["truth"].update(json.dumps(question.meta, sort_keys=True, default=_plain).encode())
     return {name: value.hexdigest()[:16] for name, value in found.items()}
+
+
+def _pictures(questions: Sequence[Question]) -> dict[Path | bytes | None, str]:
+    """Image → its digest, "none" for no image."""
+    images = dict.fromkeys(question.image for question in questions)
+    return {image: "none" if image is None else digest(image, PICTURE_BYTES) for image in images}
 
 
 def _plain(value: Any) -> Any:

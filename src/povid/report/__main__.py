@@ -12,7 +12,16 @@ from povid.report.command import write_tables
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the tables and print them with the paths of all files. Returns the exit status: 0, or 2 after an error."""
-    parser = argparse.ArgumentParser(prog="python -m povid.report", description=__doc__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["compare"]:
+        from povid.report import compare  # only here: tables need no scipy
+
+        return compare.main(arguments[1:])
+    parser = argparse.ArgumentParser(
+        prog="python -m povid.report",
+        description=__doc__,
+        epilog="To compare two runs answer by answer: python -m povid.report compare RUN_A RUN_B",
+    )
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
     parser.add_argument(
         "--table",

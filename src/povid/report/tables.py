@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from povid.benchmarks.benchmark import Column
+from povid.benchmarks.yes_no import FEW
 from povid.report import paper
 from povid.report.paper import PaperRow
 from povid.report.runs import PAPER_ROWS, Row, Run, Summary, group, lookup, summarise
@@ -405,7 +406,7 @@ def _ours(
     for column in columns:
         summary = summarise(row, column.key)
         notes = [note for note in (summary.reason, summary.remark) if note]
-        notes += _corrected(row, column, summary) + _judged(row, column, summary)
+        notes += _corrected(row, column, summary) + _explained(row, column, summary) + _judged(row, column, summary)
         cells[column.key] = Cell(summary, notes=notes)
     seeds = f"n = {len(row.runs)}"
     remarks = [f"{row.name}: {remark}" for remark in row.remarks]
@@ -421,6 +422,27 @@ def _corrected(row: Row, column: Column, summary: Summary) -> list[str]:
     if corrected.mean is None or f"{corrected.mean:.{column.decimals}f}" == f"{summary.mean:.{column.decimals}f}":
         return []
     return [f"{benchmark}: official rule; corrected {corrected.mean:.{column.decimals}f}"]
+
+
+def _explained(row: Row, column: Column, summary: Summary) -> list[str]:
+    """What stands behind a score in results.json: more than a few invalid answers, or objects repeated in captions."""
+    benchmark, _, key = column.key.partition(".")
+    if summary.mean is None:
+        return []
+    notes = []
+    invalid, others = summarise(row, f"{benchmark}.invalid").mean, summarise(row, f"{column.key}_valid").mean
+    if invalid is not None and others is not None and invalid > FEW:
+        notes.append(
+            f"{benchmark}: {invalid:.1f} % of the answers say neither yes nor no; {key} of the others is "
+            f"{others:.{column.decimals}f}"
+        )
+    distinct, repeats = summarise(row, f"{column.key}_distinct").mean, summarise(row, f"{benchmark}.repeat_rate").mean
+    if distinct is not None and repeats is not None and abs(distinct - summary.mean) > FEW:
+        notes.append(
+            f"{benchmark}: {repeats:.1f} % of the mentions repeat an object of their caption; {key} over distinct "
+            f"objects is {distinct:.{column.decimals}f}"
+        )
+    return notes
 
 
 def _judged(row: Row, column: Column, summary: Summary) -> list[str]:
