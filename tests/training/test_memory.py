@@ -12,14 +12,13 @@ from povid.fault import Fault
 from povid.method.objectives.dpo import DPO
 from povid.training import memory
 from povid.training.datamodule import PreferenceDataModule
-from povid.training.module import POVIDModule
 
 
 @pytest.fixture(scope="module")
 def ready(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny")
     policy, template = tiny.load(tiny.save_tiny_llava(folder))
-    module = POVIDModule(policy, DPO(), tiny.stage("text"), DPO.needs)
+    module = tiny.module(policy, DPO(), tiny.stage("text"), DPO.needs)
     data = PreferenceDataModule(
         tiny.triples(folder) * 4, template, terms=DPO.needs, packable=True, batch_size=1, seed=0
     )

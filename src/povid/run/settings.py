@@ -14,9 +14,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -97,8 +104,6 @@ class TrainerBounds(BaseModel):
     @field_validator("strategy", check_fields=False)
     @classmethod
     def _known_strategy(cls, name: Any) -> Any:
-        from lightning.pytorch.strategies import StrategyRegistry
-
         known = ["auto", *StrategyRegistry.available_strategies()]
         if isinstance(name, str) and name not in known:
             raise ValueError(f"there is no strategy {name!r}{did_you_mean(name, known, 'strategies')}")
@@ -231,11 +236,22 @@ class Settings:
 
 def splits(trainer: Mapping[str, Any]) -> bool:
     """Whether a trainer node's strategy splits the weights (FSDP2)."""
+    return issubclass(_strategy(trainer)[0], FSDP2)
+
+
+def _strategy(trainer: Mapping[str, Any]) -> tuple[type, Mapping[str, Any]]:
+    """The class of a trainer's strategy and its arguments; it is a node or a name of Lightning's registry.
+
+    ``object`` for one that is not known yet ("auto"), or that has problems of its own.
+    """
     strategy = trainer.get("strategy")
-    if not is_node(strategy):
-        return False
-    kind = building.target(strategy, "trainer.strategy", [])
-    return isinstance(kind, type) and issubclass(kind, FSDP2)
+    if is_node(strategy):
+        kind = building.target(strategy, "trainer.strategy", [])
+        return (kind, strategy) if isinstance(kind, type) else (object, {})
+    if not (isinstance(strategy, str) and strategy in StrategyRegistry):
+        return object, {}
+    known = StrategyRegistry[strategy]
+    return known["strategy"], known["init_params"]
 
 
 def build(cfg: DictConfig) -> Settings:
@@ -255,6 +271,7 @@ def build(cfg: DictConfig) -> Settings:
         for key, value in _leaves(tree)
         if isinstance(value, str) and holds_login(value)
     ]
+    problems += _unknown_options()
     plain = building.settings(Plain, {k: tree[k] for k in Plain.model_fields if k in tree}, "", problems)
     ablation = building.settings(Ablation, tree.get("ablation"), "ablation", problems)
     data = building.settings(DataSettings, tree.get("data"), "data", problems)
@@ -335,6 +352,19 @@ def build(cfg: DictConfig) -> Settings:
         experiment=HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None,
         tree=tree,
     )
+
+
+def _unknown_options() -> Iterator[str]:
+    """A file that was chosen for an optional group and does not exist, over which Hydra passes."""
+    if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
+        return
+    loader = GlobalHydra.instance().config_loader()
+    for override in HydraConfig.get().overrides.task:
+        group, _, name = override.lstrip("+").partition("=")
+        group = group.partition("@")[0]
+        known = loader.get_group_options(group) if re.fullmatch(r"[\w/]+", group) else []
+        if known and re.fullmatch(r"[\w-]+", name) and name not in (*known, "null"):
+            yield f"{group}: there is no {name!r}{did_you_mean(name, known, 'choices')}"
 
 
 def check_devices(settings: Settings) -> None:
@@ -509,18 +539,15 @@ def _rules(
     terms: Mapping[int, frozenset[str]],
 ) -> Iterator[str]:
     """Problems between settings that are valid by themselves."""
-    strategy = trainer.get("strategy")
-    if (
-        is_node(strategy)
-        and str(strategy["_target_"]).endswith("DeepSpeedStrategy")
-        and strategy.get("stage") not in (None, 1, 2)
-    ):
+    strategy, arguments = _strategy(trainer)
+    zero = arguments.get("stage", 2) if issubclass(strategy, DeepSpeedStrategy) else 0  # 2 is Lightning's default
+    pieces = issubclass(strategy, (FSDPStrategy, ModelParallelStrategy)) and not issubclass(strategy, FSDP2)
+    if pieces or zero not in (0, 1, 2):
+        found = trainer["strategy"]["_target_"] if is_node(trainer["strategy"]) else trainer["strategy"]
         yield (
-            f"trainer.strategy.stage: found {strategy['stage']}; ZeRO 1 and 2 leave every device its weights, 3 would "
-            "save adapters in pieces: use trainer=fsdp2 to split weights"
+            f"trainer.strategy: found {found}{f' with stage {zero}' if zero else ''}, which splits the weights and "
+            "would save adapters in pieces; use trainer=fsdp2 to split weights"
         )
-    if isinstance(strategy, str) and strategy.startswith("deepspeed_stage_3"):
-        yield f"trainer.strategy: found {strategy}, which saves adapters in pieces; use trainer=fsdp2 to split weights"
     for number, stage in stages.items():
         if stage is not None and stage.batch_size == "auto":
             if trainer.get("devices") != 1:
