@@ -7,6 +7,7 @@ built; the rules between fields are here.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Annotated, Any, Literal
 import torch
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import (
@@ -376,10 +378,16 @@ def check_devices(settings: Settings) -> None:
     if not settings.run_stages:
         return
     try:
-        building.make(settings.trainer, max_epochs=1, logger=False, enable_checkpointing=False)
+        trainer = building.make(settings.trainer, max_epochs=1, logger=False, enable_checkpointing=False)
     except Exception as error:  # whatever Lightning and its strategies raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise Fault(f"trainer: {reason}; choose another trainer= or correct its arguments") from None
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(cores, 2):  # two: to try DDP
+        raise Fault(
+            f"trainer.devices: {trainer.num_devices} processes would share the {cores} cores of this machine; give no "
+            "more than that, or an accelerator"
+        )
 
 
 GROUPS = (
