@@ -174,7 +174,7 @@ class Files:
     asked: list[tuple[str, str | None]] = field(default_factory=list)
     etag: str | None = None
     length: bool = True  # whether the length is said
-    drip: bool = False  # a few bytes, and nothing more until the client leaves
+    drip: str = ""  # where a byte now and then is all that comes: header, chunk or body
 
 
 @contextmanager
@@ -190,6 +190,9 @@ def file_server(files: Files) -> Iterator[str]:
                 self.send_error(404)
                 return
             start = 0
+            if files.drip:
+                self.trickle()
+                return
             if wanted and files.ranges:
                 start = int(wanted.removeprefix("bytes=").split("-")[0])
                 if start >= len(data):
@@ -206,22 +209,29 @@ def file_server(files: Files) -> Iterator[str]:
             if files.etag:
                 self.send_header("ETag", files.etag)
             self.end_headers()
-            if files.drip:
-                self.wfile.write(data[start : start + 9])
-                with suppress(OSError):
-                    self.rfile.read(1)
-                return
             cut = files.cut_after.pop(0) if files.cut_after else -1
             self.wfile.write(data[start:] if cut < 0 else data[start : start + cut])
+
+        def trickle(self) -> None:
+            """A byte every 20 ms until the client leaves."""
+            length = "Transfer-Encoding: chunked" if files.drip == "chunk" else "Content-Length: 9999"
+            start = "HTTP/1.1 200 OK\r\n" if files.drip == "header" else f"HTTP/1.1 200 OK\r\n{length}\r\n\r\n"
+            with suppress(OSError):
+                self.wfile.write(start.encode() + b"X-Slow: " * (files.drip == "header"))
+                while not left.is_set():
+                    self.wfile.write(b"0")
+                    left.wait(0.02)
 
         def log_message(self, *_: Any) -> None:
             pass
 
+    left = threading.Event()
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"
     finally:
+        left.set()
         server.shutdown()
         server.server_close()

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from PIL import Image
+from transformers import get_scheduler
 
 from povid.method.distortions.diffusion import Diffusion
+from povid.method.objectives import Objective
 from povid.model.debug_llava import prepare
 from povid.model.loading import LocalModel, LoraSettings
 from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple, Turn
-from povid.training.module import StageSettings
+from povid.training.module import POVIDModule, StageSettings
 
 WORDS = (
     "A dog and cat sit on the mat near a red bus in town . Describe this image What is Is there Yes No it two "
@@ -119,6 +123,14 @@ def noise(step: int = 500, **changes) -> Diffusion:
     """Eq. 4 with the schedule of appendix A.1."""
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3)
     return Diffusion(scheduler, step, **changes)
+
+
+def module(policy: Policy, objective: Objective, settings: StageSettings, terms: Set[str], **more) -> POVIDModule:
+    """With conf/optimizer/adamw.yaml and conf/schedule/cosine.yaml."""
+    adamw = partial(torch.optim.AdamW, foreach=True)
+    return POVIDModule(
+        policy, objective, settings, terms, optimizer=adamw, schedule=partial(get_scheduler, "cosine"), **more
+    )
 
 
 def stage(*dispreferences: str, **changes) -> StageSettings:

@@ -7,6 +7,8 @@ import hashlib
 import io
 import json
 import shutil
+import time
+import urllib.request
 import zipfile
 from contextlib import suppress
 from pathlib import Path
@@ -194,10 +196,27 @@ def test_a_file_of_unknown_length_is_not_taken_for_whole(tmp_path):
     assert get(Files({"/a.bin": DATA}, length=False), tmp_path, sha256=HASH)[0].read_bytes() == DATA
 
 
-def test_a_download_that_drips_is_given_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(fetch, "PATIENCE", 0.0)
-    with pytest.raises(Fault, match="in 3 attempts .fewer than 1,048,576 bytes came in 0 s"):
-        get(Files({"/a.bin": DATA}, drip=True), tmp_path)
+@pytest.mark.parametrize("where", ["header", "chunk", "body"])
+def test_a_server_that_drips_is_given_up(where, tmp_path, monkeypatch):
+    """Each byte comes in time; the reply as a whole does not."""
+    monkeypatch.setattr(fetch, "PATIENCE", 0.15)
+    start = time.monotonic()
+    with pytest.raises(Fault, match="in 3 attempts .fewer than 1,048,576 bytes came in 0.15 s"):
+        get(Files({"/a.bin": DATA}, drip=where), tmp_path, sha256=HASH)
+    assert time.monotonic() - start < 10
+    assert where != "body" or (tmp_path / "a.bin.part").stat().st_size, "what came is kept"
+
+
+def test_a_file_that_is_longer_than_it_should_be_is_not_read_to_its_end(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "BLOCK", 1000)
+    with pytest.raises(Fault, match="gave 6,000 bytes"):
+        get(Files({"/a.bin": DATA}, length=False), tmp_path, size=5_000)
+
+
+def test_an_encrypted_address_must_not_lead_to_one_that_is_not():
+    handler = fetch._Plain(fetch._Watch(), refused=True)
+    with pytest.raises(Fault, match="leads to http://x/a.bin, which is not encrypted"):
+        handler.http_open(urllib.request.Request("http://x/a.bin"))
 
 
 def test_a_record_that_is_none_is_told_of(tmp_path):

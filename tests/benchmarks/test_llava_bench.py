@@ -138,6 +138,39 @@ def test_official_file_and_back_in_any_order(data):
         ANY.read_answers(file, questions)
 
 
+def test_an_incomplete_file_is_scored_by_line_and_beside_it_by_id(data):
+    """The judge gives 9 to "a", 6 to "b", 3 to "d" and 10 to the reference, whatever the question. Without the last
+    answer: 9, 6, 3 over three tens, 60.0, for both. Without the second of four (a, b, c, d for 0 to 3), officially a, c
+    and d answer questions 0, 1 and 2: conv is a's alone, 90.0; by their ids a and d are both conv, 60.0."""
+    rates = {"a": 9, "b": 6, "c": 6, "d": 3}
+
+    def script(body, number):
+        answer = last_text(body).split("[Assistant 2]\n")[1][0]
+        return Say(f"10 {rates[answer]}")
+
+    def scored(*given):
+        file = data / "answers.jsonl"
+        file.write_text(lines({"question_id": n, "text": text, "answer_id": "x"} for n, text in given))
+        benchmark = LLaVABench(data=data)
+        with ChatServer(script) as server:
+            score = benchmark.score_file(file, benchmark.questions(), Judge(cache=data / "r", base_url=server.url))
+        return score.scores, benchmark.notes(score)
+
+    scores, notes = scored((0, "a"), (1, "b"), (2, "c"), (3, "d"))
+    assert not notes and not {"unanswered", "by_id"} & {*scores}
+    scores, notes = scored((0, "a"), (1, "b"), (2, "d"))
+    assert (scores["overall"], scores["unanswered"], scores["questions"]) == (60.0, 1, 3) and "by_id" not in scores
+    assert "questions without an answer: 1" in notes[0]
+    scores, notes = scored((0, "a"), (2, "c"), (3, "d"))
+    assert (scores["conv"], scores["by_id"]["conv"], scores["by_id"]["overall"]) == (90.0, 60.0, 60.0)
+    assert len(notes) == 2 and "by line" in notes[1] and "judge" not in scores["by_id"]
+    scores, _ = scored((1, "b"), (0, "a"), (2, "c"), (3, "d"))
+    assert (scores["detail"], scores["by_id"]["detail"]) == (90.0, 60.0) and "unanswered" not in scores
+    (data / "answers.jsonl").write_text("")
+    with pytest.raises(Fault, match="answers.jsonl holds no answer"):
+        ANY.score_file(data / "answers.jsonl", LLaVABench(data=data).questions())
+
+
 def test_bad_data(data):
     (data / "answers_gpt4.jsonl").write_text(lines([{"question_id": 0, "text": "R"}]))
     with pytest.raises(Fault, match="line 2 asks question 1"):

@@ -45,10 +45,11 @@ def test_grades():
         (" 0.5", None),
         ("", None),
         ("about 0.5", None),
-        ("nan", None),
+        ("inf", None),
         ("0.5|", None),
     ]:
         assert mm_vet.parse(reply) == grade
+    assert math.isnan(mm_vet.parse("nan"))
 
 
 def test_score_by_hand(data):
@@ -96,6 +97,28 @@ def test_sums_round_as_in_the_official_script(tmp_path, monkeypatch):
 def test_insisting_helps(data):
     score, _ = judged(data, lambda text, body: "0.3" if body["temperature"] == 0.5 else "well")
     assert score.scores["total"] == 30.0 and score.scores["unreadable_grades"] == 0 and "corrected" not in score.scores
+
+
+def test_nan_is_a_grade_to_the_official_script_and_infinity_is_not(data):
+    """Q1 gets nan, which the official script keeps: total, rec and its set print nan there. The figures here leave it
+    out: (1 + 0.4 + 0.4) / 3, 60.0; rec is Q3's 0.4; of the set nothing is left. Q0 gets inf and is asked again."""
+
+    def script(text, body):
+        if "Q1?" in text:
+            return "nan"
+        if "Q0?" in text:
+            return "inf" if "digit" not in text else "1.0"
+        return "0.4"
+
+    score, server = judged(data, script)
+    scores = score.scores
+    assert sum("Q1?" in last_text(body) for body in server.requests) == 1
+    assert sum("Q0?" in last_text(body) for body in server.requests) == 2
+    assert (scores["total"], scores["by_capability"]["ocr"], scores["by_capability"]["rec"]) == (60.0, 70.0, 40.0)
+    assert scores["by_integration"] == {"math_ocr": 70.0, "rec": None, "know_rec": 40.0}
+    assert scores["corrected"]["total"] == 60.0 and (scores["unreadable_grades"], scores["nan_grades"]) == (1, 1)
+    assert score.records[1]["grades"] == [None] and "grades of nan: 1" in ANY.notes(score)[0]
+    json.dumps([scores, score.records], allow_nan=False)
 
 
 def test_runs_are_averaged(data):

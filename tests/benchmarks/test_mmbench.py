@@ -182,6 +182,42 @@ def test_submission_sheet_column_for_column_and_back(tmp_path):
     assert ANY.read_answers(tmp_path / "out" / "mmbench_answers.jsonl", questions)[1] == "B\x01"
 
 
+def test_an_incomplete_file_is_scored_as_officially_and_corrected_beside(tmp_path):
+    """All given answers are right. JSON Lines without index 1000002: its cell is empty, read as "nan", which names no
+    option, so question 2 is lost and question 5 is not: 50. Where the option is "n", "nan" names it: 100, corrected 50.
+    A sheet without that row: question 2 is scored by its other row: 100, corrected 50. Without row 2 the question is
+    left out: 100 of one question, corrected 50 of two."""
+    right = {2: "A", 5: "B", 1_000_002: "B", 1_000_005: "A", 2_000_005: "C"}
+
+    def scored(file, without, rows=ROWS):
+        benchmark = MMBench(data=table(tmp_path, rows))
+        given = {index: answer for index, answer in right.items() if index != without}
+        if file.suffix == ".jsonl":
+            file.write_text("\n".join(json.dumps({"question_id": i, "text": a}) for i, a in given.items()))
+        else:
+            cells = {"index": list(given), "prediction": list(given.values())}
+            pandas.DataFrame(cells).to_csv(file, index=False)
+        score = benchmark.score_file(file, benchmark.questions())
+        assert ("unanswered" in score.scores) == bool(benchmark.notes(score)) == (without is not None)
+        return score, [score.scores, score.scores.get("corrected", {})]
+
+    lines, sheet = tmp_path / "a.jsonl", tmp_path / "a.csv"
+    for file in (lines, sheet):
+        assert [part.get("accuracy") for part in scored(file, None)[1]] == [100.0, None]
+    score, found = scored(lines, 1_000_002)
+    assert [(part["accuracy"], part["questions"]) for part in found] == [(50.0, 2), (50.0, 2)]
+    assert score.records[2]["answer"] is None and score.scores["unanswered"] == 1
+    compass = [ROWS[0], ROWS[1], row(1_000_002, "e", "n", "B"), *ROWS[3:]]
+    assert [part["accuracy"] for part in scored(lines, 1_000_002, compass)[1]] == [100.0, 50.0]
+    assert [(part["accuracy"], part["questions"]) for part in scored(sheet, 1_000_002)[1]] == [(100.0, 2), (50.0, 2)]
+    assert [(part["accuracy"], part["questions"]) for part in scored(sheet, 2)[1]] == [(100.0, 1), (50.0, 2)]
+    sheet.write_text("index,prediction\n2,A\n1000002,\n5,B\n1000005,A\n2000005,C\n")
+    assert MMBench(data=tmp_path).score_file(sheet, MMBench(data=table(tmp_path)).questions()).scores["unanswered"] == 1
+    sheet.write_text("index,prediction\n1000002,B\n")
+    with pytest.raises(Fault, match=r"a.csv answers no question of the table"):
+        MMBench(data=tmp_path).score_file(sheet, MMBench(data=tmp_path).questions())
+
+
 def test_bad_answers_and_bad_tables(tmp_path):
     questions = MMBench(data=table(tmp_path)).questions()
     (tmp_path / "a.xlsx").write_bytes(b"PK")

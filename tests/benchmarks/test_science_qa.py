@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
 
@@ -49,6 +50,51 @@ def test_prompt(data):
     turns = [{"from": "human", "value": "Which?\nA. x\nB. y\n<image>"}, {"from": "gpt", "value": "A"}]
     (data / "llava_test_CQM-A.json").write_text(json.dumps([{"id": "7", "conversations": turns}]))
     assert ScienceQA(data=data).questions()[1].text.startswith("Which?\nA. x\nB. y\nAnswer with")
+
+
+def test_prompts_without_llavas_file_follow_its_form(data):
+    """Two hundred made-up problems against the form, spelled out: a line of context only where there is a hint, the
+    question, a line for each option, the instruction; and nothing else."""
+    draw = random.Random(3)
+    words = ["Which", "Größe", "図", "Ω ≤ 5", "a  b", "Options:", "N/A", "C.", "Context: x", "1. 5", "line\nline", "?"]
+
+    def text(count):
+        return " ".join(draw.choice(words) for _ in range(count))
+
+    problems = {
+        str(n): {
+            "question": text(draw.randint(1, 6)),
+            "choices": [text(draw.randint(1, 3)) for _ in range(draw.randint(2, 5))],
+            "answer": draw.randint(0, 1),
+            "hint": draw.choice(["", " ", "\n", text(draw.randint(1, 9))]),
+            "image": None,
+        }
+        for n in range(200)
+    }
+    (data / "problems.json").write_text(json.dumps(problems))
+    (data / "pid_splits.json").write_text(json.dumps({"test": list(problems)}))
+    asked = {question.id: question.text for question in ScienceQA(data=data).questions()}
+    assert len(asked) == 200
+    with_hint = 0
+    for name, problem in problems.items():
+        expected = ""
+        if problem["hint"].strip() != "":
+            expected += "Context: " + problem["hint"] + "\n"
+            with_hint += 1
+        expected += problem["question"]
+        for number in range(len(problem["choices"])):
+            expected += "\n" + "ABCDE"[number] + ". " + problem["choices"][number]
+        expected += "\nAnswer with the option's letter from the given choices directly."
+        assert asked[name] == expected
+    assert 30 < with_hint < 170 and {len(p["choices"]) for p in problems.values()} == {2, 3, 4, 5}
+
+
+def test_a_problem_without_a_valid_answer_is_refused(data):
+    problems = json.loads((data / "problems.json").read_text())
+    for change in ({"choices": list("uvwxyz")}, {"answer": 3}, {"answer": -1}, {"answer": None}, {"choices": []}):
+        (data / "problems.json").write_text(json.dumps(problems | {"4": problems["4"] | change}))
+        with pytest.raises(Fault, match="problems.json question 4 has . choices and the answer"):
+            ScienceQA(data=data).questions()
 
 
 def test_parsers():

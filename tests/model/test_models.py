@@ -27,7 +27,6 @@ from povid.model.packing import Encoded
 from povid.model.policy import Policy
 from povid.model.question import Decoding, Question
 from povid.training.datamodule import PreferenceDataset, collate
-from povid.training.module import POVIDModule
 from povid.training.scoring import score
 
 NAMES = ["llava", *tiny_models.MODELS]
@@ -103,7 +102,7 @@ def check_scores(policy, template, pictures, *, packable):
 def test_first_step_starts_at_log_two_and_has_a_gradient(folders, pictures, name):
     policy, template = load(folders, name, perturb=False)
     policy.train()
-    module = POVIDModule(policy, EQ_5, STAGE, EQ_5.needs)
+    module = tiny.module(policy, EQ_5, STAGE, EQ_5.needs)
     _, batch = batch_of(pictures, policy, template)
     loss = module.outcome(batch)[0].loss_B.mean()
     assert loss.item() == pytest.approx(math.log(2), abs=1e-5)
@@ -273,7 +272,7 @@ def test_gradient_checkpointing_changes_no_number(folders, pictures, name):
         policy, template = load(folders, name, gradient_checkpointing=recompute)
         policy.train()
         _, batch = batch_of(pictures, policy, template)
-        module = POVIDModule(policy, EQ_5, STAGE, EQ_5.needs)
+        module = tiny.module(policy, EQ_5, STAGE, EQ_5.needs)
         passes = []
         policy.network.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: passes.append(1))  # noqa: B023
         loss = module.outcome(batch)[0].loss_B.mean()

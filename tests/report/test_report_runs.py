@@ -289,6 +289,35 @@ def test_runs_are_one_row_where_their_identities_without_seed_agree(write, outpu
         assert sorted(len(row.runs) for row in rows) == ([3] if shown == [""] else [1, 2])
 
 
+def test_worlds_are_averaged_where_every_row_was_run_in_the_same_ones(write, outputs):
+    """Two rows in two worlds of two seeds: CHAIR_S of none 72 and 73 in world 0, 74 and 75 in world 1, mean 73.5."""
+
+    def run(row, world, seed, **more):
+        digests = {"benchmarks.chair.truth": f"t{world}"} | ({} if row == "none" else {"records": f"a{world}"})
+        recorded = identified(row, **(digests | more), data={"data.prepare.seed": world})
+        return write(row, seed, 2 * world + seed, folder=f"{row}/{world}/{seed}", **recorded)
+
+    for row in ("none", "text"):
+        for world in (0, 1):
+            for seed in (0, 1):
+                run(row, world, seed)
+    none, text = group(find_runs(outputs))
+    assert (len(none.runs), summarise(none, "chair.CHAIR_S").mean, none.label) == (4, 73.5, "none")
+    assert none.remarks == text.remarks
+    assert none.remarks == ["mean and spread over seeds and over 2 worlds (data.prepare.seed=0, 1)"]
+
+    run("text", 1, 1, **{"model.lora.r": 8})  # a row of its own, in one world
+    rows = group(find_runs(outputs))
+    assert [len(row.runs) for row in rows] == [2, 2, 2, 1, 1] and not any("worlds" in str(row.remarks) for row in rows)
+    assert {row.label for row in rows if row.name == "none"} == {
+        "none (data.prepare.seed=0)",
+        "none (data.prepare.seed=1)",
+    }
+
+    run("text", 1, 1, records="edited")  # two contents of one world
+    assert sorted(len(row.runs) for row in group(find_runs(outputs))) == [1, 1, 2, 2, 2]
+
+
 def test_a_third_run_without_a_benchmark_hides_no_disagreement(write, outputs):
     write("none", 0, **identified("none"))
     write("none", 1, **identified("none", **{"benchmarks.chair.prompt": "What?"}))

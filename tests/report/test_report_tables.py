@@ -149,6 +149,14 @@ def test_a_table_of_the_embedded_world_says_so(sweep, write):
     write("none", 0, folder="base", model="llava_1_5_7b", data="povid_17k")
     real = next(block for block in table(3, find_runs(sweep)).blocks if "llava_1_5_7b" in block.title)
     assert not real.warnings
+    named = {"settings": {"data.prepare._target_": "povid.scenes.world.prepare"}, "places": {}}
+    for data, names, start in (
+        ("rlhf_v", {"settings": {}, "places": {}}, "The paper's rows are LLaVA-1.5-7B"),
+        ("my_scenes", named, "These numbers come from the embedded world (data=my_scenes, model=tiny)"),
+    ):
+        write("both", 0, folder=data, model="tiny", data=data, stages={}, identity={"row": {}, "named": names})
+        found = table(3, [run for run in find_runs(sweep) if run.folder.name == data])
+        assert found.blocks[0].warnings[0].startswith(start)
 
 
 def test_base_models_and_other_preference_data_are_omitted_from_table_3(write, outputs):

@@ -70,6 +70,9 @@ def refused(world: Path, tmp_path: Path, *arguments: str) -> str:
             ["stage=2"],
             "holds no finished stage 1; run the same command with stage=1 first, or name one with init_from=",
         ),
+        (["stages/for_model=scenes_tinny"], "there is no 'scenes_tinny'; did you mean 'scenes_tiny'?"),
+        (["stages/for_model=foo"], "stages/for_model: there is no 'foo'; the choices are scenes_tiny"),
+        (["+logger.x={_target_: lightning.pytorch.loggers.CometLogger}"], "install what it needs or choose another"),
         (["resume=latest"], "holds no run that was started and not finished"),
         (["model.max_length=20"], "of 20 tokens; shorten it"),
     ],
@@ -77,6 +80,9 @@ def refused(world: Path, tmp_path: Path, *arguments: str) -> str:
 )
 def test_a_command_line_that_cannot_be_run(arguments, part, world, tmp_path):
     assert part in refused(world, tmp_path, f"outputs={tmp_path}", *arguments)
+    assert not (tmp_path / "run").exists()
+    after_the_data = arguments in (["stage=2"], ["model.max_length=20"])
+    assert (tmp_path / "scenes").exists() == after_the_data, "what needs no data is told before they are made"
 
 
 def test_a_folder_that_cannot_be_written(world, tmp_path):

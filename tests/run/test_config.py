@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 
 from povid.fault import Fault
 from povid.run.experiment import run
+from povid.run.identity import flat
 from povid.run.settings import build
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -65,6 +66,24 @@ def test_every_configuration_composes_and_binds(group, option):
         return
     build(cfg)
     OmegaConf.to_yaml(cfg, resolve=True)
+
+
+def test_released_differs_from_the_paper_where_the_released_code_does():
+    """Its scripts train with DeepSpeed's zero2.json, which sets no gradient_clipping, so that gradients are not clipped
+    (Table 5 is silent, and the default of the paper's trainer is 1); LLaVA's length; no dropout; no projector."""
+    paper, released = (
+        dict(flat(build(composed("model=llava_1_5_7b", *chosen)).tree)) for chosen in ([], ["experiment=released"])
+    )
+    differing = {key: released.get(key) for key in {*paper, *released} if paper.get(key) != released.get(key)}
+    assert {key: value for key, value in differing.items() if not key.startswith("objective.")} == {
+        "model.train_projector": False,
+        "model.max_length": 1048,
+        "model.lora.dropout": 0.0,
+        "stages.1.max_grad_norm": 0.0,
+        "stages.2.max_grad_norm": 0.0,
+        "noise.space": "pixel",
+        "noise.wrap_around": True,
+    }
 
 
 @pytest.fixture(scope="module")

@@ -61,10 +61,14 @@ def test_damaged_metrics_are_named(world, tmp_path):
     assert f"error: {folder}/stage_1/metrics.csv is damaged" in log.read_text()
 
 
-def test_a_damaged_note_of_hydras_is_named(tmp_path):
+def test_a_damaged_record_of_the_command_is_named(tmp_path):
     for content in (b"hydra: [", b"\xff", b"", b"{}"):
         (tmp_path / "run" / ".hydra").mkdir(parents=True, exist_ok=True)
         (tmp_path / "run" / "config.yaml").write_text("{}")
         (tmp_path / "run" / ".hydra" / "hydra.yaml").write_bytes(content)
         with pytest.raises(Fault, match=f"{tmp_path}/run/.hydra/hydra.yaml does not hold the command line"):
             expand(["resume=latest", f"outputs={tmp_path}"])
+        (tmp_path / "run" / "command.yaml").write_bytes(content)
+        with pytest.raises(Fault, match=f"{tmp_path}/run/command.yaml does not hold the command line"):
+            expand(["resume=latest", f"outputs={tmp_path}"])
+        (tmp_path / "run" / "command.yaml").unlink()

@@ -20,9 +20,12 @@ from PIL import Image
 
 from povid.fault import Fault
 from povid.model.adapters import adapter_chain, adapter_digest
+from povid.model.served import ServedModel
 from povid.report.runs import find_runs, group
+from povid.run import resume
 from povid.run.checkpoint import checkpoints
 from povid.run.identity import FREE, Identity, differences, is_free
+from povid.run.stage import finished_stages
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +204,31 @@ def test_the_report_averages_what_differs_in_the_seed_alone(world):
     assert parts["stages.2.starts_from"] == [adapter_digest(world / "rows" / "runs" / "0" / "stage_1" / "adapter")]
 
 
+def test_what_another_user_computed_is_not_used_unasked(tmp_path, monkeypatch, caplog):
+    home = tmp_path / "run" / "stage_1"
+    (home / "adapter").mkdir(parents=True)
+    (home / "adapter" / "adapter_model.safetensors").write_bytes(b"w")
+    (home / "stage.json").write_text(json.dumps({"finished": "2026", "identity": {"digest": "d"}}))
+    assert finished_stages(tmp_path, 1, "d") == finished_stages(tmp_path, 1) == [home]
+    monkeypatch.setattr(resume.os, "getuid", lambda: home.stat().st_uid + 1)
+    assert finished_stages(tmp_path, 1, "d") == []
+    assert f"{home} belongs to another user and is not used; to use it, name it with init_from=" in caplog.text
+    caplog.clear()
+    assert finished_stages(tmp_path, 1, "other") == [] and not caplog.text
+
+
+def test_how_a_server_is_asked_changes_no_number_and_where_it_is_may(tmp_path):
+    free = [name for name in ServedModel.model_fields if is_free(f"model.{name}")]
+    assert sorted(set(ServedModel.model_fields) - {*free}) == [
+        "base_url",
+        "max_side",
+        "max_tokens_key",
+        "model",
+        "name",
+        "system",
+    ]
+
+
 def test_an_identity_names_what_differs():
     one = Identity({"seed": 0, "model.lora.r": 16, "records": "a"}, {})
     assert differences(one.parts, dict(one.parts)) == []
@@ -212,7 +240,7 @@ def test_an_identity_names_what_differs():
     assert len(differences({}, dict.fromkeys(map(str, range(20)), 1))) == 9
     one.check(one.record(), "it", "cure")
     for recorded in (None, {}, {"parts": 3}):
-        with pytest.raises(Fault, match="it does not say what it was made with"):
+        with pytest.raises(Fault, match="it was written by an earlier version, .*; move it away"):
             one.check(recorded, "it", "cure")
     assert all(map(is_free, FREE)) and is_free("logger.wandb.project")
     assert not is_free("model.lora.r") and not is_free("loggers") and not is_free("data.limit")

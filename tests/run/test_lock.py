@@ -72,6 +72,24 @@ def test_runs_and_sweeps_that_start_together_have_folders_of_their_own(world, tm
     assert len(list(tmp_path.rglob("results.json"))) == 4
 
 
+def test_a_command_that_is_refused_does_not_replace_the_one_that_the_run_was_started_with(world, tmp_path):
+    """Hydra writes its own record before the run can refuse: in a folder in use, and in one that is not resumed."""
+    folder, log = tmp_path / "run", tmp_path / "log"
+    place = [f"outputs={tmp_path}", f"hydra.run.dir={folder}"]
+    started = [*settings(world, "ablation=text"), *place]
+    status, printed = train(*started, log=log, sabotage=at_step(1, 1, signal.SIGKILL))
+    assert status == -9, printed
+    expected = expand(["resume=latest", f"outputs={tmp_path}"])
+    assert "ablation=text" in expected and "seed=3" not in expected
+    with lock.held(folder):
+        status, printed = train(*started, "seed=3", "resume=true", log=log)
+        assert status == 2 and f"error: {folder} is in use by a run in progress" in printed
+    assert train(*started, "seed=3", log=log)[0] == 2
+    assert train(*started, "seed=3", "resume=true", log=log)[0] == 2
+    assert "seed=3" in (folder / ".hydra" / "overrides.yaml").read_text()
+    assert expand(["resume=latest", f"outputs={tmp_path}"]) == expected
+
+
 def test_a_sweep_in_progress_is_refused_and_passed_over(world, tmp_path):
     command = [*settings(world, "ablation=none", f"outputs={tmp_path}", f"hydra.sweep.dir={tmp_path}/s")]
     status, printed = train(
@@ -84,6 +102,9 @@ def test_a_sweep_in_progress_is_refused_and_passed_over(world, tmp_path):
         assert status == 2 and f"error: {tmp_path}/s is in use by a run in progress" in printed
         assert (tmp_path / "s" / "multirun.yaml").stat().st_mtime_ns == note
         assert train("resume=latest", f"outputs={tmp_path}", log=tmp_path / "log")[0] == 2
+    status, printed = train("-m", *command, "seed=3", log=tmp_path / "log")
+    assert status == 2 and f"error: {tmp_path}/s holds a sweep already; choose another hydra.sweep.dir" in printed
+    assert (tmp_path / "s" / "multirun.yaml").stat().st_mtime_ns == note
     assert expand(["resume=latest", f"outputs={tmp_path}"])[-1] == f"hydra.sweep.dir='{tmp_path}/s'"
 
 

@@ -42,6 +42,7 @@ def test_nonsense_is_refused_with_a_sentence(monkeypatch):
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.setenv("NETRC", "/nowhere")
     if not torch.cuda.is_available():
+        assert "99 processes would share the" in answer("trainer.devices=99")
         assert "No supported gpu backend" in answer("trainer=gpu")
     for override, sentence in (
         ("trainer.accelerator=quantum", "trainer.accelerator: there is no accelerator 'quantum'"),

@@ -278,6 +278,22 @@ def test_what_a_run_folder_says_is_not_trusted(tmp_path, monkeypatch):
         expand(["resume=latest", f"outputs={tmp_path}"])
 
 
+def test_a_folder_of_settings_is_given_again_and_never_taken_from_a_run(tmp_path):
+    folder = begun(tmp_path / "run", [], 100)
+    command = {"config_dirs": ["/elsewhere"], "hydra": [], "task": ["seed=4"]}
+    (folder / "command.yaml").write_text(yaml.safe_dump(command))
+    with pytest.raises(Fault, match="was started with --config-dir=/elsewhere, which is not taken from there"):
+        expand(["resume=latest", f"outputs={tmp_path}"])
+    for given in (["--config-dir", "mine"], ["--config-dir=mine"]):
+        assert expand([*given, "resume=latest", f"outputs={tmp_path}"]) == [
+            *given,
+            "seed=4",
+            f"outputs={tmp_path}",
+            "resume=true",
+            f"hydra.run.dir='{folder}'",
+        ]
+
+
 # --- slow ------------------------------------------------------------------------------------------------------------
 
 

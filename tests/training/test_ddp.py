@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from forks import at_step, finish, settings, train
+from forks import CONF, at_step, finish, settings, train
 from safetensors.torch import load_file
 
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
@@ -29,11 +29,16 @@ def losses(home: Path) -> list[dict[str, float]]:
 
 def test_a_sweep_over_two_processes_equals_single_runs(world):
     """Global batches of 4 records: 2 x 2 in two processes, 4 in one. 9 records: two batches and one left over, which
-    two processes cannot share and drop, so 8 records are used."""
+    two processes cannot share and drop, so 8 records are used. The second process finds --config-dir too."""
+    mine = world / "conf" / "schedule" / "mine.yaml"
+    mine.parent.mkdir(parents=True)
+    mine.write_text((CONF / "schedule" / "cosine.yaml").read_text())
     common = ("data.limit=8", "model.lora.dropout=0")
     sweep = world / "sweep"
     status, printed = train(
-        "-m", *settings(world, *common, *TWO, "ablation=text,noise", f"hydra.sweep.dir={sweep}"), log=world / "log"
+        *("-m", "--config-dir", str(world / "conf"), "schedule=mine"),
+        *settings(world, *common, *TWO, "ablation=text,noise", f"hydra.sweep.dir={sweep}"),
+        log=world / "log",
     )
     assert status == 0, printed
     jobs = {"text": (sweep / "0_text_seed0", 1), "noise": (sweep / "1_noise_seed0", 2)}

@@ -14,7 +14,6 @@ from povid.method.objectives.preferred_only import PreferredOnly
 from povid.method.objectives.released import Released
 from povid.model.template import Template
 from povid.training.datamodule import PreferenceDataModule
-from povid.training.module import POVIDModule
 
 STAGE = tiny.stage("text", "noise")
 EQ_5 = POVID()
@@ -29,7 +28,7 @@ def fit(folder, out, objective=EQ_5, *, terms=frozenset({"text", "noise"}), stag
     L.seed_everything(0, verbose=False)
     policy, template = tiny.load(folder, perturb=False, **model)
     scored = objective.terms(terms)
-    module = POVIDModule(policy, objective, stage, scored)
+    module = tiny.module(policy, objective, stage, scored)
     data = PreferenceDataModule(
         tiny.triples(folder),
         template,

@@ -14,7 +14,6 @@ from povid.method.objectives.released import Released
 from povid.model.packing import Encoded
 from povid.training.datamodule import PreferenceDataModule, PreferenceDataset, collate
 from povid.training.digest import record_digest
-from povid.training.module import POVIDModule
 from povid.training.reference_cache import STEPS_KEPT_BACK, ReferenceCache, folder_key
 from povid.training.scoring import score
 
@@ -202,7 +201,7 @@ def test_training_with_and_without_is_the_same(folder, tmp_path, monkeypatch):
         L.seed_everything(0, verbose=False)
         policy, template = tiny.load(folder, perturb=False)
         stage = tiny.stage("text", epochs=3, projector_lr=1e-3, warmup_ratio=0.03)
-        module = POVIDModule(policy, DPO(), stage, DPO.needs, reference_cache=cache)
+        module = tiny.module(policy, DPO(), stage, DPO.needs, reference_cache=cache)
         data = PreferenceDataModule(
             tiny.triples(tmp_path),
             template,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import http.client
@@ -9,7 +10,10 @@ import json
 import lzma
 import os
 import shutil
+import socket
+import ssl
 import struct
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -17,6 +21,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tqdm import tqdm
 
@@ -25,7 +30,7 @@ from povid.fault import Fault
 from povid.files import sync, write_json
 
 BLOCK = 1 << 20  # bytes
-PATIENCE = 300.0  # seconds in which a block must come
+PATIENCE = 300.0  # seconds in which a block must come, and before the first all headers, redirections included
 RECORD = "fetched.json"  # in the data folder: address, size and sha256 of what came
 
 
@@ -127,68 +132,174 @@ def _transfer(source: Source, part: Path) -> None:
         request.add_header("Range", f"bytes={have}-")
         if tag.is_file() and tag.read_text():
             request.add_header("If-Range", tag.read_text())
-    try:
-        answer = urllib.request.urlopen(request, timeout=60)
-    except urllib.error.HTTPError as error:
-        if error.code != 416 or not have:
-            raise
-        if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
-            tag.unlink(missing_ok=True)
-            return  # it is complete already
-        part.unlink()
-        raise EOFError("the partial download was of another file") from error
-    with answer:
-        if source.url.startswith("https:") and not answer.url.startswith("https:"):
-            raise Fault(f"{source.url} leads to {answer.url}, which is not encrypted; download {source.file} by hand")
-        resumed = answer.status == 206
-        if resumed and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+    with _Watch() as watch:
+        try:
+            answer = watch.open(request)
+        except urllib.error.HTTPError as error:
+            if error.code != 416 or not have:
+                raise
+            if error.headers.get("Content-Range", "").rpartition("/")[2] == str(have):
+                tag.unlink(missing_ok=True)
+                return  # it is complete already
             part.unlink()
-            raise EOFError("the server sent another part than the missing one")
-        start = have if resumed else 0
-        total = start + answer.length if answer.length is not None else None
-        if total is None and not answer.chunked and not (source.size or source.sha256 or source.unpack):
-            raise Fault(
-                f"{source.url} does not say how long the file is, so that nobody could tell whether it is whole; open "
-                f"it in a browser, download {source.file} by hand and put it into {part.parent}"
-            )
-        if total is not None and total - start > shutil.disk_usage(part.parent).free:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        tag.write_text(answer.headers.get("ETag") or "")
-        with (
-            part.open("ab" if resumed else "wb") as sink,
-            tqdm(
-                total=total,
-                initial=start,
-                desc=part.name.removesuffix(".part"),
-                unit="B",
-                unit_scale=True,
-                disable=None,
-            ) as bar,
-        ):
-            for block in _blocks(answer):
-                sink.write(block)
-                bar.update(len(block))
-                if len(block) < BLOCK and sink.tell() != total and not answer.isclosed():
-                    raise TimeoutError(f"fewer than {BLOCK:,} bytes came in {PATIENCE:g} s")
-            sink.flush()
-            os.fsync(sink.fileno())
-            end = sink.tell()
-    if total is not None and end < total:
-        raise EOFError(f"the connection ended after {end:,} of {total:,} bytes")
+            raise EOFError("the partial download was of another file") from error
+        with answer:
+            _receive(source, part, tag, have, answer, watch)
     tag.unlink(missing_ok=True)
 
 
-def _blocks(answer: http.client.HTTPResponse) -> Iterator[bytes]:
-    """The body in blocks; one is shorter at the end, and where the rest of it did not come within PATIENCE."""
+def _receive(source: Source, part: Path, tag: Path, have: int, answer: http.client.HTTPResponse, watch: _Watch) -> None:
+    """Write the body of an answer to ``part``, of which ``have`` bytes are there, and its version to ``tag``."""
+    resumed = answer.status == 206
+    if resumed and not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
+        part.unlink()
+        raise EOFError("the server sent another part than the missing one")
+    start = have if resumed else 0
+    total = start + answer.length if answer.length is not None else None
+    if total is None and not answer.chunked and not (source.size or source.sha256 or source.unpack):
+        raise Fault(
+            f"{source.url} does not say how long the file is, so that nobody could tell whether it is whole; open "
+            f"it in a browser, download {source.file} by hand and put it into {part.parent}"
+        )
+    if total is not None and total - start > shutil.disk_usage(part.parent).free:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    tag.write_text(answer.headers.get("ETag") or "")
+    with (
+        part.open("ab" if resumed else "wb") as sink,
+        tqdm(
+            total=total,
+            initial=start,
+            desc=part.name.removesuffix(".part"),
+            unit="B",
+            unit_scale=True,
+            disable=None,
+        ) as bar,
+    ):
+        for block in _blocks(answer, watch):
+            sink.write(block)
+            bar.update(len(block))
+            if source.size is not None and sink.tell() > source.size:
+                break  # and is refused for its size
+        sink.flush()
+        os.fsync(sink.fileno())
+        end = sink.tell()
+    if total is not None and end < total:
+        raise EOFError(f"the connection ended after {end:,} of {total:,} bytes")
+
+
+def _blocks(answer: http.client.HTTPResponse, watch: _Watch) -> Iterator[bytes]:
+    """The body in blocks; what came before an error is yielded before the error is raised."""
     while True:
-        block, start = bytearray(), time.monotonic()
-        while len(block) < BLOCK and (piece := answer.read1(BLOCK - len(block))):
-            block += piece
-            if time.monotonic() - start > PATIENCE:
-                break
+        block, failure = bytearray(), None
+        watch.wait()
+        try:
+            while len(block) < BLOCK and (piece := answer.read1(BLOCK - len(block))):
+                block += piece
+        except (OSError, http.client.HTTPException) as error:
+            failure = error
+        if block:
+            yield bytes(block)
+        watch.check(failure)
         if not block:
             return
-        yield bytes(block)
+
+
+class _Watch:
+    """Opens an address, and closes its connections when what comes next is later than PATIENCE.
+
+    A timeout of urllib's bounds each read alone, so that a server that sends a byte now and then is waited for forever.
+    """
+
+    def __init__(self) -> None:
+        self.late, self.timer = threading.Event(), None
+        self.sockets: list[socket.socket] = []
+
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self.timer is not None:
+            self.timer.cancel()
+        for each in self.sockets:
+            each.close()
+
+    def open(self, request: urllib.request.Request) -> http.client.HTTPResponse:
+        """The answer, as soon as its headers are there. Raises TimeoutError, or what urllib raises."""
+        self.wait()
+        handlers = _Plain(self, request.full_url.startswith("https:")), _Encrypted(self)
+        try:
+            return urllib.request.build_opener(*handlers).open(request, timeout=60)
+        except (OSError, http.client.HTTPException) as error:
+            self.check(error)
+            raise
+
+    def wait(self) -> None:
+        """From now on what comes next has its time."""
+        if self.timer is not None:
+            self.timer.cancel()
+        self.timer = threading.Timer(PATIENCE, self._close)
+        self.timer.daemon = True
+        self.timer.start()
+
+    def check(self, failure: Exception | None = None) -> None:
+        """Raise a TimeoutError if that time is over, else ``failure``."""
+        if self.late.is_set():
+            raise TimeoutError(f"fewer than {BLOCK:,} bytes came in {PATIENCE:g} s") from failure
+        if failure is not None:
+            raise failure
+
+    def connected(self, connection: http.client.HTTPConnection) -> None:
+        self.sockets.append(connection.sock.dup())  # the connection's own changes hands
+        if self.late.is_set():
+            self._close()
+
+    def _close(self) -> None:
+        self.late.set()
+        for each in self.sockets:
+            with contextlib.suppress(OSError):
+                each.shutdown(socket.SHUT_RDWR)
+
+
+class _Connection(http.client.HTTPConnection):
+    watch: _Watch
+
+    def connect(self) -> None:
+        super().connect()
+        self.watch.connected(self)
+
+
+class _EncryptedConnection(http.client.HTTPSConnection, _Connection):
+    """Is watched from before the handshake on: HTTPSConnection.connect calls _Connection.connect first."""
+
+
+class _Plain(urllib.request.HTTPHandler):
+    def __init__(self, watch: _Watch, refused: bool) -> None:
+        super().__init__()
+        self.watch, self.refused = watch, refused
+
+    def http_open(self, request: urllib.request.Request) -> Any:
+        if self.refused:
+            raise Fault(f"the address leads to {request.full_url}, which is not encrypted; download the file by hand")
+        return self.do_open(_watched(_Connection, self.watch), request)
+
+
+class _Encrypted(urllib.request.HTTPSHandler):
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def https_open(self, request: urllib.request.Request) -> Any:
+        made = _watched(_EncryptedConnection, self.watch)
+        return self.do_open(made, request, context=ssl.create_default_context())
+
+
+def _watched(kind: Any, watch: _Watch) -> Any:
+    def connection(*arguments: Any, **more: Any) -> Any:
+        made = kind(*arguments, **more)
+        made.watch = watch
+        return made
+
+    return connection
 
 
 def _unpack(source: Source, file: Path, folder: Path) -> None:

@@ -21,6 +21,7 @@ from povid.server.endpoint import Request
 HUB = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild/resolve/main"
 FILES = ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
 WHAT = "replies without two finite numbers in their first line are left out; officially they count as -1 for both"
+BY_ID = "each answer to the question that its id names, where the official script counts by line"
 CATEGORIES = ("conv", "detail", "complex")
 
 
@@ -81,11 +82,44 @@ class LLaVABench(Benchmark):
             Path(folder) / "llava_bench_answers.jsonl", llava_format.records(questions, answers)
         )
 
+    def score_file(self, file: Path, questions: Sequence[Question], judge: Judge | None = None) -> Score:
+        """The figures of the official script, which pairs answers with questions by line, to the end of the file.
+
+        Answers may be missing: "unanswered" counts them, and no figure includes their questions. Where ids say another
+        order than the lines, or answers are missing before the last, "by_id" holds the figures of the answers as their
+        ids say. Raises Fault where ``read_answers`` does, except for missing answers, and for a file without any.
+        """
+        found = list(llava_format.texts(Path(file)))
+        by_id = [
+            (q, answer) for q, answer in zip(questions, llava_format.matched(found, questions)) if answer is not None
+        ]
+        if not found:
+            raise Fault(f"{file} holds no answer; give the answers to be scored")
+        by_line = [(question, answer) for question, (_, _, answer) in zip(questions, found)]
+        score = self.score([question for question, _ in by_line], [answer for _, answer in by_line], judge)
+        if len(found) < len(questions):
+            score.scores["unanswered"] = len(questions) - len(found)
+        if by_line != by_id:
+            own = self.score([question for question, _ in by_id], [answer for _, answer in by_id], judge).scores
+            score.scores["by_id"] = {name: value for name, value in own.items() if name != "judge"} | {"what": BY_ID}
+        return score
+
     def notes(self, score: Score) -> list[str]:
-        """How many replies could not be read."""
-        if not (count := score.scores["unreadable_replies"]):
-            return []
-        return [f"replies of the judge that could not be read: {count}; officially each counts as -1 for both answers"]
+        """What is missing, what stands in another order, and how many replies could not be read."""
+        scores, notes = score.scores, []
+        if count := scores.get("unanswered"):
+            notes.append(f"questions without an answer: {count}; officially they are left out of every figure")
+        if "by_id" in scores:
+            notes.append(
+                "by their ids the answers are not in the order of the questions, or some are missing; the official "
+                "script counts by line, so its figures are of answers to other questions: by_id has the right ones "
+                f"(overall {scores['by_id']['overall']})"
+            )
+        if count := scores["unreadable_replies"]:
+            notes.append(
+                f"replies of the judge that could not be read: {count}; officially each counts as -1 for both answers"
+            )
+        return notes
 
     def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
         """100 x mean score of ours / mean score of the reference, overall and for each category, one decimal.

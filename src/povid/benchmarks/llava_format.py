@@ -38,8 +38,27 @@ def in_order(
 ) -> list[str]:
     """Answers in the order of the questions, whatever their order in the file.
 
-    Raises Fault for an answer that is not text, for a question that is answered twice or is not in the benchmark, and
-    for a question without an answer.
+    Raises Fault where ``matched`` does, and for a question without an answer.
+    """
+    answers = matched(found, questions, key)
+    unanswered = [str(question.id) for question, answer in zip(questions, answers) if answer is None]
+    if unanswered:
+        raise Fault(
+            f"{file} answers {len(questions) - len(unanswered)} of {len(questions)} questions, missing "
+            f"{', '.join(unanswered[:3])}{' and others' if len(unanswered) > 3 else ''}; "
+            "answer all questions before scoring"
+        )
+    return [answer for answer in answers if answer is not None]
+
+
+def matched(
+    found: Iterable[tuple[str, str, Any]],
+    questions: Sequence[Question],
+    key: Callable[[Question], str] = lambda question: str(question.id),
+) -> list[str | None]:
+    """As ``in_order``, with None for a question without an answer.
+
+    Raises Fault for an answer that is not text, for a question that is answered twice or is not in the benchmark.
     """
     position = {key(question): number for number, question in enumerate(questions)}
     answers: list[str | None] = [None] * len(questions)
@@ -56,14 +75,7 @@ def in_order(
         if not isinstance(answer, str):
             raise Fault(f"{place} has {answer!r:.60} as its answer where text was expected; correct that record")
         answers[number], places[number] = answer, place
-    unanswered = [str(question.id) for question, answer in zip(questions, answers) if answer is None]
-    if unanswered:
-        raise Fault(
-            f"{file} answers {len(places)} of {len(questions)} questions, missing "
-            f"{', '.join(unanswered[:3])}{' and others' if len(unanswered) > 3 else ''}; "
-            "answer all questions before scoring"
-        )
-    return [answer for answer in answers if answer is not None]
+    return answers
 
 
 def records(questions: Sequence[Question], answers: Sequence[str], model: str = "povid") -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -78,8 +79,9 @@ class MMVet(Benchmark):
         """100 x mean grade: in total, of the questions that need a capability, and of each exact set of capabilities.
 
         Means over ``runs`` gradings, one decimal as the official script rounds; "std" is that of the totals. Officially
-        an answer whose grade could not be read in five tries gets 0; "corrected" leaves it out. Raises Fault when no
-        grade at all can be read.
+        an answer whose grade could not be read in five tries gets 0; "corrected" leaves it out. A grade of nan is one
+        to the official script, and every figure that it enters is nan; there the corrected figure takes its place.
+        Raises Fault when no grade at all can be read.
         """
         judge = required(self, judge)
         items = [
@@ -87,23 +89,39 @@ class MMVet(Benchmark):
             for question, answer in zip(questions, answers, strict=True)
         ]
         grades = [self._grades(judge, items, run) for run in range(self.runs)]
-        unread = sum(grade is None for run in grades for grade in run)
+        read = [[None if grade is None or math.isnan(grade) else grade for grade in run] for run in grades]
+        unread = sum(grade is None for run in read for grade in run)
         if unread == self.runs * len(items):
             raise unreadable(self, judge, unread)
-        scores = _figures(questions, [[grade or 0.0 for grade in run] for run in grades])
-        scores["unreadable_grades"] = unread
+        scores = _figures(questions, [[0.0 if grade is None else grade for grade in run] for run in grades])
         if unread:
-            scores["corrected"] = _figures(questions, grades)
+            corrected = _figures(questions, read)
+            scores = _finite(scores, corrected)
+            scores["corrected"] = corrected
+        scores["unreadable_grades"] = unread
+        scores["nan_grades"] = unread - sum(grade is None for run in grades for grade in run)
         records = [
             {
                 "id": question.id,
                 "answer": answer,
-                "grades": [run[number] for run in grades],
+                "grades": [run[number] for run in read],
                 "capability": question.meta["capability"],
             }
             for number, (question, answer) in enumerate(zip(questions, answers))
         ]
         return Score({**scores, "judge": {**judge.describe(self), "runs": self.runs}}, records)
+
+    def notes(self, score: Score) -> list[str]:
+        """How many grades could not be read, and what the official script makes of them."""
+        scores, notes = score.scores, []
+        if count := scores["unreadable_grades"] - scores["nan_grades"]:
+            notes.append(f"grades that could not be read in {len(TEMPERATURES)} tries: {count}; officially each is 0")
+        if count := scores["nan_grades"]:
+            notes.append(
+                f"grades of nan: {count}; the official script prints nan for every figure that they enter, and the "
+                "figure here leaves them out"
+            )
+        return notes
 
     def _grades(self, judge: Judge, items: Sequence[tuple[str, str, str, str]], run: int) -> list[float | None]:
         """Grades of (name, question, ground truth, prediction); five unreadable replies give None (officially 0)."""
@@ -147,6 +165,17 @@ def _figures(questions: Sequence[Question], grades: Sequence[Sequence[float | No
         **rounded,
         "questions": len(questions),
     }
+
+
+def _finite(official: dict[str, Any], corrected: dict[str, Any]) -> dict[str, Any]:
+    """The official figures, and the corrected ones where those are nan; None where nothing is left of either."""
+    found: dict[str, Any] = {}
+    for name, figure in official.items():
+        if isinstance(figure, dict):
+            found[name] = _finite(figure, corrected[name])
+        else:
+            found[name] = corrected.get(name) if math.isnan(figure) else figure
+    return found
 
 
 def _added(values: Sequence[float]) -> float:
@@ -215,10 +244,10 @@ def request(name: str, question: str, truth: str, prediction: str, attempt: int,
 def parse(reply: str) -> float | None:
     """What stands before the first space, as a number in [0, 1]; None if it is none (also for a leading space).
 
-    "nan" is none and is asked again; the official script takes it, and every figure that it enters prints as nan.
+    "nan" is one, as in the official script.
     """
     try:
         grade = float(reply.split(" ")[0].strip())
     except ValueError:
         return None
-    return grade if 0.0 <= grade <= 1.0 else None
+    return None if grade < 0.0 or grade > 1.0 else grade  # compared so, as officially, nan is a grade

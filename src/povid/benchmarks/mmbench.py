@@ -27,6 +27,7 @@ SUFFIX = "Answer with the option's letter from the given choices directly."
 COPY = 1_000_000  # index of a rotated copy = index of its question + k x COPY
 DROPPED = ("hint", "category", "source", "image", "comment", "l2-category")
 SEED = 2680  # of the random option that officially stands in for an unmatched answer
+EMPTY = "nan"  # what the official evaluator reads in an empty cell
 NO_ANSWER = "Failed to obtain answer via API"  # what official scripts write where a server gave no answer
 _DECORATIONS = (
     ("", "."),
@@ -113,27 +114,45 @@ class MMBench(Benchmark):
 
     def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
         """Answers from LLaVA's JSON Lines, or from a submission sheet (.xlsx, .tsv, .csv) by index and prediction."""
-        file = Path(file)
-        if file.suffix.lower() not in (".xlsx", ".tsv", ".csv"):
-            return llava_format.by_question_id(file, questions)
-        try:
-            text = {"dtype": str, "keep_default_na": False}  # an answer "nan" is an answer
-            sheet = (
-                pandas.read_excel(file, engine="openpyxl", **text)
-                if file.suffix.lower() == ".xlsx"
-                else pandas.read_csv(file, sep="\t" if file.suffix.lower() == ".tsv" else ",", **text)
-            )
-        except Exception as error:  # openpyxl and zipfile raise a dozen kinds
-            raise Fault(f"{file} is not a readable sheet ({error}); give the .xlsx of a submission") from error
-        if not {"index", "prediction"} <= set(sheet.columns):
-            raise Fault(
-                f"{file.name} has the columns {', '.join(map(str, sheet.columns))} but needs index and "
-                "prediction; give the .xlsx of a submission"
-            )
-        rows = enumerate(zip(sheet["index"], sheet["prediction"]), 2)
-        return llava_format.in_order(
-            file, [(f"{file.name} row {number}", name, answer) for number, (name, answer) in rows], questions
-        )
+        return llava_format.in_order(Path(file), _texts(Path(file)), questions)
+
+    def score_file(self, file: Path, questions: Sequence[Question], judge: Judge | None = None) -> Score:
+        """The figures of the official scripts, which score an incomplete file too.
+
+        LLaVA's converter leaves the cell of a missing answer empty, and the evaluator reads an empty cell as "nan". Of
+        a sheet the evaluator knows only the rows: a question without its row is left out, and one without some of its
+        rotated copies is scored by the others. "unanswered" counts missing answers, "corrected" takes them as wrong.
+        Raises Fault where ``read_answers`` does, except for missing answers, and for a file that answers no question.
+        """
+        given = llava_format.matched(_texts(Path(file)), questions)
+        sheet = _is_sheet(Path(file))
+        missing = {row for row, answer in enumerate(given) if answer is None or (sheet and not answer)}
+        rows = [row for row, answer in enumerate(given) if not sheet or answer is not None]
+        bases, _ = _groups([questions[row] for row in rows])
+        if len(missing) == len(questions) or not bases:
+            raise Fault(f"{file} answers no question of the table; give the answers to be scored")
+        rows = [row for row in rows if _index(questions[row]) % COPY in bases]
+        answers = [EMPTY if row in missing else given[row] or "" for row in rows]
+        score = self.score([questions[row] for row in rows], answers, judge)
+        if missing:
+            right = {row: record["correct"] and record["by"] != "random" for row, record in zip(rows, score.records)}
+            every, groups = _groups(questions)
+            hits = {base: all(right.get(row) and row not in missing for row in groups[base]) for base in every}
+            score.scores |= {"unanswered": len(missing), "corrected": _figures(questions, every, hits)}
+            for row, record in zip(rows, score.records):
+                record["answer"] = None if row in missing else record["answer"]
+        return score
+
+    def notes(self, score: Score) -> list[str]:
+        """What the official scripts make of answers that are missing."""
+        if not (count := score.scores.get("unanswered")):
+            return []
+        return [
+            f"rows without an answer: {count}; officially an empty cell is an answer like any other, and a row that "
+            "the sheet does not have is left out; corrected takes both as wrong "
+            f"(accuracy {score.scores['corrected']['accuracy']:.1f} of all {score.scores['corrected']['questions']} "
+            "questions)"
+        ]
 
     def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
         """The submission sheet, column for column as LLaVA's scripts/convert_mmbench_for_submission.py makes it.
@@ -258,6 +277,32 @@ def parse(answer: str, options: dict[str, str]) -> str | None:
             return found[0]
     named = [letter for letter, option in options.items() if option.lower() in answer.lower()]
     return named[0] if len(named) == 1 else None
+
+
+def _is_sheet(file: Path) -> bool:
+    return file.suffix.lower() in (".xlsx", ".tsv", ".csv")
+
+
+def _texts(file: Path) -> Iterable[tuple[str, str, Any]]:
+    """(place, index, answer) of LLaVA's JSON Lines, or of the rows of a submission sheet."""
+    if not _is_sheet(file):
+        return llava_format.texts(file)
+    try:
+        text = {"dtype": str, "keep_default_na": False}  # an answer "nan" is an answer
+        sheet = (
+            pandas.read_excel(file, engine="openpyxl", **text)
+            if file.suffix.lower() == ".xlsx"
+            else pandas.read_csv(file, sep="\t" if file.suffix.lower() == ".tsv" else ",", **text)
+        )
+    except Exception as error:  # openpyxl and zipfile raise a dozen kinds
+        raise Fault(f"{file} is not a readable sheet ({error}); give the .xlsx of a submission") from error
+    if not {"index", "prediction"} <= set(sheet.columns):
+        raise Fault(
+            f"{file.name} has the columns {', '.join(map(str, sheet.columns))} but needs index and "
+            "prediction; give the .xlsx of a submission"
+        )
+    rows = enumerate(zip(sheet["index"], sheet["prediction"]), 2)
+    return [(f"{file.name} row {number}", name, answer) for number, (name, answer) in rows]
 
 
 def _groups(questions: Sequence[Question]) -> tuple[dict[int, Question], dict[int, list[int]]]:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Split = Literal["random", "popular", "adversarial"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+GITHUB = "https://raw.githubusercontent.com/RUCAIBox/POPE/3df3ba1b110ecce25696989577fad583b67d4239/output/coco"
 SHORT_ANSWER = "\nAnswer the question using a single word or phrase."
 WHAT = "case and punctuation ignored, a leading yes or no decides, n't, nope, none and the like are no, empty is no"
 BY_ID = "each answer to the question that its id names, where the official script counts by position"
@@ -45,11 +46,12 @@ class POPE(Benchmark):
     )
     sources: ClassVar[tuple[Source, ...]] = (
         *(
-            Source(
-                f"https://raw.githubusercontent.com/RUCAIBox/POPE/main/output/coco/coco_pope_{split}.json",
-                f"coco_pope_{split}.json",
+            Source(f"{GITHUB}/coco_pope_{split}.json", f"coco_pope_{split}.json", size=size, sha256=sha256)
+            for split, size, sha256 in (
+                ("random", 368166, "ac25245170b975a5bdf9080b23fd431dfe6be458bc038259c1f4f09a6bef7994"),
+                ("popular", 370190, "72c1a8ad45d0c13514f5f22598261df41d3b533854d29682e924db50ed8aa753"),
+                ("adversarial", 370401, "420b3407db1fa9f1187a805dca41cb7b97fd91504e6c2179706188c107fb8ef8"),
             )
-            for split in SPLITS
         ),
         coco.VAL2014,
     )

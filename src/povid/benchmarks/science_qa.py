@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIX = "Answer with the option's letter from the given choices directly."
 LETTERS = "ABCDE"
-GITHUB = "https://raw.githubusercontent.com/lupantech/ScienceQA/main/data/scienceqa"
+GITHUB = "https://raw.githubusercontent.com/lupantech/ScienceQA/2cbf8318e07b9ece895bb2ae605e71e38d623264/data/scienceqa"
 
 
 class ScienceQA(Benchmark):
@@ -35,7 +35,12 @@ class ScienceQA(Benchmark):
     columns: ClassVar[tuple[Column, ...]] = (Column("science_qa.img_accuracy", "SciQA-IMG", "high", 1),)
     sources: ClassVar[tuple[Source, ...]] = (
         Source(f"{GITHUB}/problems.json", "problems.json"),
-        Source(f"{GITHUB}/pid_splits.json", "pid_splits.json"),
+        Source(
+            f"{GITHUB}/pid_splits.json",
+            "pid_splits.json",
+            size=502927,
+            sha256="85c7820b9f136e572579a01dab2c77a7f8140b59211e421fa5182491d45ee3a7",
+        ),
         Source("https://scienceqa.s3.us-west-1.amazonaws.com/images/test.zip", "test.zip", unpack="images"),
     )
     notice: ClassVar[str] = (
@@ -75,6 +80,11 @@ class ScienceQA(Benchmark):
             choices, answer, *_ = llava_format.fields(
                 f"problems.json question {name}", problem, "choices", "answer", "question", "hint"
             )
+            if not (2 <= len(choices) <= len(LETTERS) and answer in range(len(choices))):
+                raise Fault(
+                    f"problems.json question {name} has {len(choices)} choices and the answer {answer!r}; needed are 2 "
+                    f"to {len(LETTERS)} choices and the number of one of them, from 0; download the file again"
+                )
             text = f"{prompts.get(name) or cqm(problem)}\n{SUFFIX}"
             questions.append(
                 Question(

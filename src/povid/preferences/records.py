@@ -100,7 +100,7 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     if path.is_dir():
         shards = sorted(path.glob("*.parquet"))
         if not shards:
-            raise Fault(f"{path} is a folder without .parquet files; give a .json, .jsonl or .parquet file")
+            raise Fault(f"{path} is a folder without .parquet files; give a .json, .jsonl, .csv or .parquet file")
     elif path.suffix.lower() in _READERS:
         shards = [path]
     else:

@@ -1,6 +1,7 @@
 """Read run folders and group the runs into rows whose scores may be averaged.
 
-The runs of a row differ in the seed alone: they have the same identity (``povid.run.identity``) without the seed. The
+The runs of a row differ in the seed alone: they have the same identity (``povid.run.identity``) without the seed. Where
+every row of a model and a data set has been run in the same worlds (WORLD), they may differ in the world too. The
 parts in which the identities of two rows of the same name differ become part of their labels. A results.json of an
 earlier version has no identity; such runs are told apart by what else they recorded, and by their command lines.
 """
@@ -51,6 +52,7 @@ OVERRIDES_ELSEWHERE = {
 }
 # Parts of an identity that are digests: in a label the settings that they come from stand for them.
 DIGESTS = {"records", "pictures", "texts", "truth", "weights", "starts_from"}
+WORLD = "data.prepare.seed"  # the seed of data that are made: what differs with it alone is another world
 LONG = 60  # characters of a difference that fit into a label
 GROUPS_ELSEWHERE = {"hydra", "logger", "launcher", "judge"}
 
@@ -77,6 +79,17 @@ class Run:
         return self.results["benchmarks"]
 
     @property
+    def prepared(self) -> str | None:
+        """The seed with which its data were made; None for data that were not made."""
+        return self.names.get("settings", {}).get(WORLD)
+
+    @property
+    def painted(self) -> bool:
+        """Whether its pictures were painted by this project; of a run of an earlier version its data's name says so."""
+        made_by = self.names.get("settings", {}).get("data.prepare._target_", "")
+        return made_by.startswith("povid.scenes.") if self.names else self.world[1] == "scenes"
+
+    @property
     def world(self) -> tuple[str, str]:
         """(model, data): only rows of the same world are compared."""
         model, data = (self.settings.get(key) or self.settings.get(f"{key}.name", "?") for key in ("model", "data"))
@@ -85,7 +98,7 @@ class Run:
 
 @dataclass
 class Row:
-    """Runs that differ in the seed alone, the newest of each seed, and the ``settings`` that they share.
+    """Runs that differ in the seed alone, or in seed and world, the newest of each, and the ``settings`` they share.
 
     ``difference`` distinguishes it from rows of the same name; ``label`` is its name with the difference, or with a
     number that a remark explains if the difference is long.
@@ -260,7 +273,8 @@ def _overrides(folder: Path) -> list[str]:
 def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
     """Group runs that agree in their row's name and in every setting except those in ``ignore``.
 
-    A seed that was run twice with the same settings counts once, by its newest run, with a remark on the row.
+    A seed that was run twice with the same settings counts once, by its newest run, with a remark on the row. Runs in
+    several worlds become one row where every row of that model and data was run in the same worlds.
     """
     groups: dict[tuple, list[Run]] = defaultdict(list)
     runs = list(runs)
@@ -271,10 +285,41 @@ def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
             if key not in ignore and not (key.startswith(("decoding.", "benchmarks.")) and _only_some(key, run, runs))
         }
         groups[run.row, tuple(sorted(settings.items()))].append(run)
-    rows = [_row(name, members, dict(settings)) for (name, settings), members in groups.items()]
+    rows = _over_worlds([_row(name, members, dict(settings)) for (name, settings), members in groups.items()])
     _label(rows, ignore)
     order = {name: place for place, name in enumerate(PAPER_ROWS)}
     return sorted(rows, key=lambda row: (row.world, order.get(row.name, len(order)), row.name, row.difference))
+
+
+def _over_worlds(rows: list[Row]) -> list[Row]:
+    """Join rows that differ in the world alone, unless some row of the same model and data lacks one of the worlds."""
+    alike: dict[tuple, list[Row]] = defaultdict(list)
+    for row in rows:
+        content = DIGESTS - {"weights"} - (set() if row.whole else {"starts_from"})
+        settings = {key: value for key, value in row.settings.items() if key.rpartition(".")[2] not in content}
+        settings |= {key: value for key, value in row.runs[0].names.get("settings", {}).items() if key != WORLD}
+        alike[row.world, row.name, tuple(sorted(settings.items()))].append(row)
+    ran: dict[tuple[str, str], list[list[str]]] = defaultdict(list)  # two contents of one world stand twice in a list
+    for (world, *_), members in alike.items():
+        ran[world].append(sorted(str(row.runs[0].prepared) for row in members))
+    joined = []
+    for (world, *_), members in alike.items():
+        first = ran[world][0]
+        same = len(set(first)) == len(first) and all(worlds == first for worlds in ran[world])
+        joined += [_joined(members)] if same else members
+    return joined
+
+
+def _joined(members: list[Row]) -> Row:
+    first, *others = sorted(members, key=lambda row: (len(str(row.runs[0].prepared)), str(row.runs[0].prepared)))
+    if not others:
+        return first
+    shared = {k: v for k, v in first.settings.items() if all(other.settings.get(k) == v for other in others)}
+    seeds = ", ".join(str(row.runs[0].prepared) for row in (first, *others))
+    remarks = [f"mean and spread over seeds and over {len(members)} worlds ({WORLD}={seeds})"]
+    for row in (first, *others):
+        remarks += [f"{remark} (world {row.runs[0].prepared})" for remark in row.remarks]
+    return Row(first.name, [run for row in (first, *others) for run in row.runs], shared, remarks=remarks)
 
 
 def _only_some(key: str, run: Run, runs: list[Run]) -> bool:

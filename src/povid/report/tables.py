@@ -140,7 +140,7 @@ def _table_3(runs: Sequence[Run]) -> Table:
         for name in PAPER_ROWS:
             shown += [line for row, line in lines if row.name == name] + [printed[name]]
         title = f"model {world[0]}, data {world[1]}"
-        blocks.append(Block(title, shown, _comparable(world) + _no_base(bases), _order(lines)))
+        blocks.append(Block(title, shown, _comparable(here) + _no_base(bases), _order(lines)))
         others = [row for row in here if row not in main]
         if others:
             controls = [_ours(row, columns, ("", ""), bases, kind="control") for row in others]
@@ -156,12 +156,12 @@ def _table_3(runs: Sequence[Run]) -> Table:
     )
 
 
-def _comparable(world: tuple[str, str]) -> list[str]:
-    model, data = world
-    if data.startswith("scenes") or model.startswith("scenes"):
+def _comparable(rows: Sequence[Row]) -> list[str]:
+    model, data = rows[0].world
+    if any(run.painted for row in rows for run in row.runs):
         return [
-            f"These numbers come from the embedded world (data={data}, model={model}): painted pictures and a "
-            "tiny model with its own vocabulary. Their level cannot be compared with the paper's rows, which "
+            f"These numbers come from the embedded world (data={data}, model={model}): painted pictures, described "
+            "in a small vocabulary of their own. Their level cannot be compared with the paper's rows, which "
             "are LLaVA-1.5-7B on COCO; only the order of the rows can."
         ]
     if model != REAL or data != "povid_17k":
@@ -290,7 +290,7 @@ def _by_data(
 
 
 def _in_table_1(run: Run) -> bool:
-    return run.world[1] != "scenes" and _data_row(run) is not None
+    return not run.painted and _data_row(run) is not None
 
 
 def _data_row(run: Run) -> str | None:
@@ -315,7 +315,7 @@ def _table_2(runs: Sequence[Run]) -> Table | None:
     belongs = [
         run
         for run in runs
-        if run.world[1] != "scenes"
+        if not run.painted
         and "scenes" not in run.world[0]
         and (_data_row(run) == "none" or (_data_row(run) == "povid" and run.world[0] == REAL))
     ]

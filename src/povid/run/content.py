@@ -56,7 +56,11 @@ class Content:
 
     @cached_property
     def weights(self) -> str | None:
-        """The base model's files; of a model from the hub, its commit; None for a served model."""
+        """The base model's files; of a model from the hub, its commit; None for a served model.
+
+        The bytes of a local folder are read. A commit of the hub is a hash over its files' hashes, so it stands for
+        their bytes; whether the copy in the hub's cache was changed on this machine is not looked at.
+        """
         source = getattr(self.settings.model, "source", None)
         if source is None:
             return None

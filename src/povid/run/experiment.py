@@ -30,7 +30,7 @@ from povid.run.guards import explain_full_disk, refuse
 from povid.run.lock import NAME, held
 from povid.run.loggers import RunContext, require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
-from povid.run.resume import compare, in_sweep
+from povid.run.resume import COMMAND, compare, in_sweep, write_command
 from povid.run.settings import Settings, build, check_devices
 from povid.run.signals import Signals, requeue_signal
 from povid.run.stage import Stage, starting_adapters
@@ -128,10 +128,10 @@ class Experiment:
         """
         settings, ready = self.settings, self.folder / "packages.txt"
         if first():
+            require_loggers(settings.loggers, RunContext.of(settings, self.folder, "check"))
             for node in (settings.data.prepare, getattr(settings.model, "prepare", None)):
                 if node:
                     make(node)
-            require_loggers(settings.loggers, RunContext.of(settings, self.folder, "check"))
             evaluation.warn_of_missing(settings)
         else:
             wait_for(ready)
@@ -203,7 +203,7 @@ def checking(folder: Path, new: bool) -> Iterator[None]:
         yield
     except Fault:
         if new and first() and not in_sweep(folder):
-            nothing = {".hydra", NAME, "config.yaml", "packages.txt"}
+            nothing = {".hydra", NAME, COMMAND, "config.yaml", "packages.txt"}
             if all(entry.name in nothing or entry.suffix == ".log" for entry in folder.iterdir()):
                 files.remove(folder)
         raise
@@ -249,6 +249,7 @@ def claim(folder: Path, settings: Settings) -> None:
         files.write_text(folder / ".writable", "1").unlink()
         if not (folder / "results.json").exists():
             files.write_text(folder / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(settings.tree)))
+            write_command(folder)
     except OSError as error:
         raise Fault(
             f"{folder} cannot be written ({error.strerror}); free space or choose another hydra.run.dir"

@@ -44,12 +44,16 @@ FREE = (
     "model.budget",
     "model.cache",
     "model.concurrency",
+    "model.image_tokens",
     "model.input_price",
+    "model.longest_wait",
     "model.output_price",
     "model.path",
     "model.prepare",
+    "model.requests_per_minute",
     "model.retries",
     "model.timeout",
+    "model.token_budget",
     "outputs",
     "resume",
     "samples",
@@ -91,7 +95,10 @@ class Identity:
         ``recorded`` is what stands beside it on disk; None where an earlier version wrote nothing.
         """
         if not isinstance(recorded, Mapping) or not isinstance(recorded.get("parts"), Mapping):
-            raise Fault(f"{what} does not say what it was made with (an earlier version wrote it); {cure}")
+            raise Fault(
+                f"{what} was written by an earlier version, which did not record what it was made with; move it away "
+                "to compute it again, or start in another folder"
+            )
         found = differences(recorded["parts"], self.parts)
         if found:
             raise Fault(f"{what} was made with something else ({'; '.join(found)}); {cure}")

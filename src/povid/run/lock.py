@@ -67,12 +67,16 @@ def in_progress(folder: Path) -> bool:
 class SweepLock(Callback):
     """Hydra callback: the command that starts a sweep holds the sweep's folder until it ends.
 
-    A second command in the same folder exits with status 2 before it writes anything there.
+    A second command in the same folder, or one in the folder of another sweep that does not say ``resume=true``, exits
+    with status 2 before it writes anything there.
     """
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
+        folder = Path(config.hydra.sweep.dir)
         try:
-            self.lock = take(Path(config.hydra.sweep.dir))
+            self.lock = take(folder)
+            if (folder / "multirun.yaml").exists() and not config.resume:
+                raise Fault(f"{folder} holds a sweep already; choose another hydra.sweep.dir, or add resume=true")
         except Fault as fault:
             print(f"error: {fault}", file=sys.stderr)
             sys.exit(2)  # Hydra turns any other exception of a callback into a warning

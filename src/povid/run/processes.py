@@ -20,6 +20,7 @@ from omegaconf import open_dict, read_write
 
 from povid.fault import Fault
 from povid.internals import script_launcher, stop_watching_children
+from povid.run.resume import config_dirs
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,8 @@ def one_job(folder: Path) -> Iterator[None]:
         with read_write(config.hydra), open_dict(config.hydra):
             config.hydra.run.dir = str(folder)
         overrides = config.hydra.overrides
-        places = [override for override in overrides.hydra if override.startswith("hydra.searchpath=")]
+        places = [f"--config-dir={place}" for place in config_dirs(config.hydra)]
+        places += [override for override in overrides.hydra if override.startswith("hydra.searchpath=")]
         sys.argv[1:] = [*places, *overrides.task]
     try:
         yield

@@ -10,12 +10,18 @@ from typing import Any
 
 import yaml
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
+from povid import files
 from povid.fault import Fault
 from povid.run.identity import flat, is_free
 from povid.run.lock import in_progress
+
+COMMAND = "command.yaml"
+"""In a run's folder: the command that it was last started with, which a command that is refused does not replace."""
 
 SET_ANEW = ("resume", "hydra.mode", "hydra.run.dir", "hydra.sweep.dir")
 KEY = re.compile(r"\w+([.@/]\w+)*")
@@ -36,7 +42,8 @@ def expand(arguments: Sequence[str]) -> list[str]:
     if "resume=latest" not in arguments:
         return list(arguments)
     given = [argument for argument in arguments if argument != "resume=latest"]
-    options = [argument for argument in given if argument.startswith("-")]
+    now = _hydra_arguments(given).overrides
+    options = [argument for argument in given if argument not in now]
     outputs = Path(next((a.partition("=")[2].strip("'\"") for a in given if a.startswith("outputs=")), "outputs"))
     sweeps_only = any(option in ("-m", "--multirun") for option in options)
     found = sorted(unfinished(outputs, sweeps_only=sweeps_only))
@@ -51,28 +58,49 @@ def expand(arguments: Sequence[str]) -> list[str]:
     sweep = (folder / "multirun.yaml").exists()
     if sweep and not sweeps_only:
         options.append("-m")
-    now = [argument for argument in given if not argument.startswith("-")]
     keys = {_key(argument) for argument in now}
-    before = [entry for entry in _overrides(folder) if _key(entry) not in keys]
+    saved = _saved(folder)
+    before = [entry for entry in saved["hydra"] + saved["task"] if _key(entry) not in (*SET_ANEW, *keys)]
+    for place in saved.get("config_dirs", ()):
+        if not _hydra_arguments(given).config_dir:
+            raise Fault(
+                f"{folder} was started with --config-dir={place}, which is not taken from there (it holds code); if it "
+                "is yours, give it again beside resume=latest"
+            )
     for entry in before:
         if reason := distrusted(entry):
             raise Fault(
                 f"{folder} was started with {entry!r}, which is not taken from there ({reason}); if it is yours, give "
                 "it again after resume=latest"
             )
-    place = str(folder).replace("\\", "\\\\").replace("'", "\\'")
-    return [*options, *before, *now, "resume=true", f"hydra.{'sweep' if sweep else 'run'}.dir='{place}'"]
+    quoted = str(folder).replace("\\", "\\\\").replace("'", "\\'")
+    return [*options, *before, *now, "resume=true", f"hydra.{'sweep' if sweep else 'run'}.dir='{quoted}'"]
 
 
 def _key(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def _overrides(folder: Path) -> Iterator[str]:
-    """The overrides with which a run or sweep was started, but for the places that are set anew."""
-    note = folder / "multirun.yaml"
-    saved = _saved(note if note.exists() else folder / ".hydra" / "hydra.yaml")
-    return (override for override in saved["hydra"] + saved["task"] if _key(override) not in SET_ANEW)
+def _hydra_arguments(arguments: Sequence[str]) -> Any:
+    """Hydra's reading of a command line: its options, and ``overrides``."""
+    return get_args_parser().parse_args(list(arguments))
+
+
+def write_command(folder: Path) -> None:
+    """Record the command of this process in the folder of its run, for ``resume=latest``; not in a job of a sweep."""
+    if HydraConfig.initialized() and not in_sweep(folder):
+        hydra: Any = HydraConfig.get()
+        command = {
+            "config_dirs": config_dirs(hydra),
+            "hydra": [*hydra.overrides.hydra],
+            "task": [*hydra.overrides.task],
+        }
+        files.write_text(folder / COMMAND, yaml.safe_dump(command, allow_unicode=True, sort_keys=False))
+
+
+def config_dirs(hydra: Any) -> list[str]:
+    """The folders that ``--config-dir`` names: none, or one."""
+    return [source.path for source in hydra.runtime.config_sources if source.provider == "command-line"]
 
 
 def distrusted(override: str) -> str | None:
@@ -121,7 +149,12 @@ def _names(value: Any) -> list[str]:
 
 def is_own(folder: Path) -> bool:
     """Whether a folder and what Hydra wrote there belong to the user who runs this."""
-    places = (folder, folder / "multirun.yaml", folder / ".hydra", folder / ".hydra" / "hydra.yaml")
+    names = ("", COMMAND, "multirun.yaml", ".hydra", ".hydra/hydra.yaml")
+    return owned(*(folder / name for name in names))
+
+
+def owned(*places: Path) -> bool:
+    """Whether those of the files and folders that exist belong to the user who runs this."""
     return all(place.stat().st_uid == os.getuid() for place in places if place.exists())
 
 
@@ -147,7 +180,7 @@ def unfinished(outputs: Path, *, sweeps_only: bool = False) -> Iterator[tuple[fl
         run = note.parent.parent
         open_ = (run / "config.yaml").exists() and not (run / "results.json").exists()
         if open_ and not in_sweep(run) and not in_progress(run):
-            yield note.stat().st_mtime, run
+            yield (note if not (run / COMMAND).exists() else run / COMMAND).stat().st_mtime, run
 
 
 def in_sweep(run: Path) -> bool:
@@ -157,28 +190,32 @@ def in_sweep(run: Path) -> bool:
 
 def job_count(note: Path) -> int:
     """How many jobs a sweep has, by its multirun.yaml."""
-    overrides = OverridesParser.create().parse_overrides(_saved(note)["task"])
+    overrides = OverridesParser.create().parse_overrides(_saved(note.parent)["task"])
     (jobs,) = BasicSweeper.split_arguments(overrides, None)
     return len(jobs)
 
 
-def _saved(note: Path) -> dict[str, list[str]]:
-    """The overrides in a hydra.yaml or multirun.yaml.
+def _saved(folder: Path) -> dict[str, list[str]]:
+    """The overrides, of Hydra's own and of the task, with which the run or sweep in a folder was started.
 
     Raises:
-        Fault: it is not the file that Hydra wrote.
+        Fault: the file that says so is damaged.
     """
+    note = folder / "multirun.yaml"
+    sweep = note.exists()
+    if not sweep:
+        note = folder / COMMAND
+        note = note if note.exists() else folder / ".hydra" / "hydra.yaml"
     try:
-        saved = yaml.safe_load(note.read_text(encoding="utf-8"))["hydra"]["overrides"]
-        overrides = [] + saved["hydra"] + saved["task"]
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, KeyError, TypeError):
-        overrides = [None]
-    if not all(isinstance(override, str) for override in overrides):
-        sweep = note.name == "multirun.yaml"
+        saved = yaml.safe_load(note.read_text(encoding="utf-8"))
+        saved = saved if note.name == COMMAND else saved["hydra"]["overrides"]
+        lists = [saved["hydra"], saved["task"], saved.get("config_dirs", [])]
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, KeyError, TypeError, AttributeError):
+        lists = [None]
+    if not all(isinstance(each, list) and all(isinstance(entry, str) for entry in each) for each in lists):
         raise Fault(
             f"{note} does not hold the command line of a run; resume with resume=true "
-            f"hydra.{'sweep' if sweep else 'run'}.dir={note.parent if sweep else note.parent.parent} and the overrides "
-            "of then"
+            f"hydra.{'sweep' if sweep else 'run'}.dir={folder} and the overrides of then"
         )
     return saved
 

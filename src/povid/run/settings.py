@@ -7,6 +7,7 @@ built; the rules between fields are here.
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,9 +15,17 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    StrategyRegistry,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -97,8 +106,6 @@ class TrainerBounds(BaseModel):
     @field_validator("strategy", check_fields=False)
     @classmethod
     def _known_strategy(cls, name: Any) -> Any:
-        from lightning.pytorch.strategies import StrategyRegistry
-
         known = ["auto", *StrategyRegistry.available_strategies()]
         if isinstance(name, str) and name not in known:
             raise ValueError(f"there is no strategy {name!r}{did_you_mean(name, known, 'strategies')}")
@@ -231,11 +238,22 @@ class Settings:
 
 def splits(trainer: Mapping[str, Any]) -> bool:
     """Whether a trainer node's strategy splits the weights (FSDP2)."""
+    return issubclass(_strategy(trainer)[0], FSDP2)
+
+
+def _strategy(trainer: Mapping[str, Any]) -> tuple[type, Mapping[str, Any]]:
+    """The class of a trainer's strategy and its arguments; it is a node or a name of Lightning's registry.
+
+    ``object`` for one that is not known yet ("auto"), or that has problems of its own.
+    """
     strategy = trainer.get("strategy")
-    if not is_node(strategy):
-        return False
-    kind = building.target(strategy, "trainer.strategy", [])
-    return isinstance(kind, type) and issubclass(kind, FSDP2)
+    if is_node(strategy):
+        kind = building.target(strategy, "trainer.strategy", [])
+        return (kind, strategy) if isinstance(kind, type) else (object, {})
+    if not (isinstance(strategy, str) and strategy in StrategyRegistry):
+        return object, {}
+    known = StrategyRegistry[strategy]
+    return known["strategy"], known["init_params"]
 
 
 def build(cfg: DictConfig) -> Settings:
@@ -255,6 +273,7 @@ def build(cfg: DictConfig) -> Settings:
         for key, value in _leaves(tree)
         if isinstance(value, str) and holds_login(value)
     ]
+    problems += _unknown_options()
     plain = building.settings(Plain, {k: tree[k] for k in Plain.model_fields if k in tree}, "", problems)
     ablation = building.settings(Ablation, tree.get("ablation"), "ablation", problems)
     data = building.settings(DataSettings, tree.get("data"), "data", problems)
@@ -337,6 +356,19 @@ def build(cfg: DictConfig) -> Settings:
     )
 
 
+def _unknown_options() -> Iterator[str]:
+    """A file that was chosen for an optional group and does not exist, over which Hydra passes."""
+    if not (HydraConfig.initialized() and GlobalHydra.instance().is_initialized()):
+        return
+    loader = GlobalHydra.instance().config_loader()
+    for override in HydraConfig.get().overrides.task:
+        group, _, name = override.lstrip("+").partition("=")
+        group = group.partition("@")[0]
+        known = loader.get_group_options(group) if re.fullmatch(r"[\w/]+", group) else []
+        if known and re.fullmatch(r"[\w-]+", name) and name not in (*known, "null"):
+            yield f"{group}: there is no {name!r}{did_you_mean(name, known, 'choices')}"
+
+
 def check_devices(settings: Settings) -> None:
     """Make the trainer of a run that trains, before anything else is made.
 
@@ -346,10 +378,16 @@ def check_devices(settings: Settings) -> None:
     if not settings.run_stages:
         return
     try:
-        building.make(settings.trainer, max_epochs=1, logger=False, enable_checkpointing=False)
+        trainer = building.make(settings.trainer, max_epochs=1, logger=False, enable_checkpointing=False)
     except Exception as error:  # whatever Lightning and its strategies raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise Fault(f"trainer: {reason}; choose another trainer= or correct its arguments") from None
+    cores = os.cpu_count() or 1
+    if isinstance(trainer.accelerator, CPUAccelerator) and trainer.num_devices > max(cores, 2):  # two: to try DDP
+        raise Fault(
+            f"trainer.devices: {trainer.num_devices} processes would share the {cores} cores of this machine; give no "
+            "more than that, or an accelerator"
+        )
 
 
 GROUPS = (
@@ -522,18 +560,15 @@ def _rules(
     terms: Mapping[int, frozenset[str]],
 ) -> Iterator[str]:
     """Problems between settings that are valid by themselves."""
-    strategy = trainer.get("strategy")
-    if (
-        is_node(strategy)
-        and str(strategy["_target_"]).endswith("DeepSpeedStrategy")
-        and strategy.get("stage") not in (None, 1, 2)
-    ):
+    strategy, arguments = _strategy(trainer)
+    zero = arguments.get("stage", 2) if issubclass(strategy, DeepSpeedStrategy) else 0  # 2 is Lightning's default
+    pieces = issubclass(strategy, (FSDPStrategy, ModelParallelStrategy)) and not issubclass(strategy, FSDP2)
+    if pieces or zero not in (0, 1, 2):
+        found = trainer["strategy"]["_target_"] if is_node(trainer["strategy"]) else trainer["strategy"]
         yield (
-            f"trainer.strategy.stage: found {strategy['stage']}; ZeRO 1 and 2 leave every device its weights, 3 would "
-            "save adapters in pieces: use trainer=fsdp2 to split weights"
+            f"trainer.strategy: found {found}{f' with stage {zero}' if zero else ''}, which splits the weights and "
+            "would save adapters in pieces; use trainer=fsdp2 to split weights"
         )
-    if isinstance(strategy, str) and strategy.startswith("deepspeed_stage_3"):
-        yield f"trainer.strategy: found {strategy}, which saves adapters in pieces; use trainer=fsdp2 to split weights"
     for number, stage in stages.items():
         if stage is not None and stage.batch_size == "auto":
             if trainer.get("devices") != 1:

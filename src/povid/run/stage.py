@@ -29,6 +29,7 @@ from povid.run.guards import DataCheck, FiniteLoss
 from povid.run.identity import Identity
 from povid.run.loggers import MetricsFile, RunContext, close, make_loggers
 from povid.run.processes import device, end_children, first
+from povid.run.resume import owned
 from povid.run.settings import Settings
 from povid.run.signals import Signals
 from povid.training.datamodule import PreferenceDataModule
@@ -75,7 +76,7 @@ class Stage:
         if not self.note.exists():
             return None
         cure = f"restore it from a copy, or move {self.home} away to train the stage again"
-        found = files.read_json(self.note, dict, cure, ("identity", "steps", "adapter"))
+        found = files.read_json(self.note, dict, cure, ("steps", "adapter"))
         files.read_json(self.adapter / "adapter_config.json", dict, cure)
         self.identity.check(
             found.get("identity"), f"the stage in {self.home}", "restore that to resume, or start in another folder"
@@ -289,12 +290,21 @@ def newest_stage(outputs: Path, wanted: Identity, number: int) -> Path:
 
 
 def finished_stages(outputs: Path, number: int, digest: str | None = None) -> list[Path]:
-    """The folders of the finished stages ``number`` below ``outputs``, of one identity or of any, the newest first."""
+    """The folders of the finished stages ``number`` below ``outputs``, of one identity or of any, the newest first.
+
+    Those of other users are left out: what is used unasked must be the user's own.
+    """
     seen = []
     for file in outputs.glob(f"**/stage_{number}/stage.json"):
         try:
             stage = json.loads(file.read_text(encoding="utf-8"))
-            seen.append((stage["finished"], stage["identity"]["digest"], file.parent))
+            finished, found = stage["finished"], stage["identity"]["digest"]
+            if digest in (None, found) and not owned(file.parent, *file.parent.rglob("*")):
+                log.warning(
+                    "%s belongs to another user and is not used; to use it, name it with init_from=", file.parent
+                )
+            else:
+                seen.append((finished, found, file.parent))
         except (ValueError, KeyError, TypeError, OSError):
             log.warning("%s cannot be used: it is damaged, or an earlier version wrote it", file)
     return [folder for _, found, folder in sorted(seen, reverse=True) if digest in (None, found)]

@@ -53,18 +53,6 @@ class StageSettings(BaseModel):
         return self
 
 
-def adamw(parameters: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """conf/optimizer/adamw.yaml in Python."""
-    return torch.optim.AdamW(parameters, foreach=True)
-
-
-def cosine(optimizer: torch.optim.Optimizer, num_warmup_steps: int, num_training_steps: int) -> Any:
-    """conf/schedule/cosine.yaml in Python."""
-    from transformers import get_scheduler
-
-    return get_scheduler("cosine", optimizer, num_warmup_steps, num_training_steps)
-
-
 class POVIDModule(L.LightningModule):
     """A LoRA policy, its frozen reference (the same network without adapter) and the objective of one stage.
 
@@ -85,8 +73,8 @@ class POVIDModule(L.LightningModule):
         stage: StageSettings,
         terms: Set[str],
         *,
-        optimizer: Callable[..., torch.optim.Optimizer] | partial = adamw,
-        schedule: Callable[..., Any] | partial = cosine,
+        optimizer: Callable[..., torch.optim.Optimizer] | partial,
+        schedule: Callable[..., Any] | partial,
         reference_cache: Path | None = None,
     ) -> None:
         super().__init__()

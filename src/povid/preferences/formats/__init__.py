@@ -3,7 +3,7 @@
 A format is a module with ``read(preferences, images=None, skipped=None) -> list[Triple]`` and, where data can be
 written in it, ``write(triples, preferences, images)``:
 
-- ``preferences`` is a .json, .jsonl or .parquet file, or a folder of parquet shards;
+- ``preferences`` is a .json, .jsonl, .csv or .parquet file, or a folder of parquet shards;
 - ``images`` is the folder of the pictures (``None`` if the records carry them);
 - ``skipped`` decides about records that cannot be used: ``None`` raises a Fault, a list takes a sentence for each.
 
