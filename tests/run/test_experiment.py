@@ -138,7 +138,7 @@ def test_stages_and_evaluation_are_one_wandb_run_with_each_step_once(world, tmp_
     assert summary["POPE"] == results["pope"]["f1"]
     assert summary["eval/pope/random/f1"] == results["pope"]["random"]["f1"]
     assert (summary["Text disprefer"], summary["Image distortion"], summary["row"]) == ("✓", "✓", "both")
-    assert "stage_2/loss/min" in summary and {"model", "answers"} <= artifacts
+    assert summary["stage_2/loss"].keys() == {"last", "min"} and {"model", "answers"} <= artifacts
     tables = {file.name.partition("_")[0] for file in folder.rglob("*.table.json")}
     assert tables == {"samples", "flipped"}
     assert not list(home.rglob("*")), "everything lies in the run folder"
@@ -198,6 +198,31 @@ def test_an_unreachable_wandb_costs_one_warning(world, tmp_path):
     assert folder.with_suffix(".log").read_text().count("W&B cannot be reached") == 1
     (place,) = (folder / "wandb").glob("offline-run-*")
     assert place.name.split("-")[3] == (folder / "wandb_id").read_text()
+
+
+def test_wandb_that_fails_in_the_middle_goes_on_offline(tmp_path, monkeypatch, caplog):
+    from povid.run import wandb_run
+    from povid.run.context import RunContext
+
+    for name in ("WANDB_MODE", "WANDB_SERVICE", *wandb_run.PLACES):
+        monkeypatch.setenv(name, "offline" if name == "WANDB_MODE" else "")
+        monkeypatch.delenv(name)
+    logger = wandb_run.wandb_logger(RunContext(tmp_path, "stage_1", "g", ("t",), {}), mode="offline")
+    logger.log_metrics({"loss": 1.0}, step=0)
+    logger.log_metrics({"loss": 2.0}, step=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("the quota is used up")
+
+    monkeypatch.setattr(logger.experiment, "log", full)
+    logger.log_metrics({"loss": 3.0}, step=2)
+    logger.log_metrics({"train/mine": 4.0, "val/loss": 5.0}, step=3)
+    wandb_run.finish()
+    rows, _, _ = history(tmp_path)
+    assert [row.get("stage_1/loss") for row in rows] == [1.0, 2.0, 3.0, None]
+    assert (rows[3]["stage_1/mine"], rows[3]["val/loss"]) == (4.0, 5.0)
+    assert caplog.text.count("the quota is used up") == 1
+    assert wandb_run.sync_line(tmp_path).count("offline-run-") == 2
 
 
 def test_a_logger_that_fails_at_the_end_costs_no_results(world, tmp_path):

@@ -109,9 +109,7 @@ class WandbRun(WandbLogger):
 
     def _continued(self) -> Any:
         """The W&B run that an earlier job of this process has opened."""
-        import wandb
-
-        return wandb.run if wandb.run is not None and wandb.run.id == self._id else None
+        return next((run for run in _opened if run.id == self._id), None)
 
     def _opened(self) -> Any:
 
@@ -150,7 +148,7 @@ class WandbRun(WandbLogger):
             (str(error).splitlines() or [type(error).__name__])[0],
             self.context.folder,
         )
-        _opened.clear()
+        finish("failed")
         wandb.teardown()  # of the connection that failed
         os.environ.pop("WANDB_SERVICE", None)  # a service that another process started still holds this run's id
         os.environ["WANDB_MODE"] = "offline"  # for the other runs of this process, which would wait as long again
