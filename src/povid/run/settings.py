@@ -47,9 +47,7 @@ SET_BY_THE_RUN = {  # arguments of the trainer, and the settings that replace th
     "fast_dev_run": "data.limit and stages.N.max_steps",
     "overfit_batches": "data.limit",
     "barebones": "logger=none",
-    "limit_val_batches": "benchmarks, which are asked after training",
-    "val_check_interval": "benchmarks, which are asked after training",
-    "check_val_every_n_epoch": "benchmarks, which are asked after training",
+    "num_sanity_val_steps": "data.validation, whose metrics begin with the first steps",
 }
 PER_STAGE = ("params", "lr", "weight_decay")  # of parameter groups, which each stage makes
 COUNTED = ("optimizer", "num_warmup_steps", "num_training_steps")
@@ -75,6 +73,9 @@ class TrainerBounds(BaseModel):
     limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
     reload_dataloaders_every_n_epochs: Literal[1] = 1
     use_distributed_sampler: Literal[False] = False
+    val_check_interval: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    check_val_every_n_epoch: Annotated[int, Field(ge=1)] | None = None
+    limit_val_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
 
     @field_validator("devices")
@@ -137,6 +138,8 @@ class DataSettings(_Settings):
     ``prepare`` is a node that is built before the files are read; ``benchmarks`` is the folder of benchmark files that
     belong to the data, if any; ``limit`` uses the first records alone, ``skip_bad`` skips and counts records that
     cannot be used. ``objects`` and ``synonyms`` describe the pictures for ``dispreference=cooccurrence``.
+    ``validation`` holds out a share of the pictures, or names a file of held-out records in the same format; ``probe``
+    is the folder of benchmark files that ``callbacks=[probe]`` asks about while a stage trains.
     """
 
     name: str
@@ -157,6 +160,15 @@ class DataSettings(_Settings):
     group_by_length: bool = True
     limit: Annotated[int, Field(ge=1)] | None = None
     skip_bad: bool = False
+    validation: float | str | None = None
+    probe: str | None = None
+
+    @field_validator("validation")
+    @classmethod
+    def _share_or_file(cls, value: float | str | None) -> float | str | None:
+        if value == "" or (isinstance(value, float) and not 0 < value < 1):
+            raise ValueError(f"found {value!r}, needed a share above 0 and below 1, a file, or null")
+        return value
 
 
 class Generation(_Settings):
@@ -177,6 +189,7 @@ class Plain(_Settings):
     reference_cache: bool | None
     resume: bool
     samples: Annotated[int, Field(ge=0)]
+    optimized_metric: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = None
 
 
 @dataclass(frozen=True)
