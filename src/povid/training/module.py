@@ -17,6 +17,7 @@ from torch import Tensor
 from povid.method.objectives import Objective, Outcome, Terms
 from povid.model.policy import Policy
 from povid.training.datamodule import PreferenceBatch, PreferenceDataModule
+from povid.training.metrics import measure
 from povid.training.reference_cache import ReferenceCache, folder_key
 from povid.training.scoring import score
 from povid.training.sharding import FSDP2, shard
@@ -141,34 +142,34 @@ class POVIDModule(L.LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         known = self._cache.find(batch) if self._cache is not None else None
-        outcome, reference = self.outcome(batch, known)
+        outcome, reference, metrics = self.measured(batch, known)
         if self._cache is not None and known is None:
             self._cache.keep(batch, reference)
-        self._log(outcome, batch.pairs.examples)
+        named = {f"train/{name}": value for name, value in metrics.items()}
+        self.log_dict(named, batch_size=batch.pairs.examples, on_step=True, on_epoch=False, sync_dist=True)
         return outcome.loss_B.mean()
 
     def outcome(self, batch: PreferenceBatch, known_reference: Terms | None = None) -> tuple[Outcome, Terms | None]:
         """Loss and rewards of a batch, and the reference log-probabilities."""
+        outcome, reference, _ = self.measured(batch, known_reference)
+        return outcome, reference
+
+    def measured(
+        self, batch: PreferenceBatch, known_reference: Terms | None = None
+    ) -> tuple[Outcome, Terms | None, dict[str, Tensor]]:
+        """The outcome of a batch, the reference log-probabilities, and the metrics (scalars on the device)."""
+        observed: dict[str, Tensor] = {}
         policy, reference = score(
             self.policy,
             batch,
             self.terms,
             with_reference=self.objective.reference,
             known_reference=known_reference,
+            observed=observed,
         )
-        return self.objective(policy, reference, batch.tokens), reference
-
-    def _log(self, outcome: Outcome, examples: int) -> None:
-        values: dict[str, Tensor] = {"loss": outcome.loss_B}
-        values |= {f"reward_{name}": reward_B for name, reward_B in outcome.rewards.items()}
-        preferred_B = outcome.rewards.get("preferred")
-        for name, reward_B in outcome.rewards.items():
-            if name != "preferred" and preferred_B is not None:
-                margin_B = preferred_B - reward_B
-                values |= {f"margin_{name}": margin_B, f"accuracy_{name}": (margin_B > 0).float()}
-        means = {f"train/{name}": value_B.detach().float().mean() for name, value_B in values.items()}
-        self.log_dict(means, batch_size=examples, on_step=True, on_epoch=False, sync_dist=True)
-        self.log("loss", means["train/loss"], prog_bar=True, logger=False, batch_size=examples)
+        outcome = self.objective(policy, reference, batch.tokens)
+        scale = self.objective.scale
+        return outcome, reference, measure(outcome, policy, reference, batch.tokens, observed, scale)
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The configured optimiser, with a separate learning rate for the projector, and schedule."""
