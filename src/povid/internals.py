@@ -97,6 +97,12 @@ def correct_logged_step(trainer: Any) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
+def validates_next(trainer: Any) -> bool:
+    """Whether the validation loop runs after the batch that is just ending (lightning >=2.6,<2.7)."""
+    loop = trainer.fit_loop
+    return trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+
+
 def script_launcher(trainer: Any) -> Any:
     """The launcher, if it starts this run's other processes by their command line; else None (lightning >=2.6,<2.7).
 

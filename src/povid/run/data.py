@@ -52,6 +52,12 @@ def split(settings: Settings, triples: list[Triple]) -> tuple[list[Triple], list
     return triples, held
 
 
+def held_out_source(settings: Settings) -> str:
+    """The file that held-out records come from."""
+    chosen = settings.data.validation
+    return chosen if isinstance(chosen, str) else settings.data.preferences
+
+
 def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
     data = settings.data
     skipped: list[str] | None = [] if data.skip_bad else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -58,7 +58,7 @@ class Probe(Watcher):
         self.interval, self.last = 0, 0
         self.rows: Rows | None = None
         if captions is None and questions is None:
-            raise ValueError("captions: give captions, questions or both a benchmark; a probe that asks nothing is none")
+            raise ValueError("captions: captions and questions are both null; give one of them a benchmark")
         for kind, benchmark in self._kinds():
             if not isinstance(benchmark, Benchmark):
                 raise ValueError(f"{kind}: found {benchmark!r}, needed a benchmark, as those of conf/benchmarks are")
@@ -100,21 +100,19 @@ class Probe(Watcher):
         """A digest of the questions, their pictures and their true answers."""
         return digest_of([[kind, suite.content(self.asked(benchmark))] for kind, benchmark in self._kinds()])
 
-    def shared_picture(self, benchmarks: Mapping[str, Benchmark]) -> tuple[Path, str] | None:
-        """A picture that a benchmark of the evaluation asks about too, and the benchmark's name; None if there is none.
-
-        Benchmarks whose files are missing ask nothing.
-        """
+    def before(self, benchmarks: Mapping[str, Benchmark]) -> None:
+        """Warn where the evaluation asks about a picture of the probe's; benchmarks without their files ask nothing."""
         own = {digest(q.image) for _, benchmark in self._kinds() for q in self.asked(benchmark) if q.image is not None}
         for name, benchmark in benchmarks.items():
-            try:
+            with suppress(Fault):
                 images = dict.fromkeys(q.image for q in benchmark.loaded() if isinstance(q.image, Path))
-            except Fault:
-                continue
-            for image in images:
-                if image.is_file() and digest(image) in own:
-                    return image, name
-        return None
+                if image := next((image for image in images if image.is_file() and digest(image) in own), None):
+                    log.warning(
+                        "the probe and the benchmark %s ask about the same picture (%s): what is chosen by the probe "
+                        "is chosen on the test data",
+                        name,
+                        image,
+                    )
 
     # --- while the stage trains -------------------------------------------------------------------------------------
 

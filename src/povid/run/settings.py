@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from povid.benchmarks import suite
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault, did_you_mean, holds_login
 from povid.method.distortions import Distortion
@@ -28,6 +29,9 @@ from povid.method.objectives import ON_DISTORTED, Objective
 from povid.run import build as building
 from povid.run.build import is_node
 from povid.run.checkpoint import CheckpointSettings
+from povid.run.watch import PREFIX as VALIDATION
+from povid.run.watch import Better, Watcher
+from povid.training.metrics import directions
 from povid.training.module import StageSettings
 from povid.training.sharding import FSDP2
 
@@ -238,8 +242,23 @@ class Settings:
         """Where the text dispreferences that are used come from; "given" where none is used."""
         return self.tree["dispreference"]["name"] if "text" in self.ablation.dispreferences else "given"
 
+    def validated(self, stage: int) -> dict[str, Better]:
+        """The metrics of a stage's validation of which one direction is better, and that direction."""
+        found = directions(self.objectives[stage], self.terms[stage])
+        return {f"{VALIDATION}{name}": better for name, better in found.items()}
+
+    def watchers(self) -> list[Watcher]:
+        """Those of the callbacks that only measure, newly built."""
+        return [building.make(node) for node in self.callbacks.values() if is_watcher(node)]
+
     def objective_node(self, stage: int) -> dict[str, Any]:
         return _objective_nodes(self.tree["objective"])[str(stage)]
+
+
+def is_watcher(node: Mapping[str, Any]) -> bool:
+    """Whether a callback's node makes a :class:`povid.run.watch.Watcher`, which changes no number by itself."""
+    kind = building.target(node, "callbacks", [])
+    return isinstance(kind, type) and issubclass(kind, Watcher)
 
 
 def splits(trainer: Mapping[str, Any]) -> bool:
@@ -310,6 +329,7 @@ def build(cfg: DictConfig) -> Settings:
             _checked(node, f"{group}.{name}", problems, *(TO_LOGGERS if group == "logger" else ()))
             _check_kind(node, f"{group}.{name}", {"callbacks": Callback, "logger": Logger}[group], problems)
     run_stages = _run_stages(plain, ablation, problems)
+    watchers = _watchers(nodes["callbacks"], trainer, problems)
     terms: dict[int, frozenset[str]] = {}
     if ablation:
         for number in ablation.stages:
@@ -319,6 +339,15 @@ def build(cfg: DictConfig) -> Settings:
                     terms[number] = objective.terms({*stage.dispreferences} & {*ablation.dispreferences})
                 except ValueError as error:
                     problems.append(f"objective: {error} (stage {number} of ablation={ablation.name})")
+    if plain and data and checkpoint:
+        validated = data.validation is not None
+        for number in run_stages:
+            known = dict(_metrics(watchers))
+            if validated and number in terms:
+                found = directions(objectives[number], terms[number])
+                known |= {f"{VALIDATION}{name}": better for name, better in found.items()}
+            problems += _best_problems(checkpoint, known, number)
+        problems += _optimized_problems(plain, benchmarks, watchers, validated, run_stages)
     problems += _rules(plain, ablation, stages, model, distortion, trainer, terms)
     if problems:
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -472,6 +501,78 @@ def _check_kind(node: Any, key: str, kind: type, problems: list[str]) -> None:
     call = building.target(node, key, []) if is_node(node) else None
     if call is not None and not (issubclass(call, kind) if isinstance(call, type) else inspect.isfunction(call)):
         problems.append(f"{key}._target_: found {node['_target_']!r}, needed a {kind.__name__} of Lightning's")
+
+
+def _watchers(callbacks: Mapping[str, Any], trainer: Mapping[str, Any], problems: list[str]) -> list[Watcher]:
+    """The callbacks that measure, as far as they are valid."""
+    found = []
+    for name, node in callbacks.items():
+        if not (is_node(node) and is_watcher(node)):
+            continue
+        own: list[str] = []
+        made = building.build(node, f"callbacks.{name}", own)
+        problems += [problem for problem in own if problem not in problems]
+        if made is None:
+            continue
+        if made.whole_weights and splits(trainer):
+            problems.append(
+                f"callbacks.{name}: it needs the whole model on one device, and this trainer splits it; leave it out "
+                "or use trainer=ddp"
+            )
+        found.append(made)
+    return found
+
+
+def _metrics(watchers: Collection[Watcher]) -> Iterator[tuple[str, Better | None]]:
+    for watcher in watchers:
+        yield from watcher.metrics.items()
+
+
+def _best_problems(checkpoint: CheckpointSettings, known: Mapping[str, Better | None], stage: int) -> Iterator[str]:
+    """Whether what chooses the best adapter of a stage is measured there."""
+    best, guard = checkpoint.best, checkpoint.guard
+    if best is None:
+        return
+    usable = [name for name, better in known.items() if better is not None]
+    if best not in usable:
+        why = "one direction is not better than the other" if best in known else "nothing logs it"
+        cure = (
+            did_you_mean(best, usable, "metrics")
+            if usable
+            else ("; set data.validation for val/... or callbacks=[probe] for probe/...")
+        )
+        yield f"checkpoint.best: {best!r} cannot choose an adapter in stage {stage}: {why}{cure}"
+    elif guard is not None and guard not in known:
+        yield (
+            f"checkpoint.guard: nothing logs {guard!r} in stage {stage}; add callbacks=[probe], or choose the best "
+            "adapter without a guard with checkpoint.guard=null"
+        )
+
+
+def _optimized_problems(
+    plain: Plain,
+    benchmarks: Mapping[str, Benchmark],
+    watchers: Collection[Watcher],
+    validated: bool,
+    run_stages: Collection[int],
+) -> Iterator[str]:
+    """Whether results can hold what ``optimized_metric`` names, as far as that is known before."""
+    watched = {name.partition("/")[0] for name, _ in _metrics(watchers)} if run_stages else set()
+    places = {*benchmarks, *watched, *({VALIDATION.rstrip("/")} if validated and run_stages else ())}
+    for name in optimized_metrics(plain):
+        if not re.search(r".[./].", name) or re.split(r"[./]", name)[0] not in places:
+            columns = [column["key"] for column in suite.columns({n: b for n, b in benchmarks.items() if b})]
+            yield (
+                f"optimized_metric: results will not hold {name!r}"
+                f"{did_you_mean(name, [*columns, *dict(_metrics(watchers))], 'scores')}; validation and probe give "
+                "val/... and probe/... where they are on"
+            )
+
+
+def optimized_metrics(plain: Plain) -> list[str]:
+    """The names in ``optimized_metric``, none, one or several."""
+    names = plain.optimized_metric
+    return names if isinstance(names, list) else [names] if names else []
 
 
 def _check_reader(node: Any, problems: list[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 
 from povid import files
+from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
 
 Better = Literal["low", "high"]
@@ -42,6 +43,14 @@ class Watcher(L.Callback):
         """A digest of the files that the metrics depend on. Raises Fault where one is missing."""
         return ""
 
+    def before(self, benchmarks: Mapping[str, Benchmark]) -> None:
+        """Look at what is measured before anything trains; ``benchmarks`` are those of the evaluation.
+
+        Raises:
+            Fault: a file is missing.
+        """
+        self.content()
+
     def measure(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Measure now, besides the steps of its own choice; afterwards ``latest`` is of this step."""
         raise NotImplementedError
@@ -51,12 +60,18 @@ class Validation(Watcher):
     """Writes what Lightning's validation loop logs under ``val/`` to validation.csv.
 
     Args:
-        metrics: their names and directions (:func:`povid.training.module.validation_metrics`).
+        metrics: their names and directions (:func:`povid.training.metrics.directions`, under ``val/``).
         start: the step at which the stage begins or resumes.
     """
 
     def __init__(self, file: Path, metrics: Mapping[str, Better | None], start: int = 0) -> None:
         self.rows, self.known = Rows(file, start), metrics
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"latest": self.latest}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.latest = state["latest"] and (state["latest"][0], dict(state["latest"][1]))
 
     @property
     def metrics(self) -> Mapping[str, Better | None]:

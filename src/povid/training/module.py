@@ -149,6 +149,12 @@ class POVIDModule(L.LightningModule):
         self.log_dict(named, batch_size=batch.pairs.examples, on_step=True, on_epoch=False, sync_dist=True)
         return outcome.loss_B.mean()
 
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Log the metrics of held-out records under ``val/``: means over all of them, on all devices."""
+        _, _, metrics = self.measured(batch)
+        named = {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(named, batch_size=batch.pairs.examples, on_step=False, on_epoch=True, sync_dist=True)
+
     def outcome(self, batch: PreferenceBatch, known_reference: Terms | None = None) -> tuple[Outcome, Terms | None]:
         """Loss and rewards of a batch, and the reference log-probabilities."""
         outcome, reference, _ = self.measured(batch, known_reference)
