@@ -33,9 +33,11 @@ def options() -> list[tuple[str, str]]:
 
 
 def skip_without_plugin(group: str, option: str) -> None:
-    """Launchers and some loggers are extras; a launcher is named for its plugin, and `slurm` is submitit's."""
+    """Launchers, sweepers and some loggers are extras; a launcher is named for its plugin, and `slurm` is submitit's."""
     if group == "logger" and option in ("tensorboard", "mlflow"):
         pytest.importorskip(option)
+    if group == "sweep":
+        pytest.importorskip(f"hydra_plugins.hydra_{option}_sweeper")
     plugin = {"basic": None, "slurm": "submitit", "submitit_local": "submitit"}.get(option, option)
     if group != "launcher" or plugin is None:
         return

@@ -171,7 +171,8 @@ class DataSettings(_Settings):
     @classmethod
     def _share_or_file(cls, value: float | str | None) -> float | str | None:
         if value == "" or (isinstance(value, float) and not 0 < value < 1):
-            raise ValueError(f"found {value!r}, needed a share above 0 and below 1, a file, or null")
+            found = repr(value) if isinstance(value, str) else f"{value:g}"
+            raise ValueError(f"found {found}, needed a share above 0 and below 1, a file, or null")
         return value
 
 
@@ -534,14 +535,17 @@ def _best_problems(checkpoint: CheckpointSettings, known: Mapping[str, Better | 
     if best is None:
         return
     usable = [name for name, better in known.items() if better is not None]
-    if best not in usable:
-        why = "one direction is not better than the other" if best in known else "nothing logs it"
-        cure = (
-            did_you_mean(best, usable, "metrics")
-            if usable
-            else ("; set data.validation for val/... or callbacks=[probe] for probe/...")
+    if best in known and best not in usable:
+        yield (
+            f"checkpoint.best: {best!r} cannot choose an adapter, since one direction is not better than the other; "
+            f"choose one of {', '.join(usable)}"
         )
-        yield f"checkpoint.best: {best!r} cannot choose an adapter in stage {stage}: {why}{cure}"
+    elif best not in usable:
+        cure = "; set data.validation for val/... or callbacks=[probe] for probe/..."
+        yield (
+            f"checkpoint.best: nothing logs {best!r} in stage {stage}"
+            f"{did_you_mean(best, usable, 'metrics') if usable else cure}"
+        )
     elif guard is not None and guard not in known:
         yield (
             f"checkpoint.guard: nothing logs {guard!r} in stage {stage}; add callbacks=[probe], or choose the best "
