@@ -29,7 +29,7 @@ def test_every_function_names_the_versions_that_the_project_allows():
     functions = [f for _, f in inspect.getmembers(internals, inspect.isfunction) if f.__module__ == internals.__name__]
     assert functions
     for function in functions:
-        (found,) = re.findall(r"\((\w+) (>=[\d.]+(?:,<[\d.]+)?)\)", function.__doc__)
+        (found,) = re.findall(r"\(([\w-]+) (>=[\d.]+(?:,<[\d.]+)?)\)", function.__doc__)
         assert allowed[found[0]] == found[1], function.__name__
 
 

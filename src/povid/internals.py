@@ -1,4 +1,4 @@
-"""Every touch of a private or undocumented part of Lightning, peft, bitsandbytes, transformers and torch.
+"""Every touch of a private or undocumented part of Lightning, peft, bitsandbytes, transformers, torch and W&B.
 
 Each function names the versions that it was checked for, which are those that pyproject.toml allows;
 tests/test_internals.py fails when one of these parts moves or a bound changes. The libraries are imported inside the
@@ -7,6 +7,7 @@ functions, so that importing this module costs nothing.
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterable
 from typing import Any
@@ -76,6 +77,14 @@ def without_video(processor: Any) -> Any:
     """A processor class without its video part, which would need torchvision (transformers >=5.20,<6)."""
     names = [name for name in processor.get_attributes() if name != "video_processor"]
     return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda cls: names)})
+
+
+# --- Weights & Biases ------------------------------------------------------------------------------------------------
+
+
+def workspace_view(workspace: Any) -> dict[str, Any]:
+    """What W&B stores of a workspace, as plain values (wandb-workspaces >=0.4,<0.5)."""
+    return json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True))
 
 
 # --- torch -----------------------------------------------------------------------------------------------------------

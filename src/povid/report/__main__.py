@@ -1,4 +1,7 @@
-"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones."""
+"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones.
+
+``python -m povid.report dashboard OUTPUTS`` makes a Weights & Biases workspace of the runs.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,23 @@ import sys
 from pathlib import Path
 
 from povid.fault import Fault
+from povid.report import workspace
 from povid.report.command import write_tables
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Write the tables and print them with the paths of all files. Returns the exit status: 0, or 2 after an error."""
-    parser = argparse.ArgumentParser(prog="python -m povid.report", description=__doc__)
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] == ["dashboard"]:
+        try:
+            print(workspace.main(arguments[1:]))
+        except Fault as fault:
+            print(f"error: {fault}", file=sys.stderr)
+            return 2
+        return 0
+    parser = argparse.ArgumentParser(
+        prog="python -m povid.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
     parser.add_argument(
         "--table",
