@@ -29,7 +29,7 @@ TABLES = ("stage_1/samples", "stage_2/samples", "eval/samples")
 
 @dataclass(frozen=True)
 class Panel:
-    """``kind``: line (``metrics`` over ``x``), bar (last values), scatter (two metrics: x and y) or table (its name)."""
+    """``kind``: line (``metrics`` over ``x``), bar (last values), scatter (two metrics: x, y) or table (its name)."""
 
     kind: str
     title: str

@@ -56,6 +56,7 @@ FREE = (
     "outputs",
     "resume",
     "samples",
+    "samples_every",
     "trainer.check_val_every_n_epoch",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import lightning as L
 from pydantic import Field
-from torch import nn
 
 from povid.benchmarks import suite
 from povid.benchmarks.benchmark import Benchmark
@@ -19,8 +18,8 @@ from povid.fault import Fault
 from povid.files import digest
 from povid.model.generation import Answers
 from povid.model.question import Question
-from povid.run.checkpoint import random_state, set_random_state
 from povid.run.identity import digest as digest_of
+from povid.run.samples import undisturbed
 from povid.run.watch import Better, Rows, Watcher
 
 log = logging.getLogger(__name__)
@@ -131,7 +130,7 @@ class Probe(Watcher):
     def measure(self, trainer: Any, module: L.LightningModule) -> None:
         values: dict[str, float] = {}
         if trainer.is_global_zero:
-            with untouched(module):
+            with undisturbed(module.policy):
                 values = self._answered(trainer, module)
             self.rows.add(trainer.global_step, trainer.current_epoch, values)
             for logger in trainer.loggers:
@@ -170,15 +169,3 @@ def _at(scores: Mapping[str, Any], path: str) -> Any:
     for part in path.split("."):
         scores = scores[part]
     return scores
-
-
-@contextmanager
-def untouched(module: nn.Module) -> Iterator[None]:
-    """Leave the modes of all modules and all random generators as they were."""
-    modes, state = [(part, part.training) for part in module.modules()], random_state()
-    try:
-        yield
-    finally:
-        for part, mode in modes:
-            part.training = mode
-        set_random_state(state)

@@ -1,11 +1,14 @@
 """Training metrics under TRL's names, so that dashboards saved for TRL's DPO show a run of this project.
 
+They stay on the device until several steps' are fetched together, since every fetch makes the host wait for the device.
+
 Shape suffix: B = examples of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
+import math
+from collections.abc import Callable, Mapping, Set
 from typing import Literal
 
 import torch
@@ -106,3 +109,36 @@ def _compared(prefix: str, rewards: Mapping[str, Tensor]) -> dict[str, Tensor]:
             found[f"{prefix}/margins{ending}"] = chosen_B - found[name]
             found[f"{prefix}/accuracies{ending}"] = (chosen_B > found[name]).float()
     return found
+
+
+class Window:
+    """The metrics of the steps since the last logging step.
+
+    ``values``: what was fetched, by name, each a list with a number per step and the mean over all processes.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[str, list[float]] = {}
+        self._waiting: dict[str, list[Tensor]] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Note a step's scalars; nothing is fetched."""
+        for name, value in metrics.items():
+            self._waiting.setdefault(name, []).append(value.detach().float())
+
+    def settle(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Fetch what is on the device, in one reduction (``reduce`` takes a tensor to its mean over the processes)."""
+        if not self._waiting:
+            return
+        counts = {name: len(values) for name, values in self._waiting.items()}
+        flat = reduce(torch.stack([value for values in self._waiting.values() for value in values])).tolist()
+        self._waiting = {}
+        for name, count in counts.items():
+            self.values.setdefault(name, []).extend(flat[:count])
+            del flat[:count]
+
+    def take(self) -> dict[str, float]:
+        """The means over the steps by name; the next window begins."""
+        means = {name: math.fsum(values) / len(values) for name, values in self.values.items()}
+        self.values = {}
+        return means
