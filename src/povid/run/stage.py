@@ -260,9 +260,8 @@ class Stage:
             Checkpoints(self.checkpoints, settings.checkpoint, signals, metrics, self.identity),
         ]
         if settings.plain.samples and not settings.split:
-            callbacks.append(
-                self._samples(module.policy, template, (data.held_out if len(data.held_out) else data.dataset).triples)
-            )
+            shown = data.held_out if len(data.held_out) else data.dataset
+            callbacks.append(self._samples(module.policy, template, shown.triples))
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(Bar())
         if self.number == settings.run_stages[0] and not settings.data.skip_bad:
