@@ -29,7 +29,7 @@ def test_every_function_names_the_versions_that_the_project_allows():
     functions = [f for _, f in inspect.getmembers(internals, inspect.isfunction) if f.__module__ == internals.__name__]
     assert functions
     for function in functions:
-        (found,) = re.findall(r"\((\w+) (>=[\d.]+(?:,<[\d.]+)?)\)", function.__doc__)
+        (found,) = re.findall(r"\(([\w-]+) (>=[\d.]+(?:,<[\d.]+)?)\)", function.__doc__)
         assert allowed[found[0]] == found[1], function.__name__
 
 
@@ -123,6 +123,33 @@ def test_loggers_read_the_step_that_is_corrected(trainer):
     internals.correct_logged_step(trainer)
     assert loop._batches_that_stepped == trainer.global_step == 0
     assert "_batches_that_stepped" in inspect.getsource(type(trainer._logger_connector))
+
+
+def test_the_loop_says_whether_it_validates_after_a_batch(tmp_path):
+    """Three batches, validation after every second one."""
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    said = []
+
+    class Asks(L.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            said.append(internals.validates_next(trainer))
+
+    L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        limit_train_batches=3,
+        limit_val_batches=1,
+        val_check_interval=2,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Asks()],
+        default_root_dir=tmp_path,
+    ).fit(BoringModel())
+    assert said == [False, True, False]
 
 
 def test_a_launcher_that_starts_processes_is_known_and_reaches_them(trainer):

@@ -1,4 +1,4 @@
-"""Every touch of a private or undocumented part of Lightning, peft, bitsandbytes, transformers, torch and wandb.
+"""Every touch of a private or undocumented part of Lightning, peft, bitsandbytes, transformers, torch and W&B.
 
 Each function names the versions that it was checked for, which are those that pyproject.toml allows;
 tests/test_internals.py fails when one of these parts moves or a bound changes. The libraries are imported inside the
@@ -7,6 +7,7 @@ functions, so that importing this module costs nothing.
 
 from __future__ import annotations
 
+import json
 import struct
 import threading
 from collections.abc import Iterable, Iterator
@@ -97,6 +98,14 @@ def no_search_for_packing() -> Iterator[None]:
         masking_utils.find_packed_sequence_indices = honest
 
 
+# --- Weights & Biases ------------------------------------------------------------------------------------------------
+
+
+def workspace_view(workspace: Any) -> dict[str, Any]:
+    """What W&B stores of a workspace, as plain values (wandb-workspaces >=0.4,<0.5)."""
+    return json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True))
+
+
 # --- torch -----------------------------------------------------------------------------------------------------------
 
 
@@ -114,6 +123,12 @@ def correct_logged_step(trainer: Any) -> None:
     Lightning keeps a second count for them, which is one too low after some resumptions.
     """
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
+
+
+def validates_next(trainer: Any) -> bool:
+    """Whether the validation loop runs after the batch that is just ending (lightning >=2.6,<2.7)."""
+    loop = trainer.fit_loop
+    return trainer.enable_validation and loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
 
 
 def script_launcher(trainer: Any) -> Any:

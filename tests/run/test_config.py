@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,11 @@ def options() -> list[tuple[str, str]]:
 
 
 def skip_without_plugin(group: str, option: str) -> None:
-    """Launchers and some loggers are extras; a launcher is named for its plugin, and `slurm` is submitit's."""
+    """Launchers, sweeps and some loggers are extras; a launcher is named for its plugin, and `slurm` is submitit's."""
     if group == "logger" and option in ("tensorboard", "mlflow"):
         pytest.importorskip(option)
+    if group == "sweep":
+        pytest.importorskip(f"hydra_plugins.hydra_{option}_sweeper")
     plugin = {"basic": None, "slurm": "submitit", "submitit_local": "submitit"}.get(option, option)
     if group != "launcher" or plugin is None:
         return
@@ -237,3 +240,29 @@ def test_the_papers_values_stand_in_the_configuration():
         assert (stage.lr, stage.projector_lr, stage.batch_size, stage.epochs) == (1e-7, 2e-5, 1, epochs)
     assert cfg.noise.step == 500
     assert set(cfg.benchmarks) == {"chair", "pope", "mmhal", "science_qa", "mme", "mmbench", "mm_vet", "llava_bench"}
+
+
+def test_the_sweep_that_wandb_steers_gives_overrides_that_bind():
+    """What ``wandb agent`` makes of the file: one override for each parameter, here with its first value."""
+    file = CONF.parent / "examples" / "sweeps" / "wandb.yaml"
+    sweep = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    first = {name: p.get("value", p.get("min", p.get("values", [None])[0])) for name, p in sweep["parameters"].items()}
+    settings = build(composed(*(f"{name}={value}" for name, value in first.items())))
+    assert settings.stages[1].lr == first["stages.1.lr"] and settings.checkpoint.best == first["checkpoint.best"]
+    assert (CONF.parent / sweep["program"]).is_file() and sweep["command"][-1] == "${args_no_hyphens}"
+    assert sweep["metric"]["name"] == "eval/chair/CHAIR_I"
+    build(composed("optimized_metric=[chair.CHAIR_I,chair.coverage]"))
+
+
+def test_the_sweep_that_optuna_steers_tries_settings_that_bind():
+    """Without the plugin: the file's own overrides, each at the lower end of its interval."""
+    sweep = OmegaConf.load(CONF / "sweep" / "optuna.yaml")
+    tried = {key: re.search(r"interval\(([^,]+),", value)[1] for key, value in sweep.hydra.sweeper.params.items()}
+    settings = build(
+        composed(
+            *(f"{key}={low}" for key, low in tried.items()),
+            f"optimized_metric={list(sweep.optimized_metric)}".replace("'", ""),
+            f"data.split={sweep.data.split}",
+        )
+    )
+    assert settings.stages[1].lr == 1e-4 and len(settings.plain.optimized_metric) == len(sweep.hydra.sweeper.direction)

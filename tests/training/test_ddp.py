@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import signal
 from pathlib import Path
 
@@ -22,18 +23,29 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def losses(home: Path) -> list[dict[str, float]]:
-    with (home / "metrics.csv").open(newline="") as file:
+def losses(home: Path, name: str = "metrics") -> list[dict[str, float]]:
+    with (home / f"{name}.csv").open(newline="") as file:
         return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
 
 
 def test_a_sweep_over_two_processes_equals_single_runs(world):
     """Global batches of 4 records: 2 x 2 in two processes, 4 in one. 9 records: two batches and one left over, which
-    two processes cannot share and drop, so 8 records are used. The second process finds --config-dir too."""
+    two processes cannot share and drop, so 8 records are used. Three more are held out, of which one process asks two.
+    The second process finds --config-dir too.
+    """
     mine = world / "conf" / "schedule" / "mine.yaml"
     mine.parent.mkdir(parents=True)
     mine.write_text((CONF / "schedule" / "cosine.yaml").read_text())
-    common = ("data.limit=8", "model.lora.dropout=0")
+    common = (
+        "data.prepare.preferences=11",
+        "data.validation=0.27",
+        "model.lora.dropout=0",
+        "callbacks=[probe]",
+        "callbacks.probe.captions.max_new_tokens=4",
+        "callbacks.probe.questions.max_new_tokens=4",
+        "checkpoint.best=val/loss",
+        "checkpoint.max_fall=100",
+    )
     sweep = world / "sweep"
     status, printed = train(
         *("-m", "--config-dir", str(world / "conf"), "schedule=mine"),
@@ -59,6 +71,14 @@ def test_a_sweep_over_two_processes_equals_single_runs(world):
         assert any(abs(a["loss"] - single[0]["loss"]) > 0.01 for a in single), "it must learn something"
         for a, b in zip(single, double):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-5), "metrics are means over the processes"
+        assert json.loads((job / f"stage_{stage}" / "stage.json").read_text())["records"] == 8
+        for name in ("validation", "probe"):
+            pairs = list(zip(*(losses(run / f"stage_{stage}", name) for run in (alone, job)), strict=True))
+            assert len(pairs) >= 2
+            for a, b in pairs:
+                assert a == pytest.approx(b, rel=1e-3, abs=1e-5), name
+        kept = [json.loads((run / "results.json").read_text())["stages"][str(stage)]["kept"] for run in (alone, job)]
+        assert kept[0]["step"] == kept[1]["step"] and kept[1]["adapter"] == "best"
         one = load_file(alone / f"stage_{stage}" / "adapter" / "adapter_model.safetensors")
         two = load_file(job / f"stage_{stage}" / "adapter" / "adapter_model.safetensors")
         for name in one:

@@ -122,11 +122,11 @@ def _plan(name: str, benchmark: Benchmark) -> Plan:
     questions = benchmark.loaded()
     if not questions:
         raise Fault(f"{name} has no question in {benchmark.data}; put its official files there")
-    _check_images(name, questions)
+    check_images(name, questions)
     return Plan(name, benchmark, questions)
 
 
-def _check_images(name: str, questions: Sequence[Question]) -> None:
+def check_images(name: str, questions: Sequence[Question]) -> None:
     """Every image exists and opens: only its header is read, so thousands take a second."""
     files = {question.image: question.id for question in questions if isinstance(question.image, Path)}
     missing = [file for file in files if not file.is_file()]
@@ -219,7 +219,7 @@ def _row(question: Question, text: str, model: str) -> dict[str, Any]:
 def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
     """Record what is asked, or refuse a folder whose answers belong to other questions, decoding or model."""
     wanted = {"model": model, "decoding": asdict(plan.benchmark.decoding), "questions": len(plan.questions)}
-    wanted |= _content(plan.questions)
+    wanted |= content(plan.questions)
     if not note.is_file():
         if answers.is_file() and answers.stat().st_size:
             raise Fault(f"{answers} exists without {note.name}, so it is unknown what was asked; move it away")
@@ -241,7 +241,7 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
             )
 
 
-def _content(questions: Sequence[Question]) -> dict[str, str]:
+def content(questions: Sequence[Question]) -> dict[str, str]:
     """What is asked, about which pictures, and what the answers are compared with: a digest of each."""
     pictures = _pictures(questions)
     found = {name: hashlib.sha256() for name in ("texts", "pictures", "truth")}

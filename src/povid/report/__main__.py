@@ -1,4 +1,7 @@
-"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones."""
+"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones.
+
+``python -m povid.report dashboard OUTPUTS`` makes a Weights & Biases workspace of the runs.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import sys
 from pathlib import Path
 
 from povid.fault import Fault
+from povid.report import workspace
 from povid.report.command import write_tables
 
 
@@ -17,9 +21,17 @@ def main(arguments: list[str] | None = None) -> int:
         from povid.report import compare  # only here: tables need no scipy
 
         return compare.main(arguments[1:])
+    if arguments[:1] == ["dashboard"]:
+        try:
+            print(workspace.main(arguments[1:]))
+        except Fault as fault:
+            print(f"error: {fault}", file=sys.stderr)
+            return 2
+        return 0
     parser = argparse.ArgumentParser(
         prog="python -m povid.report",
         description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="To compare two runs answer by answer: python -m povid.report compare RUN_A RUN_B",
     )
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")

@@ -41,8 +41,9 @@ SMOOTH = 200  # points of a curve; a longer one is averaged in bins to remove ji
 def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
     """CHAIR_I (percent, lower is better) over coverage (percent, higher is better), one panel per model and data.
 
-    Each seed is a small dot, each row a large mark with its standard errors. The shaded side is more than ten points of
-    coverage below the base. Returns None if no run has both scores.
+    Each seed is a small dot, each row a large mark with its standard errors. A thin line is the way of a run through
+    its stages as its probe measured it, on the probe's pictures. The shaded side is more than ten points of coverage
+    below the base. Returns None if no run has both scores.
     """
     shown = [row for row in group(runs) if _points(row)]
     every = sorted({row.world for row in shown})
@@ -82,13 +83,21 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
         axes.set_title(f"model {world[0]}, data {world[1]}", fontsize=10)
         axes.grid(alpha=0.25)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
-    figure.suptitle("Hallucination against coverage: lower right is better", fontsize=12)
+    title = "Hallucination against coverage: lower right is better"
+    if any(way(run.folder) for row in shown for run in row.runs):
+        title += "\nthin lines: while it trained, on the probe's pictures"
+    figure.suptitle(title, fontsize=12)
     return _save(figure, file)
 
 
 def _draw_row(axes: Axes, row: Row, ink: str) -> None:
     points = _points(row)
     axes.scatter([x for x, _ in points], [y for _, y in points], s=14, color=ink, alpha=0.45, lw=0, zorder=2)
+    for run in row.runs:
+        steps = way(run.folder)
+        if len(steps) > 1:
+            axes.plot(*zip(*steps), color=ink, alpha=0.55, lw=0.9, marker=".", ms=3.5, zorder=1)
+            axes.annotate("", steps[-1], steps[-2], arrowprops={"arrowstyle": "->", "color": ink, "alpha": 0.7})
     x, y = _mean([x for x, _ in points]), _mean([y for _, y in points])
     label = row.label + (f" (n = {len(points)})" if len(points) > 1 else "")
     axes.errorbar(
@@ -112,6 +121,18 @@ def _draw_row(axes: Axes, row: Row, ink: str) -> None:
 def _points(row: Row) -> list[tuple[float, float]]:
     pairs = [(lookup(run.benchmarks, "chair.coverage"), lookup(run.benchmarks, "chair.CHAIR_I")) for run in row.runs]
     return [(x, y) for x, y in pairs if is_number(x) and is_number(y)]
+
+
+def way(run: Path) -> list[tuple[float, float]]:
+    """(coverage, CHAIR_I) in percent at the steps at which a run's probe measured both, through all of its stages."""
+    points = []
+    for file in sorted(run.glob("stage_*/probe.csv")):
+        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+            for row in csv.DictReader(lines):
+                x, y = (_float(row.get(f"probe/chair/{score}")) for score in ("coverage", "CHAIR_I"))
+                if x is not None and y is not None and (x, y) not in points[-1:]:
+                    points.append((x, y))
+    return points
 
 
 def training_curves(runs: Sequence[Run], file: Path) -> Path | None:

@@ -102,7 +102,7 @@ def table(number: int, runs: Sequence[Run]) -> Table | None:
     return {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}[number](runs)
 
 
-def _all_columns(runs: Iterable[Run]) -> tuple[Column, ...]:
+def all_columns(runs: Iterable[Run]) -> tuple[Column, ...]:
     """The columns of Tables 1 and 3: the paper's, BESIDE, and those of further benchmarks that ``runs`` answered."""
     known = {column.key for column in (*COLUMNS.values(), *BREAKDOWN)}
     further = {column.key: column for run in runs for column in run.columns if column.key not in known}
@@ -128,7 +128,7 @@ def _table_3(runs: Sequence[Run]) -> Table:
     worlds = trained or [world for world in every if world[1] not in OTHER_DATA] or every
     elsewhere = "; ".join(f"{model}, {data}" for model, data in every if (model, data) not in worlds)
     omitted = [f"omitted (model, data): {elsewhere}; see Tables 1 and 2"] if elsewhere else []
-    columns = _all_columns(run for run in runs if run.world in worlds)
+    columns = all_columns(run for run in runs if run.world in worlds)
     for world in worlds:
         here = [row for row in rows if row.world == world]
         bases = _bases(here)
@@ -248,7 +248,7 @@ def _no_base(bases: list[Row]) -> list[str]:
 
 
 def _table_1(runs: Sequence[Run]) -> Table | None:
-    columns = _all_columns(run for run in runs if _in_table_1(run))
+    columns = all_columns(run for run in runs if _in_table_1(run))
     return _by_data(1, "Preference data sets", paper.TABLE_1, columns, runs)
 
 

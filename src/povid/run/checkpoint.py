@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
-from povid.internals import correct_logged_step, script_launcher
+from povid.internals import correct_logged_step, script_launcher, validates_next
 from povid.run.identity import Identity
 from povid.run.signals import Signals
 
@@ -40,6 +40,10 @@ class CheckpointSettings(BaseModel):
     """How often a stage is saved: every so many optimiser steps, every so many minutes, or both; null disables either.
 
     ``keep``: how many checkpoints stay on disk while a stage trains; all are removed when it is finished.
+
+    ``best``: a metric of the validation or of a callback such as the probe; the adapter with which it was best is kept
+    beside the last one, and the run goes on with it. null keeps the last one alone. ``guard``: a metric that must not
+    fall by more than ``max_fall`` from its value at the start, or an adapter is not kept; null for none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -47,6 +51,9 @@ class CheckpointSettings(BaseModel):
     every_steps: Annotated[int, Field(ge=1)] | None = None
     every_minutes: Annotated[float, Field(ge=0)] | None = 1.0
     keep: Annotated[int, Field(ge=1)] = 2
+    best: Annotated[str, Field(min_length=1)] | None = None
+    guard: Annotated[str, Field(min_length=1)] | None = "probe/chair/coverage"
+    max_fall: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 10.0
 
 
 class Checkpoints(L.Callback):
@@ -107,12 +114,21 @@ class Checkpoints(L.Callback):
             due, received = bool(both[0]), int(both[1])
         if not (due or received):
             return
-        if trainer.is_last_batch:  # Lightning miscounts epochs after a checkpoint between an epoch's last batch and end
+        # Lightning miscounts epochs after a checkpoint between an epoch's last batch and end, and a run that resumes
+        # from one between a step and its validation leaves that validation out.
+        if trainer.is_last_batch or validates_next(trainer):
             self.waiting = received
         else:
             self._act(trainer, received)
 
+    def on_validation_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        if not trainer.is_last_batch:
+            self._act_late(trainer)
+
     def on_train_epoch_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        self._act_late(trainer)
+
+    def _act_late(self, trainer: L.Trainer) -> None:
         if self.waiting is not None:
             received, self.waiting = self.waiting, None
             self._act(trainer, received)
@@ -122,6 +138,7 @@ class Checkpoints(L.Callback):
         if (
             loader_died(exception)
             and not self.in_step
+            and not trainer.validating  # a resumed run would leave out the rest of the validation
             and trainer.world_size == 1
             and trainer.global_step > self.saved_step
         ):

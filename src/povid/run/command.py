@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -42,7 +43,8 @@ MOVED = {
 
 
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")
-def _job(cfg: DictConfig) -> None:
+def _job(cfg: DictConfig) -> Any:
+    from povid.run.evaluation import optimized
     from povid.run.experiment import run
     from povid.run.processes import first
     from povid.run.signals import Stopped
@@ -52,7 +54,8 @@ def _job(cfg: DictConfig) -> None:
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     try:
-        run(cfg, folder)
+        results = run(cfg, folder)
+        return optimized(results, cfg.optimized_metric) if cfg.optimized_metric and results else None
     except Stopped as stopped:  # and the whole sweep with it
         if first():
             print(f"stopped: {stopped}", file=sys.stderr)

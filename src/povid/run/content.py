@@ -17,26 +17,39 @@ from povid.model.adapters import adapter_digest
 from povid.preferences.triple import Triple
 from povid.run.identity import Identity, digest, flat, identity, is_free
 from povid.run.processes import device
-from povid.run.settings import Settings
+from povid.run.settings import Settings, is_watcher
 
 LIBRARIES = ("povid", "torch", "lightning", "transformers", "peft", "diffusers", "numpy", "pillow")
 PICTURE_BYTES = 2**19  # of a larger picture only the size and this many bytes count: a second for a thousand pictures
+
+VALIDATES = ("val_check_interval", "check_val_every_n_epoch", "limit_val_batches")  # of the trainer: when and on what
 
 
 class Content:
     """The digests of what a run reads, each computed once and when it is first needed."""
 
-    def __init__(self, settings: Settings, triples: Sequence[Triple]) -> None:
-        self.settings, self.triples = settings, triples
+    def __init__(self, settings: Settings, triples: Sequence[Triple], held_out: Sequence[Triple] = ()) -> None:
+        self.settings, self.triples, self.held_out = settings, triples, held_out
 
     @cached_property
     def records(self) -> str:
-        """The records as they are used, in their order."""
-        found = hashlib.sha256()
-        for triple in self.triples:
-            turns = [[turn.role, turn.text] for side in (triple.preferred, triple.dispreferred) for turn in side]
-            found.update(json.dumps([triple.id, turns]).encode())
-        return found.hexdigest()[:16]
+        """The records to train on as they are used, in their order."""
+        return _records(self.triples)
+
+    @cached_property
+    def watched(self) -> str | None:
+        """What measures a stage while it trains: the held-out records, when they are asked, and the callbacks that only
+        measure, with the content of their files. None if nothing does.
+
+        It changes no weight, so it is part of no identity unless it chooses the best adapter.
+        """
+        settings, found = self.settings, []
+        if self.held_out:
+            when = {k: settings.trainer.get(k) for k in VALIDATES}
+            found = [_records(self.held_out), _pictures(self.held_out), when]
+        nodes = {name: node for name, node in settings.callbacks.items() if is_watcher(node)}
+        files_of = [watcher.content() for watcher in settings.watchers()]
+        return digest([found, nodes, files_of]) if found or nodes else None
 
     @cached_property
     def records_as_read(self) -> str:
@@ -49,10 +62,7 @@ class Content:
 
     @cached_property
     def pictures(self) -> str:
-        images = list(dict.fromkeys(triple.image for triple in self.triples))
-        with ThreadPoolExecutor(8) as threads:
-            found = dict(zip(images, threads.map(lambda image: files.digest(image, PICTURE_BYTES), images)))
-        return digest([found[triple.image] for triple in self.triples])
+        return _pictures(self.triples)
 
     @cached_property
     def weights(self) -> str | None:
@@ -79,6 +89,21 @@ class Content:
             return digest([[str(file.relative_to(folder)), each] for file, each in zip(found, digests)])
 
 
+def _records(triples: Sequence[Triple]) -> str:
+    found = hashlib.sha256()
+    for triple in triples:
+        turns = [[turn.role, turn.text] for side in (triple.preferred, triple.dispreferred) for turn in side]
+        found.update(json.dumps([triple.id, turns]).encode())
+    return found.hexdigest()[:16]
+
+
+def _pictures(triples: Sequence[Triple]) -> str:
+    images = list(dict.fromkeys(triple.image for triple in triples))
+    with ThreadPoolExecutor(8) as threads:
+        found = dict(zip(images, threads.map(lambda image: files.digest(image, PICTURE_BYTES), images)))
+    return digest([found[triple.image] for triple in triples])
+
+
 def of_stage(settings: Settings, number: int, adapters: Sequence[Path], content: Content) -> Identity:
     """The identity of stage ``number`` on top of ``adapters``.
 
@@ -96,13 +121,18 @@ def of_stage(settings: Settings, number: int, adapters: Sequence[Path], content:
         "noise": tree["noise"] if terms & ON_DISTORTED else {},
         "optimizer": settings.optimizer,
         "schedule": settings.schedule,
-        "callbacks": settings.callbacks,
+        "callbacks": {name: node for name, node in settings.callbacks.items() if not is_watcher(node)},
         "trainer": settings.trainer,
     }
     parts = {key: value for key, value in flat(chosen) if not is_free(key) and key != "model.name"}
     parts |= _shared(settings, content)
     cached = settings.plain.reference_cache
     parts |= {"pictures": content.pictures, "reference_cache": stage.epochs > 1 if cached is None else cached}
+    if isinstance(settings.data.validation, float):
+        parts["data.validation"] = settings.data.validation
+    if settings.checkpoint.best is not None:
+        choice = settings.checkpoint.model_dump(include={"best", "guard", "max_fall"})
+        parts |= {f"checkpoint.{key}": value for key, value in choice.items()} | {"watched": content.watched}
     below = [adapter_digest(adapter) for adapter in adapters]
     rows = [recorded_row(adapter) or found for adapter, found in zip(adapters, below)]
     under = f"stages.{number}.starts_from"

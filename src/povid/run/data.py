@@ -1,4 +1,4 @@
-"""The preference records of a run: read, rewritten where the configuration says so, and checked."""
+"""The preference records of a run: read, rewritten where the configuration says so, split and checked."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from povid.fault import Fault
 from povid.preferences.check import Report
 from povid.preferences.check import check as check_records
+from povid.preferences.held_out import hold_out, picture_on_both_sides
 from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 from povid.run.build import make
@@ -18,16 +19,52 @@ log = logging.getLogger(__name__)
 
 
 def load_triples(settings: Settings) -> list[Triple]:
-    """The records of ``data``, their text dispreferences replaced where ``dispreference`` replaces them.
+    """The records to train on and those held out by a share, with their texts as the run uses them.
 
-    With ``data.skip_bad`` only the usable ones; the others are logged and counted.
+    ``data.limit`` uses the first ones only, and ``dispreference`` replaces their dispreferred responses. With
+    ``data.skip_bad`` only the usable ones; the others are logged and counted.
     """
+    return _read(settings, Path(settings.data.preferences), settings.data.limit)
+
+
+def split(settings: Settings, triples: list[Triple]) -> tuple[list[Triple], list[Triple]]:
+    """The records to train on, and those held out for validation: a share of them, or those of a file, or none.
+
+    Raises:
+        Fault: the share leaves a side empty; the file is missing, holds no record, or has a picture in common with the
+            records to train on.
+    """
+    chosen = settings.data.validation
+    if chosen is None:
+        return triples, []
+    if isinstance(chosen, float):
+        return hold_out(triples, chosen)
+    if not Path(chosen).exists():
+        raise Fault(f"data.validation: {chosen} does not exist; name a file of held-out records, a share, or null")
+    held = _read(settings, Path(chosen), None)
+    if not held:
+        raise Fault(f"data.validation: {chosen} holds no record; name another file, a share, or null")
+    if both := picture_on_both_sides(triples, held):
+        raise Fault(
+            f"data.validation: the picture of record {both[0].id!r} in {chosen} is also that of record {both[1].id!r} "
+            f"in {settings.data.preferences}; held-out pictures must not be trained on: remove one of the records"
+        )
+    return triples, held
+
+
+def held_out_source(settings: Settings) -> str:
+    """The file that held-out records come from."""
+    chosen = settings.data.validation
+    return chosen if isinstance(chosen, str) else settings.data.preferences
+
+
+def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
     data = settings.data
     skipped: list[str] | None = [] if data.skip_bad else None
-    triples = make(data.format)(Path(data.preferences), Path(data.images), skipped)
+    triples = make(data.format)(file, Path(data.images), skipped)
     if "text" in settings.ablation.dispreferences:
-        triples = settings.dispreference(triples, seed=settings.plain.seed, limit=data.limit, skipped=skipped)
-    triples = triples[: data.limit]
+        triples = settings.dispreference(triples, seed=settings.plain.seed, limit=limit, skipped=skipped)
+    triples = triples[:limit]
     if skipped is not None:
         report = check(settings, triples)
         triples = [triple for triple in triples if triple.id not in report.bad]

@@ -10,17 +10,18 @@ from typing import Any
 from povid import files
 from povid.benchmarks import suite
 from povid.benchmarks.chair_words import objects, read_synonyms
-from povid.fault import Fault
+from povid.fault import Fault, did_you_mean
 from povid.machine import versions
 from povid.method.distortions import distort_picture, generator
 from povid.model.question import Answerer, Decoding, Question
 from povid.preferences.pictures import Pictures, open_picture
 from povid.preferences.triple import Triple
 from povid.report import dashboards
+from povid.report.runs import is_number, lookup
 from povid.run.build import make
 from povid.run.content import names, of_run
 from povid.run.context import RunContext
-from povid.run.identity import Identity
+from povid.run.identity import Identity, flat
 from povid.run.loggers import close, make_loggers, show_results
 from povid.run.processes import device
 from povid.run.samples import flipped, noise_responses
@@ -100,6 +101,30 @@ def evaluate(
         "started": started,
     }
     return results, captions
+
+
+def optimized(results: Mapping[str, Any], names: str | list[str]) -> float | list[float]:
+    """The value of ``optimized_metric`` in a run's results, or a list of values for a list of names.
+
+    ``BENCHMARK.SCORE`` is a score of the evaluation; ``val/...`` and ``probe/...`` were measured while the last stage
+    trained, of the adapter that was evaluated.
+
+    Raises:
+        Fault: the results do not hold it, or it is not a finite number.
+    """
+    if not isinstance(names, str):
+        return [float(optimized(results, name)) for name in names]  # type: ignore[arg-type]
+    benchmarks, stages = results["benchmarks"], list(results["stages"].values())
+    measured = (stages[-1].get("measured") or {}) if stages else {}
+    value = measured.get(names, lookup(benchmarks, names))
+    if is_number(value):
+        return float(value)
+    missing = lookup(benchmarks, f"{names.partition('.')[0]}.missing")
+    held = [*(path for path, score in flat(benchmarks) if is_number(score)), *measured]
+    raise Fault(
+        f"optimized_metric: the results do not hold {names!r}"
+        + (f", since it was not scored: {missing}" if missing else did_you_mean(names, held, "scores"))
+    )
 
 
 def batch_that_counts(settings: Settings) -> dict[str, int]:

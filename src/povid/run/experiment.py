@@ -26,7 +26,7 @@ from povid.run import evaluation
 from povid.run.build import make
 from povid.run.content import Content, of_answers, of_stage
 from povid.run.context import RunContext
-from povid.run.data import check, load_triples
+from povid.run.data import check, held_out_source, load_triples, split
 from povid.run.guards import explain_full_disk, refuse
 from povid.run.lock import NAME, held
 from povid.run.loggers import require_loggers
@@ -98,14 +98,15 @@ class Experiment:
         """``new``: the run begins here, and leaves nothing behind if the checks refuse it."""
         keep_freed_memory()
         with self.timed("prepare"), checking(self.folder, new):
-            triples, content, adapters = self.prepare()
+            triples, held_out, content, adapters = self.prepare()
+        samples = held_out or triples
         stages: dict[str, Any] = {}
         for number in self.settings.run_stages:
             stage = self.stage(number, adapters, content)
             if stage.finished():
                 log.info("stage %d is finished already: %s", number, stage.home)
             else:
-                self.train(stage, triples)
+                self.train(stage, triples, held_out)
                 release_memory()
             stages[str(number)] = stage.finished()
             adapters = (*adapters, stage.adapter)
@@ -116,7 +117,7 @@ class Experiment:
             results, captions = evaluation.evaluate(
                 self.settings,
                 self.folder,
-                triples,
+                samples,
                 adapters,
                 stages,
                 self.started,
@@ -125,17 +126,17 @@ class Experiment:
         results["timings"] = {name: round(seconds, 2) for name, seconds in self.timings.items()}
         files.write_json(self.folder / "results.json", results)
         log.info("results: %s", self.folder / "results.json")
-        evaluation.show(self.settings, self.folder, results, triples, captions)
+        evaluation.show(self.settings, self.folder, results, samples, captions)
         return results
 
     def stage(self, number: int, adapters: tuple[Path, ...], content: Content) -> Stage:
         identity = of_stage(self.settings, number, adapters, content)
-        return Stage(self.settings, number, self.folder, adapters, identity)
+        return Stage(self.settings, number, self.folder, adapters, identity, content.watched)
 
-    def prepare(self) -> tuple[list[Triple], Content, tuple[Path, ...]]:
+    def prepare(self) -> tuple[list[Triple], list[Triple], Content, tuple[Path, ...]]:
         """Prepare data and model, check data and benchmarks, reuse what was computed.
 
-        Returns the triples, the digests of what is read, and the adapters to begin with.
+        Returns the triples to train on, those held out, the digests of what is read, and the adapters to begin with.
         """
         settings, ready = self.settings, self.folder / "packages.txt"
         if first():
@@ -149,15 +150,21 @@ class Experiment:
         triples = load_triples(settings) if settings.run_stages or settings.plain.samples else []
         if first() and settings.run_stages and not settings.data.skip_bad:
             refuse(check(settings, triples, CHECKED_AT_START), settings.data.preferences)
-        content = Content(settings, triples)
+        triples, held_out = split(settings, triples) if triples else ([], [])
+        if first() and settings.run_stages:
+            if held_out and not settings.data.skip_bad:
+                refuse(check(settings, held_out), held_out_source(settings))
+            for watcher in settings.watchers():
+                watcher.before(settings.benchmarks)
+        content = Content(settings, triples, held_out)
         adapters = starting_adapters(settings, content)
         if first():
             if not ready.exists():  # the other processes wait for it, and all must see the same stages finished
-                self.take_over(adapters, content, triples)
+                self.take_over(adapters, content, held_out or triples)
             files.write_text(ready, packages())
-        return triples, content, adapters
+        return triples, held_out, content, adapters
 
-    def take_over(self, adapters: tuple[Path, ...], content: Content, triples: list[Triple]) -> None:
+    def take_over(self, adapters: tuple[Path, ...], content: Content, samples: list[Triple]) -> None:
         """Use again what has been computed under the identity of the first stages, up to the first that has not."""
         for number in self.settings.run_stages:
             stage = self.stage(number, adapters, content)
@@ -165,28 +172,28 @@ class Experiment:
                 if not stage.reuse():
                     return
                 if number == self.settings.run_stages[0] and self.settings.plain.samples:
-                    self.caption_before(*stage.load(), triples)
+                    self.caption_before(*stage.load(), samples)
             adapters = (*adapters, stage.adapter)
 
-    def train(self, stage: Stage, triples: list[Triple]) -> None:
+    def train(self, stage: Stage, triples: list[Triple], held_out: list[Triple]) -> None:
         with self.timed(f"stage_{stage.number}.load"):
             policy, template = stage.load()
             if stage.number == self.settings.run_stages[0] and first():
-                self.caption_before(policy, template, triples)
+                self.caption_before(policy, template, held_out or triples)
         with self.timed(f"stage_{stage.number}.fit"):
             try:
-                stage.train(policy, template, triples, self.signals)
+                stage.train(policy, template, triples, held_out, self.signals)
             finally:
                 self.signals.training, self.signals.launcher = False, None
         self.signals.check()  # a signal after the last step waited for the stage to be saved
 
-    def caption_before(self, policy: Policy, template: Template, triples: list[Triple]) -> None:
+    def caption_before(self, policy: Policy, template: Template, samples: list[Triple]) -> None:
         """What the policy says before the first stage, for the tables of samples; not where its weights are split."""
         if not self.settings.split:
-            samples = evaluation.sample_questions(triples, self.settings.plain.samples)
+            asked = evaluation.sample_questions(samples, self.settings.plain.samples)
             answers = Answers(policy, template, self.settings.generation.batch_size)
-            evaluation.write_captions_before(self.folder, answers, samples)
-            if samples:
+            evaluation.write_captions_before(self.folder, answers, asked)
+            if asked:
                 ask_before(self.settings, self.folder, answers)
 
     @contextmanager

@@ -17,7 +17,8 @@ from typing import Any
 from povid.fault import Fault
 
 # The settings that change no number by themselves: folders (their content is compared instead), workers, logging,
-# samples, how often a stage is saved. A benchmark is compared with the answers on disk by the suite.
+# samples, how often a stage is saved and validated. A benchmark is compared with the answers on disk by the suite.
+# What decides which adapter is kept is a part of its own (run/content.py).
 FREE = (
     "adapters",
     "benchmarks",
@@ -29,6 +30,7 @@ FREE = (
     "data.objects",
     "data.preferences",
     "data.prepare.folder",
+    "data.probe",
     "data.root",
     "data.synonyms",
     "data.workers",
@@ -54,13 +56,17 @@ FREE = (
     "model.retries",
     "model.timeout",
     "model.token_budget",
+    "optimized_metric",
     "outputs",
     "resume",
     "samples",
     "samples_every",
+    "trainer.check_val_every_n_epoch",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
+    "trainer.limit_val_batches",
     "trainer.log_every_n_steps",
+    "trainer.val_check_interval",
 )
 SHOWN = 8  # differences in a message
 

@@ -120,7 +120,11 @@ def distrusted(override: str) -> str | None:
         return "it is not an override"
     key = parsed.key_or_group
     parts = re.split(r"[.@/]", key)
-    if not KEY.fullmatch(key) or parts[0] not in (*KEYS, "experiment") or parsed.package not in (None, *_PACKAGES):
+    if (
+        not KEY.fullmatch(key)
+        or parts[0] not in (*KEYS, "experiment", "sweep")
+        or parsed.package not in (None, *_PACKAGES)
+    ):
         return "its key is no setting of a run"
     if any(part.startswith("_") for part in parts) or re.search(r"\b_\w+_\b", override):
         return "it names code"

@@ -35,7 +35,7 @@ class Samples(L.Callback):
 
     Args:
         home: the stage's folder.
-        records: the numbers of the samples in the training data.
+        records: the numbers of the samples among the held-out records or, without any, among those to train on.
         every: steps between two tables; None for no table while the stage trains.
         policy: what answers.
         captions: gives its captions of the samples.
@@ -74,12 +74,13 @@ class Samples(L.Callback):
     def _noise(self, trainer: Any, module: Any) -> dict[str, list[tuple[str, bool]]]:
         """y_l^n of every sample: pieces of text, and whether each differs from y_w; nothing in a stage without x^n."""
         data = trainer.datamodule
-        if data.dataset.distortion is None:
+        dataset = data.held_out if len(data.held_out) else data.dataset
+        if dataset.distortion is None:
             return {}
         found = {}
         tokenizer = self.policy.processor.tokenizer
         for record in self.records:
-            example = data.dataset[record, 0]
+            example = dataset[record, 0]
             batch = module.transfer_batch_to_device(data.collate([example]), module.device, 0)
             with trainer.precision_plugin.forward_context():
                 logits_UV = self.policy.predict(batch.preferred, self.policy.look(batch.noised))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,6 +30,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from povid.benchmarks import suite
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault, did_you_mean, holds_login
 from povid.method.distortions import Distortion
@@ -37,6 +38,9 @@ from povid.method.objectives import ON_DISTORTED, Objective
 from povid.run import build as building
 from povid.run.build import is_node
 from povid.run.checkpoint import CheckpointSettings
+from povid.run.watch import PREFIX as VALIDATION
+from povid.run.watch import Better, Watcher
+from povid.training.metrics import directions
 from povid.training.module import StageSettings
 from povid.training.sharding import FSDP2
 
@@ -56,9 +60,7 @@ SET_BY_THE_RUN = {  # arguments of the trainer, and the settings that replace th
     "fast_dev_run": "data.limit and stages.N.max_steps",
     "overfit_batches": "data.limit",
     "barebones": "logger=none",
-    "limit_val_batches": "benchmarks, which are asked after training",
-    "val_check_interval": "benchmarks, which are asked after training",
-    "check_val_every_n_epoch": "benchmarks, which are asked after training",
+    "num_sanity_val_steps": "data.validation, whose metrics begin with the first steps",
 }
 PER_STAGE = ("params", "lr", "weight_decay")  # of parameter groups, which each stage makes
 COUNTED = ("optimizer", "num_warmup_steps", "num_training_steps")
@@ -84,6 +86,9 @@ class TrainerBounds(BaseModel):
     limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
     reload_dataloaders_every_n_epochs: Literal[1] = 1
     use_distributed_sampler: Literal[False] = False
+    val_check_interval: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
+    check_val_every_n_epoch: Annotated[int, Field(ge=1)] | None = None
+    limit_val_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
     gradient_clip_algorithm: Literal["norm", "value"] | None = None
 
     @field_validator("devices")
@@ -144,6 +149,8 @@ class DataSettings(_Settings):
     ``prepare`` is a node that is built before the files are read; ``benchmarks`` is the folder of benchmark files that
     belong to the data, if any; ``limit`` uses the first records alone, ``skip_bad`` skips and counts records that
     cannot be used. ``objects`` and ``synonyms`` describe the pictures for ``dispreference=cooccurrence``.
+    ``validation`` holds out a share of the pictures, or names a file of held-out records in the same format; ``probe``
+    is the folder of benchmark files that ``callbacks=[probe]`` asks about while a stage trains.
     """
 
     name: str
@@ -164,6 +171,16 @@ class DataSettings(_Settings):
     group_by_length: bool = True
     limit: Annotated[int, Field(ge=1)] | None = None
     skip_bad: bool = False
+    validation: float | str | None = None
+    probe: str | None = None
+
+    @field_validator("validation")
+    @classmethod
+    def _share_or_file(cls, value: float | str | None) -> float | str | None:
+        if value == "" or (isinstance(value, float) and not 0 < value < 1):
+            found = repr(value) if isinstance(value, str) else f"{value:g}"
+            raise ValueError(f"found {found}, needed a share above 0 and below 1, a file, or null")
+        return value
 
 
 class Generation(_Settings):
@@ -185,6 +202,7 @@ class Plain(_Settings):
     resume: bool
     samples: Annotated[int, Field(ge=0)]
     samples_every: Annotated[int, Field(ge=1)] | None
+    optimized_metric: Annotated[str, Field(min_length=1)] | Annotated[list[str], Field(min_length=1)] | None = None
 
 
 @dataclass(frozen=True)
@@ -233,8 +251,23 @@ class Settings:
         """Where the text dispreferences that are used come from; "given" where none is used."""
         return self.tree["dispreference"]["name"] if "text" in self.ablation.dispreferences else "given"
 
+    def validated(self, stage: int) -> dict[str, Better]:
+        """The metrics of a stage's validation of which one direction is better, and that direction."""
+        found = directions(self.objectives[stage], self.terms[stage])
+        return {f"{VALIDATION}{name}": better for name, better in found.items()}
+
+    def watchers(self) -> list[Watcher]:
+        """Those of the callbacks that only measure, newly built."""
+        return [building.make(node) for node in self.callbacks.values() if is_watcher(node)]
+
     def objective_node(self, stage: int) -> dict[str, Any]:
         return _objective_nodes(self.tree["objective"])[str(stage)]
+
+
+def is_watcher(node: Mapping[str, Any]) -> bool:
+    """Whether a callback's node makes a :class:`povid.run.watch.Watcher`, which changes no number by itself."""
+    kind = building.target(node, "callbacks", [])
+    return isinstance(kind, type) and issubclass(kind, Watcher)
 
 
 def splits(trainer: Mapping[str, Any]) -> bool:
@@ -317,6 +350,7 @@ def build(cfg: DictConfig) -> Settings:
             _checked(node, f"{group}.{name}", problems, *(TO_LOGGERS if group == "logger" else ()))
             _check_kind(node, f"{group}.{name}", {"callbacks": Callback, "logger": Logger}[group], problems)
     run_stages = _run_stages(plain, ablation, problems)
+    watchers = _watchers(nodes["callbacks"], trainer, problems)
     terms: dict[int, frozenset[str]] = {}
     if ablation:
         for number in ablation.stages:
@@ -326,6 +360,15 @@ def build(cfg: DictConfig) -> Settings:
                     terms[number] = objective.terms({*stage.dispreferences} & {*ablation.dispreferences})
                 except ValueError as error:
                     problems.append(f"objective: {error} (stage {number} of ablation={ablation.name})")
+    if plain and data and checkpoint:
+        validated = data.validation is not None
+        for number in run_stages:
+            known = dict(_metrics(watchers))
+            if validated and number in terms:
+                found = directions(objectives[number], terms[number])
+                known |= {f"{VALIDATION}{name}": better for name, better in found.items()}
+            problems += _best_problems(checkpoint, known, number)
+        problems += _optimized_problems(plain, benchmarks, watchers, validated, run_stages)
     problems += _rules(plain, ablation, stages, model, distortion, trainer, terms)
     if problems:
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
@@ -511,6 +554,81 @@ def _made_kind(made: Any, node: Any, key: str, kind: type, problems: list[str]) 
         return made
     problems.append(f"{key}._target_: found {node['_target_']!r}, needed a subclass of {kind.__module__}.{kind.__name__}")
     return None
+
+
+def _watchers(callbacks: Mapping[str, Any], trainer: Mapping[str, Any], problems: list[str]) -> list[Watcher]:
+    """The callbacks that measure, as far as they are valid."""
+    found = []
+    for name, node in callbacks.items():
+        if not (is_node(node) and is_watcher(node)):
+            continue
+        own: list[str] = []
+        made = building.build(node, f"callbacks.{name}", own)
+        problems += [problem for problem in own if problem not in problems]
+        if made is None:
+            continue
+        if made.whole_weights and splits(trainer):
+            problems.append(
+                f"callbacks.{name}: it needs the whole model on one device, and this trainer splits it; leave it out "
+                "or use trainer=ddp"
+            )
+        found.append(made)
+    return found
+
+
+def _metrics(watchers: Collection[Watcher]) -> Iterator[tuple[str, Better | None]]:
+    for watcher in watchers:
+        yield from watcher.metrics.items()
+
+
+def _best_problems(checkpoint: CheckpointSettings, known: Mapping[str, Better | None], stage: int) -> Iterator[str]:
+    """Whether what chooses the best adapter of a stage is measured there."""
+    best, guard = checkpoint.best, checkpoint.guard
+    if best is None:
+        return
+    usable = [name for name, better in known.items() if better is not None]
+    if best in known and best not in usable:
+        yield (
+            f"checkpoint.best: {best!r} cannot choose an adapter, since one direction is not better than the other; "
+            f"choose one of {', '.join(usable)}"
+        )
+    elif best not in usable:
+        cure = "; set data.validation for val/... or callbacks=[probe] for probe/..."
+        yield (
+            f"checkpoint.best: nothing logs {best!r} in stage {stage}"
+            f"{did_you_mean(best, usable, 'metrics') if usable else cure}"
+        )
+    elif guard is not None and guard not in known:
+        yield (
+            f"checkpoint.guard: nothing logs {guard!r} in stage {stage}; add callbacks=[probe], or choose the best "
+            "adapter without a guard with checkpoint.guard=null"
+        )
+
+
+def _optimized_problems(
+    plain: Plain,
+    benchmarks: Mapping[str, Benchmark],
+    watchers: Collection[Watcher],
+    validated: bool,
+    run_stages: Collection[int],
+) -> Iterator[str]:
+    """Whether results can hold what ``optimized_metric`` names, as far as that is known before."""
+    watched = {name.partition("/")[0] for name, _ in _metrics(watchers)} if run_stages else set()
+    places = {*benchmarks, *watched, *({VALIDATION.rstrip("/")} if validated and run_stages else ())}
+    for name in optimized_metrics(plain):
+        if not re.search(r".[./].", name) or re.split(r"[./]", name)[0] not in places:
+            columns = [column["key"] for column in suite.columns({n: b for n, b in benchmarks.items() if b})]
+            yield (
+                f"optimized_metric: results will not hold {name!r}"
+                f"{did_you_mean(name, [*columns, *dict(_metrics(watchers))], 'scores')}; validation and probe give "
+                "val/... and probe/... where they are on"
+            )
+
+
+def optimized_metrics(plain: Plain) -> list[str]:
+    """The names in ``optimized_metric``, none, one or several."""
+    names = plain.optimized_metric
+    return names if isinstance(names, list) else [names] if names else []
 
 
 def _check_reader(node: Any, problems: list[str]) -> None:

@@ -24,6 +24,7 @@ from povid.model.template import Template
 from povid.preferences.triple import Triple
 from povid.run import data as run_data
 from povid.run import evaluation
+from povid.run.best import BestAdapter
 from povid.run.build import make
 from povid.run.checkpoint import Checkpoints, batch_size_of, identity_of, loader_died, newest, step_of
 from povid.run.content import Content, of_stage
@@ -36,6 +37,7 @@ from povid.run.resume import owned
 from povid.run.samples import Samples
 from povid.run.settings import Settings
 from povid.run.signals import Signals
+from povid.run.watch import Validation, Watcher
 from povid.training.datamodule import PreferenceDataModule
 from povid.training.memory import estimate, largest_batch
 from povid.training.module import POVIDModule
@@ -64,6 +66,7 @@ class Stage:
     run: Path
     adapters: tuple[Path, ...]
     identity: Identity
+    watched: str | None = None  # what measures it while it trains (run/content.py)
 
     @property
     def home(self) -> Path:
@@ -77,6 +80,11 @@ class Stage:
     @property
     def adapter(self) -> Path:
         return self.home / "adapter"
+
+    @property
+    def last_adapter(self) -> Path:
+        """The adapter after the last step, where ``adapter`` is the best one (``checkpoint.best``)."""
+        return self.home / "last_adapter"
 
     @property
     def checkpoints(self) -> Path:
@@ -102,17 +110,21 @@ class Stage:
     def reuse(self) -> bool:
         """Take over what any run below ``outputs`` has computed under this identity; False if there is nothing."""
         for home in finished_stages(Path(self.settings.plain.outputs), self.number, self.identity.digest):
+            taken = json.loads((home / "stage.json").read_text(encoding="utf-8"))
+            if self.watched is not None and taken.get("watched") != self.watched:
+                continue  # it was not measured while it trained, or something else was
             try:
                 check_adapter(home / "adapter")
             except Fault as fault:
                 log.warning("not used again: %s", fault)
                 continue
             log.info("stage %d was computed already and is copied from %s", self.number, home)
-            if (home / "metrics.csv").exists():
-                files.write_bytes(self.home / "metrics.csv", (home / "metrics.csv").read_bytes())
-            with files.draft(self.adapter) as draft:
-                shutil.copytree(home / "adapter", draft)
-            taken = json.loads((home / "stage.json").read_text(encoding="utf-8"))
+            for file in home.glob("*.csv"):
+                files.write_bytes(self.home / file.name, file.read_bytes())
+            for adapter in (self.last_adapter, self.adapter):
+                if (home / adapter.name).exists():
+                    with files.draft(adapter) as draft:
+                        shutil.copytree(home / adapter.name, draft)
             files.write_json(
                 self.note,
                 taken
@@ -138,7 +150,14 @@ class Stage:
             policy = policy.to(device())
         return policy, self.settings.model.template(policy.processor)
 
-    def train(self, policy: Policy, template: Template, triples: Sequence[Triple], signals: Signals) -> None:
+    def train(
+        self,
+        policy: Policy,
+        template: Template,
+        triples: Sequence[Triple],
+        held_out: Sequence[Triple],
+        signals: Signals,
+    ) -> None:
         """Fit the stage, from its newest intact checkpoint if there is one, and save its adapter."""
         settings, stage = self.settings, self.settings.stages[self.number]
         terms = settings.terms[self.number]
@@ -150,17 +169,17 @@ class Stage:
             self.adapters[-1] if self.adapters else settings.model.source,
         )
         module = self._module(policy)
-        data = self._data(policy, template, triples)
+        data = self._data(policy, template, triples, held_out)
         if stage.batch_size == "auto":
             data.batch_size = batch_size_of(newest(self.checkpoints)) or largest_batch(module, data)
         memory = "memory is not estimated where the weights are split"
         if not settings.split:
             memory = str(estimate(module, data, data.batch_size))
         log.info("stage %d: batches of %d; %s", self.number, data.batch_size, memory)
-        steps = self._fit(module, data, template, signals)
+        fitted = self._fit(module, data, template, signals)
         weights = whole_adapter(policy)
         if first():
-            self._save(policy, weights, steps, len(triples), data.batch_size)
+            self._save(policy, weights, fitted, len(triples), data.batch_size)
         module.trainer.strategy.barrier("the stage is saved")
 
     def _module(self, policy: Policy) -> POVIDModule:
@@ -178,7 +197,9 @@ class Stage:
             reference_cache=Path(settings.plain.outputs) / "reference_cache" if cached else None,
         )
 
-    def _data(self, policy: Policy, template: Template, triples: Sequence[Triple]) -> PreferenceDataModule:
+    def _data(
+        self, policy: Policy, template: Template, triples: Sequence[Triple], held_out: Sequence[Triple]
+    ) -> PreferenceDataModule:
         settings, stage = self.settings, self.settings.stages[self.number]
         return PreferenceDataModule(
             triples,
@@ -193,6 +214,7 @@ class Stage:
             workers=settings.data.workers,
             cache_mb=settings.data.cache_mb,
             group_by_length=settings.data.group_by_length,
+            held_out=held_out,
         )
 
     def _samples(self, policy: Policy, template: Template, triples: Sequence[Triple]) -> Samples:
@@ -213,8 +235,7 @@ class Stage:
             shown,
         )
 
-    def _fit(self, module: POVIDModule, data: PreferenceDataModule, template: Template, signals: Signals) -> int:
-        """Returns the number of optimiser steps."""
+    def _fit(self, module: POVIDModule, data: PreferenceDataModule, template: Template, signals: Signals) -> Fitted:
         settings, stage = self.settings, self.settings.stages[self.number]
         checkpoint = newest(self.checkpoints)
         if checkpoint and checkpoint.is_file() and first():
@@ -228,13 +249,21 @@ class Stage:
             log.info("stage %d resumes after step %d: %s", self.number, start, checkpoint)
         metrics = Metrics(self.home / "metrics.csv", start)
         callbacks: list[L.Callback] = [make(node) for node in settings.callbacks.values()]
+        if len(data.held_out):
+            callbacks.append(Validation(self.home / "validation.csv", settings.validated(self.number), start))
+        watchers = [callback for callback in callbacks if isinstance(callback, Watcher)]
+        best = None
+        if settings.checkpoint.best is not None:
+            best = BestAdapter(self.home / "best", settings.checkpoint, watchers, self._start_of_guard())
+            callbacks.append(best)
         callbacks += [
             FiniteLoss(self.number, self.checkpoints),
             metrics,
             Checkpoints(self.checkpoints, settings.checkpoint, signals, metrics, self.identity),
         ]
         if settings.plain.samples and not settings.split:
-            callbacks.append(self._samples(module.policy, template, data.dataset.triples))
+            shown = data.held_out if len(data.held_out) else data.dataset
+            callbacks.append(self._samples(module.policy, template, shown.triples))
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(Bar())
         if self.number == settings.run_stages[0] and not settings.data.skip_bad:
@@ -246,7 +275,8 @@ class Stage:
             callbacks.insert(0, data_check)
         loggers = make_loggers(settings.loggers, RunContext.of(settings, self.run, self.home.name, start))
         trainer = make(
-            {name: value for name, value in settings.trainer.items() if name != "log_every_n_steps"},
+            {name: value for name, value in settings.trainer.items() if name != "log_every_n_steps"}
+            | validation_arguments(settings.trainer, len(data.held_out)),
             max_epochs=stage.epochs,
             max_steps=stage.max_steps,
             accumulate_grad_batches=stage.accumulate,
@@ -271,12 +301,32 @@ class Stage:
                 ) from error
             raise
         close(loggers)
-        return trainer.global_step
+        steps = trainer.global_step
+        latest = {name: value for watcher in watchers if watcher.latest for name, value in watcher.latest[1].items()}
+        if best is None:
+            return Fitted(steps, latest)
+        if best.kept:
+            log.info("stage %d goes on with the adapter of step %d of %d", self.number, best.kept["step"], steps)
+        return Fitted(steps, best.kept["measured"] if best.kept else latest, best.record(), best.adapter)
 
-    def _save(self, policy: Policy, weights: Any, steps: int, records: int, batch_size: int) -> None:
+    def _start_of_guard(self) -> float | None:
+        """The guard metric as it was before the stage that this one starts from; None if that is not recorded."""
+        if not self.adapters:
+            return None
+        try:
+            note = json.loads((self.adapters[-1].parent / "stage.json").read_text(encoding="utf-8"))
+            kept = note["kept"]
+            return float(kept["start"]) if kept["guard"] == self.settings.checkpoint.guard else None
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
+    def _save(self, policy: Policy, weights: Any, fitted: Fitted, records: int, batch_size: int) -> None:
         settings = self.settings
-        with files.draft(self.adapter) as draft:
+        with files.draft(self.adapter if fitted.best is None else self.last_adapter) as draft:
             policy.save_adapter(draft, weights)
+        if fitted.best is not None:
+            with files.draft(self.adapter) as draft:
+                shutil.copytree(fitted.best, draft)
         files.write_json(
             self.note,
             {
@@ -287,13 +337,42 @@ class Stage:
                 "identity": self.identity.record(),
                 "adapter_digest": adapter_digest(self.adapter),
                 **self._places(),
-                "steps": steps,
+                **({"watched": self.watched} if self.watched is not None else {}),
+                **({"measured": fitted.measured} if fitted.measured else {}),
+                **({"kept": fitted.kept} if fitted.kept is not None else {}),
+                "steps": fitted.steps,
                 "records": records,
                 "batch_size": batch_size,
                 "finished": datetime.now(UTC).isoformat(),
             },
         )
-        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        for left in (self.checkpoints, self.home / "best"):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A stage that has been fitted: optimizer steps, what was measured of the adapter that it hands on, and, with
+    ``checkpoint.best``, which adapter that is and the folder of the best one if there is one."""
+
+    steps: int
+    measured: dict[str, float]
+    kept: dict[str, Any] | None = None
+    best: Path | None = None
+
+
+def validation_arguments(trainer: Mapping[str, Any], held_out: int) -> dict[str, Any]:
+    """The arguments of a trainer that decide when it validates; never, without held-out records.
+
+    A number of batches between two validations counts over all epochs, as Lightning does without
+    ``check_val_every_n_epoch``. Inference mode would leave tensors behind that sharded weights cannot use.
+    """
+    if not held_out:
+        return {"limit_val_batches": 0, "num_sanity_val_steps": 0}
+    found: dict[str, Any] = {"num_sanity_val_steps": 0, "inference_mode": False}
+    if isinstance(trainer.get("val_check_interval"), int) and "check_val_every_n_epoch" not in trainer:
+        found["check_val_every_n_epoch"] = None
+    return found
 
 
 def starting_adapters(settings: Settings, content: Content) -> tuple[Path, ...]:

@@ -84,7 +84,8 @@ class WandbRun(WandbLogger):
     def __init__(self, run: RunContext, project: str, entity: str | None, mode: str, artifacts: bool) -> None:
         place = run.folder / "wandb_id"
         if not place.exists():
-            files.write_text(place, secrets.token_hex(4))
+            sweep = os.environ.get("WANDB_RUN_ID") if os.environ.get("WANDB_SWEEP_ID") else None  # set by wandb agent
+            files.write_text(place, sweep or secrets.token_hex(4))
         super().__init__(
             project=project,
             entity=entity,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence, Set
+from itertools import pairwise
 from typing import NamedTuple
 
 import lightning as L
@@ -222,6 +223,30 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         return full + (rest >= self.world)
 
 
+def even_batches(lengths: Sequence[int], batch_size: int, *, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """One device's batches of all records, in order of length.
+
+    Every record is in one batch of one device, and every device has as many batches, since in each of them all devices
+    work together. Where that does not come out even a batch may hold more than ``batch_size`` records, at most twice.
+
+    Raises:
+        Fault: there are fewer records than devices.
+    """
+    if len(lengths) < world:
+        raise Fault(
+            f"data.validation: {len(lengths)} held-out records cannot be divided among {world} devices; hold out more"
+        )
+    order = sorted(range(len(lengths)), key=lambda i: (lengths[i], i))
+    count = min(-(-len(order) // (batch_size * world)), len(order) // world)
+    ends = [len(order) * number // count for number in range(count + 1)]
+    return [order[start:end][rank::world] for start, end in pairwise(ends)]
+
+
+def _lengths(triples: Sequence[Triple]) -> list[int]:
+    """Characters of each record's responses and questions, by which records are grouped."""
+    return [sum(len(turn.text) for turn in (*t.preferred, *t.dispreferred)) for t in triples]
+
+
 class PreferenceDataModule(L.LightningDataModule):
     """Serves <image, preferred, dispreferred> triples to one stage of training.
 
@@ -238,9 +263,10 @@ class PreferenceDataModule(L.LightningDataModule):
         workers: number of loader processes.
         cache_mb: how many MiB of processed images each loader process may keep.
         group_by_length: whether batches group records of similar length.
+        held_out: records for validation.
 
     Raises:
-        Fault: there are no records.
+        Fault: there are no records, or fewer held-out ones than devices.
         ValueError: a term needs a distortion and there is none.
     """
 
@@ -259,6 +285,7 @@ class PreferenceDataModule(L.LightningDataModule):
         workers: int = 0,
         cache_mb: int = 0,
         group_by_length: bool = True,
+        held_out: Sequence[Triple] = (),
     ) -> None:
         super().__init__()
         if not triples:
@@ -268,7 +295,8 @@ class PreferenceDataModule(L.LightningDataModule):
             raise ValueError(f"the terms {', '.join(sorted(ON_DISTORTED & terms))} need a distortion")
         used = distortion if needs_distortion else None
         self.dataset = PreferenceDataset(triples, template, used, seed, cache_mb, distorted_images)
-        self.lengths = [sum(len(turn.text) for turn in (*t.preferred, *t.dispreferred)) for t in triples]
+        self.held_out = PreferenceDataset(held_out, template, used, seed, cache_mb, distorted_images)
+        self.lengths, self.held_out_lengths = _lengths(triples), _lengths(held_out)
         self.batch_size, self.seed, self.workers = batch_size, seed, workers
         self.terms, self.weigh, self.packable, self.group_by_length = frozenset(terms), weigh, packable, group_by_length
         self.padding_id = template.processor.tokenizer.pad_token_id or 0
@@ -295,6 +323,22 @@ class PreferenceDataModule(L.LightningDataModule):
             collate_fn=self.collate,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator().manual_seed(self.seed),  # not the global one, which dropout uses
+        )
+
+    def val_dataloader(self) -> DataLoader | list:
+        """The loader of the held-out records: always in the same batches, with the noise of epoch 0."""
+        if not len(self.held_out):
+            return []
+        trainer = self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer else (0, 1)
+        batches = even_batches(self.held_out_lengths, self.batch_size, rank=rank, world=world)
+        return DataLoader(
+            self.held_out,
+            batch_sampler=[[(record, 0) for record in batch] for batch in batches],
+            num_workers=self.workers,
+            collate_fn=self.collate,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(self.seed),
         )
 
     def state_dict(self) -> dict[str, int]:

@@ -8,12 +8,16 @@ Shape suffix: B = examples of a batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from povid.method.objectives import DISPREFERENCES, Outcome, Terms
+from povid.method.objectives import DISPREFERENCES, Objective, Outcome, Terms
+
+# The metrics of which one direction is better; those of single dispreferred responses end with their names.
+BETTER: dict[str, Literal["low", "high"]] = {"loss": "low", "rewards/margins": "high", "rewards/accuracies": "high"}
 
 
 def measure(
@@ -58,6 +62,23 @@ def measure(
     means |= _sides("logps", logps)
     means |= {name: value_B.detach().float() for name, value_B in observed.items()}
     return {name: value_B.mean() for name, value_B in means.items()}
+
+
+def directions(objective: Objective, terms: Set[str]) -> dict[str, Literal["low", "high"]]:
+    """The metrics of an objective that reads ``terms`` of which one direction is better, and that direction.
+
+    Nothing is scored: the objective is called on one example whose log-probabilities are 0.
+    """
+    zeros = Terms(**{term: torch.zeros(1) for term in terms})
+    tokens = Terms(**{term: torch.ones(1) for term in terms})
+    reference = zeros if objective.reference else None
+    found = measure(objective(zeros, reference, tokens), zeros, reference, tokens, {}, objective.scale)
+    return {
+        name: better
+        for name in found
+        for beginning, better in BETTER.items()
+        if name == beginning or name.startswith(f"{beginning}_")
+    }
 
 
 def _labels(policy: Terms) -> dict[str, str]:

@@ -151,6 +151,12 @@ class POVIDModule(L.LightningModule):
         self.window.add(metrics | {"tokens": tokens})
         return outcome.loss_B.mean()
 
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        """Log the metrics of held-out records under ``val/``: means over all of them, on all devices."""
+        _, _, metrics = self.measured(batch)
+        named = {f"val/{name}": value for name, value in metrics.items()}
+        self.log_dict(named, batch_size=batch.pairs.examples, on_step=False, on_epoch=True, sync_dist=True)
+
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
         norm: Any = torch.nn.utils.get_total_norm(gradients)
