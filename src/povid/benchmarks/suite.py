@@ -189,6 +189,8 @@ def _row(question: Question, text: str, model: str) -> dict[str, Any]:
 def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
     """Record what is asked, or refuse a folder whose answers belong to other questions, decoding or model."""
     wanted = {"model": model, "decoding": asdict(plan.benchmark.decoding), "questions": len(plan.questions)}
+    if limited := plan.benchmark.limited:
+        wanted["limit"] = limited["limit"]
     wanted |= _content(plan.questions)
     if not note.is_file():
         if answers.is_file() and answers.stat().st_size:
@@ -199,15 +201,16 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
     for key, what in (
         ("model", "by a different model"),
         ("decoding", "with different decoding settings"),
+        ("limit", "under another benchmarks.limit"),
         ("questions", "to a different number of questions"),
         ("texts", "to different questions"),
         ("pictures", "about different pictures"),
         ("truth", "to questions with other reference answers"),
     ):
-        if found.get(key) != wanted[key]:
+        if found.get(key) != wanted.get(key):
             raise Fault(
-                f"{answers} holds answers {what} ({found.get(key)} there, {wanted[key]} now); choose another output "
-                "folder or move that one away"
+                f"{answers} holds answers {what} ({found.get(key)} there, {wanted.get(key)} now); choose another "
+                "output folder or move that one away"
             )
 
 
@@ -290,10 +293,13 @@ def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dic
         failure = {"missing": reason, "cure": _scoring_command(benchmark, official)}
         return failure | ({"open": True} if isinstance(error, Fault) else {})
     scores = score.scores | {"decoding": asdict(benchmark.decoding)}
+    if benchmark.limited:
+        scores["limit"] = benchmark.limited
     content = json.dumps({"scores": scores, "records": score.records}, indent=1)  # ASCII: answers may hold anything
     write_text(folder / "scores.json", content)
     return scores
 
 
 def _scoring_command(benchmark: Benchmark, answers: Path) -> str:
-    return f"python -m povid.benchmarks {benchmark.spelling()} --answers {answers} --data {benchmark.data}"
+    limit = f" --limit {benchmark.limit}" if benchmark.limited else ""
+    return f"python -m povid.benchmarks {benchmark.spelling()} --answers {answers} --data {benchmark.data}{limit}"

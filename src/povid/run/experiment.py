@@ -243,7 +243,7 @@ def claim(folder: Path, settings: Settings) -> None:
             "back, or start in another folder"
         )
     if taken:
-        bound = ("generation.batch_size",) if evaluation.batch_that_counts(settings) else ()
+        bound = ["benchmarks.limit", *(["generation.batch_size"] if evaluation.batch_that_counts(settings) else [])]
         compare(folder / "config.yaml", settings.tree, bound)
     try:
         files.write_text(folder / ".writable", "1").unlink()

@@ -165,6 +165,12 @@ class Generation(_Settings):
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 
+class Quick(_Settings):
+    """``limit``: ask every benchmark about the first so many pictures alone; null for all of them."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
 class Plain(_Settings):
     """The settings that belong to no group."""
 
@@ -276,9 +282,7 @@ def build(cfg: DictConfig) -> Settings:
     size = trainer.pop("batch_size", None)  # of every stage; not an argument of lightning.Trainer
     stages = _stages(tree, size, problems)
     objectives = _objectives(tree, problems)
-    benchmarks = {
-        name: _node(tree["benchmarks"], name, problems, "benchmarks.") for name in tree.get("benchmarks") or {}
-    }
+    benchmarks = _benchmarks(tree.get("benchmarks") or {}, problems)
     if data:
         for name in ("format", "prepare"):
             if getattr(data, name) is not None:
@@ -389,6 +393,18 @@ def _stages(tree: Mapping[str, Any], size: Any, problems: list[str]) -> dict[int
             node["batch_size"] = size
         stages[int(key)] = building.settings(StageSettings, node, f"stages.{key}", problems)
     return stages
+
+
+def _benchmarks(group: Mapping[str, Any], problems: list[str]) -> dict[str, Benchmark]:
+    """The benchmarks of a run, each with the limit that the group sets for all of them."""
+    quick = building.settings(
+        Quick, {k: v for k, v in group.items() if k in Quick.model_fields}, "benchmarks", problems
+    )
+    names = [name for name in group if name not in Quick.model_fields]
+    built = {name: _node(group, name, problems, "benchmarks.") for name in names}
+    if quick is None or quick.limit is None:
+        return built
+    return {name: one.changed(limit=one.limit or quick.limit) for name, one in built.items() if one is not None}
 
 
 def _objective_nodes(node: Any) -> dict[str, dict[str, Any]]:
