@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
 from povid.files import digest, read_json, write_bytes, write_json, write_text
 from povid.model.question import Answerer, Question
+from povid.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ def _answers(plan: Plan, answer: Answerer, folder: Path, model: str) -> list[str
     if asked:
         with (
             file.open("a", encoding="utf-8") as sink,
-            tqdm(total=len(plan.questions), initial=len(done), desc=plan.name, unit="answer") as bar,
+            counted(log, plan.name, len(plan.questions), len(done)) as count,
         ):
             for position, text in answer(asked, plan.benchmark.decoding):
                 index = unanswered[position]
@@ -167,7 +167,7 @@ def _answers(plan: Plan, answer: Answerer, folder: Path, model: str) -> list[str
                 sink.write(json.dumps(_row(plan.questions[index], text, model)) + "\n")
                 sink.flush()
                 done[index] = text
-                bar.update()
+                count()
     if len(done) < len(plan.questions):
         raise Fault(f"{plan.name}: {len(done)} of {len(plan.questions)} questions are answered; run again to resume")
     return [done[i] for i in range(len(plan.questions))]

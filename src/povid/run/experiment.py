@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from povid import files
@@ -30,15 +32,13 @@ from povid.run.guards import explain_full_disk, refuse
 from povid.run.lock import NAME, held
 from povid.run.loggers import RunContext, require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
-from povid.run.resume import compare, in_sweep
+from povid.run.resume import compare, in_sweep, job_count
 from povid.run.settings import Settings, build, check_devices
 from povid.run.signals import Signals, requeue_signal
 from povid.run.stage import Stage, starting_adapters
+from povid.run.terminal import finished, near
 
 log = logging.getLogger(__name__)
-
-for _chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
-    logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 CHECKED_AT_START = 32  # records; the others are checked while the first epoch trains
 
@@ -69,9 +69,11 @@ def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
             claim(folder, settings)
             if (folder / "results.json").exists():
                 log.info("finished already: %s", folder)
-                return files.read_json(
+                results = files.read_json(
                     folder / "results.json", dict, "move it away and resume the run to write it again from what is kept"
                 )
+                finished(folder)
+                return results
         return Experiment(settings, folder, signals).run(new)
 
 
@@ -81,11 +83,14 @@ class Experiment:
     def __init__(self, settings: Settings, folder: Path, signals: Signals) -> None:
         self.settings, self.folder, self.signals = settings, folder, signals
         self.timings: dict[str, float] = {}
-        self.started = datetime.now(UTC).isoformat(timespec="seconds")
+        self.started, self.began = datetime.now(UTC).isoformat(timespec="seconds"), time.monotonic()
 
     def run(self, new: bool) -> dict[str, Any]:
         """``new``: the run begins here, and leaves nothing behind if the checks refuse it."""
         keep_freed_memory()
+        if first():
+            plain = self.settings.plain
+            log.info("%s%s, seed %d, in %s", job_of(self.folder), plain.row, plain.seed, near(self.folder))
         with self.timed("prepare"), checking(self.folder, new):
             triples, content, adapters = self.prepare()
         stages: dict[str, Any] = {}
@@ -113,8 +118,8 @@ class Experiment:
             )
         results["timings"] = {name: round(seconds, 2) for name, seconds in self.timings.items()}
         files.write_json(self.folder / "results.json", results)
-        log.info("results: %s", self.folder / "results.json")
         evaluation.show(self.settings, self.folder, results, triples, captions)
+        finished(self.folder, time.monotonic() - self.began)
         return results
 
     def stage(self, number: int, adapters: tuple[Path, ...], content: Content) -> Stage:
@@ -181,6 +186,13 @@ class Experiment:
         start = time.perf_counter()
         yield
         self.timings[name] = time.perf_counter() - start
+
+
+def job_of(folder: Path) -> str:
+    """``job 2 of 4: `` for a job of a sweep that Hydra runs; nothing for another run."""
+    if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and in_sweep(folder)):
+        return ""
+    return f"job {int(HydraConfig.get().job.num) + 1} of {job_count(folder.parent / 'multirun.yaml')}: "
 
 
 def release_memory() -> None:

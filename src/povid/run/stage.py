@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 
 from povid import files
 from povid.fault import Fault
@@ -31,6 +31,8 @@ from povid.run.loggers import MetricsFile, RunContext, close, make_loggers
 from povid.run.processes import device, end_children, first
 from povid.run.settings import Settings
 from povid.run.signals import Signals
+from povid.run.terminal import near, progress
+from povid.terminal import show
 from povid.training.datamodule import PreferenceDataModule
 from povid.training.memory import estimate, largest_batch
 from povid.training.module import POVIDModule
@@ -125,27 +127,34 @@ class Stage:
     def train(self, policy: Policy, template: Template, triples: Sequence[Triple], signals: Signals) -> None:
         """Fit the stage, from its newest intact checkpoint if there is one, and save its adapter."""
         settings, stage = self.settings, self.settings.stages[self.number]
-        terms = settings.terms[self.number]
-        log.info(
-            "stage %d (%s: %s) starts from %s",
-            self.number,
-            settings.objective,
-            ", ".join(sorted(terms)),
-            self.adapters[-1] if self.adapters else settings.model.source,
-        )
         module = self._module(policy)
         data = self._data(policy, template, triples)
         if stage.batch_size == "auto":
             data.batch_size = batch_size_of(newest(self.checkpoints)) or largest_batch(module, data)
-        memory = "memory is not estimated where the weights are split"
+        memory = "not estimated where the weights are split"
         if not settings.split:
             memory = str(estimate(module, data, data.batch_size))
-        log.info("stage %d: batches of %d; %s", self.number, data.batch_size, memory)
+        if first():
+            self._announce(len(triples), data.batch_size, memory)
         steps = self._fit(module, data, signals)
         weights = whole_adapter(policy)
         if first():
             self._save(policy, weights, steps, len(triples), data.batch_size)
         module.trainer.strategy.barrier("the stage is saved")
+
+    def _announce(self, records: int, batch_size: int, memory: str) -> None:
+        settings, stage, trainer = self.settings, self.settings.stages[self.number], self.settings.trainer
+        source = near(self.adapters[-1]) if self.adapters else settings.model.source
+        batches = f"batches of {batch_size}" + (f", {stage.accumulate} to a step" if stage.accumulate > 1 else "")
+        length = f"epochs: {stage.epochs}" + (f", at most {stage.max_steps} steps" if stage.max_steps > 0 else "")
+        rows = [
+            ("objective", f"{settings.objective}: {', '.join(sorted(settings.terms[self.number]))}"),
+            ("model", f"{settings.model.name}, from {source}"),
+            ("data", f"{settings.data.name}: {records} records in {batches}; {length}"),
+            ("device", f"{device().type}, devices: {trainer.get('devices')}, precision {trainer.get('precision')}"),
+            ("memory", memory),
+        ]
+        show(log, f"stage {self.number} of {settings.plain.row}, seed {settings.plain.seed}", rows)
 
     def _module(self, policy: Policy) -> POVIDModule:
         settings, stage = self.settings, self.settings.stages[self.number]
@@ -198,8 +207,9 @@ class Stage:
             FiniteLoss(self.number, self.checkpoints),
             Checkpoints(self.checkpoints, settings.checkpoint, signals, metrics, self.identity),
         ]
-        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.append(TQDMProgressBar(refresh_rate=1))
+        wanted = settings.trainer.get("enable_progress_bar") is not False
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(progress(self.number))
         if self.number == settings.run_stages[0] and not settings.data.skip_bad:
             data_check = DataCheck(
                 data.dataset.triples,
