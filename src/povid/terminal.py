@@ -95,7 +95,7 @@ def draw(title: str, rows: Rows, console: Any = None) -> None:
             if len(line) > room and "/" in line:
                 over.append(line)
             else:
-                lines += textwrap.wrap(line, room, drop_whitespace=False) if line.strip() else [""]
+                lines += textwrap.wrap(line, room) or [""]
         for number, line in enumerate(lines or [""]):
             console.print(
                 Text(f"  {'' if number else name:{names}}  ", style="dim"), Text(line), sep="", soft_wrap=True
