@@ -8,7 +8,7 @@ from pathlib import Path
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "povid"
 
 # A room may import the rooms that stand before it, itself and the ground.
-GROUND = ("fault", "files", "internals", "machine")
+GROUND = ("fault", "files", "internals", "machine", "terminal")
 ROOMS = ("method", "preferences", "server", "model", "benchmarks", "training", "report", "run")
 WINGS = {  # nothing in the rooms imports a wing
     "scenes": {"preferences", "model", "benchmarks", "dispreference"},

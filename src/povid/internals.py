@@ -150,6 +150,13 @@ def stop_watching_children() -> None:
             thread._child_processes = []
 
 
+def keep_from_saying(warnings: Iterable[str]) -> None:
+    """Let W&B take warnings that it prints once for printed already (wandb >=0.31,<0.32)."""
+    from wandb.errors import term
+
+    term._printed_messages.update(f"{term.WARN_STRING} {warning}" for warning in warnings)
+
+
 def replicate_over(strategy: Any, devices: int) -> None:
     """Let a ModelParallelStrategy split data over all of these devices, single layers over none.
 

@@ -15,7 +15,7 @@ from povid.fault import Fault
 from povid.report import paper, render
 from povid.report.command import write_tables
 from povid.report.runs import find_runs
-from povid.report.tables import table
+from povid.report.tables import row_of, table
 
 
 def lines(made, kind="ours"):
@@ -487,3 +487,34 @@ def test_a_judged_score_names_its_judge_and_the_wording(write, outputs):
     write("both", 0, benchmarks={"mmhal": {"score": 2.5, "judge": judge}})
     found = render.markdown(table(3, find_runs(outputs)))
     assert "mmhal: judged by gpt-4o (officially gpt-4-0314), the prompt in our own wording (povid-1)" in found
+
+
+def test_rows_of_a_quick_look_stand_apart_and_say_so_everywhere(write, outputs):
+    """One seed was asked about 20 pictures: it is averaged with nobody, ranked in a block of its own, and marked."""
+    for row in ("none", "both"):
+        for seed in range(2):
+            write(row, seed)
+        limited = {
+            "chair": {"CHAIR_S": 5.0, "CHAIR_I": 3.0, "coverage": 60.0, "limit": {"limit": 20, "asked": 20, "of": 500}},
+            "pope": {"f1": 99.0, "limit": {"limit": 20, "asked": 360, "of": 9000}},
+        }
+        write(row, 2, folder=f"quick/{row}", benchmarks=limited)
+    runs = find_runs(outputs)
+    made = table(3, runs)
+    ours = [line for block in made.blocks for line in block.lines if line.kind == "ours"]
+    whole, quick = ([line for line in ours if line.lead[-1].endswith("=20") is limited] for limited in (False, True))
+    assert [line.lead[-1] for line in whole] == ["none, n = 2", "both, n = 2"]
+    assert [line.lead[-1] for line in quick] == ["none, n = 1, benchmarks.limit=20", "both, n = 1, benchmarks.limit=20"]
+    assert whole[1].cells["chair.CHAIR_S"].place == 1, "the quick look's 5.0 is no rival"
+    assert all(
+        ("benchmarks.limit=20" in block.title) == any(line in quick for line in block.lines)
+        for block in made.blocks[:2]
+    )
+    for text in (render.markdown, render.plain, render.comma_separated, render.latex):
+        assert "questions asked are chair 20 of 500, pope 360 of 9000, so" in text(made)
+    assert [(column.key, cell.text(1)) for column, cell in row_of(runs[0])][:2] == [
+        ("chair.CHAIR_S", "5.0"),
+        ("chair.CHAIR_I", "3.0"),
+    ]
+    only = table(3, [run for run in runs if not run.limit])
+    assert "limit" not in "".join(text(only) for text in (render.markdown, render.plain, render.latex))

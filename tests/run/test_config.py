@@ -129,7 +129,7 @@ def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_
         pytest.skip("it needs a GPU or several devices")
     cfg = composed(override(group, option), *small(world))
     results = run(cfg, tmp_path / "run")
-    assert set(results["benchmarks"]) == set(cfg.benchmarks)
+    assert set(results["benchmarks"]) == set(cfg.benchmarks) - {"limit"}
     assert [stage["steps"] for stage in results["stages"].values()] == [2] * len(cfg.ablation.stages)
 
 
@@ -198,6 +198,7 @@ def test_invalid_values_are_reported_with_a_fix(tmp_path):
         (["stages.2.epochs=0"], "epochs is 0 and max_steps -1"),
         (["model.style=llama"], "model.style: found 'llama', needed vicuna_v1, chat or bare"),
         (["data.limit=-5"], "data.limit: found -5, needed at least 1"),
+        (["benchmarks.limit=0"], "benchmarks.limit: found 0, needed at least 1"),
         (["objective.2.alpha=-1"], "objective.2.alpha: found -1, needed more than 0"),
         (["ablation=noise", "objective.2._target_=povid.method.objectives.dpo.DPO", "~objective.2.beta_text",
           "~objective.2.beta_noise"], "objective: DPO needs text dispreferences, and this stage has noise"),
@@ -220,6 +221,12 @@ def test_the_trainers_batch_size_sets_every_stages():
         build(composed("trainer.batch_size=most"))
 
 
+def test_the_limit_is_that_of_every_benchmark_without_its_own():
+    found = build(composed("benchmarks.limit=20", "+benchmarks.pope.limit=5")).benchmarks
+    assert {name: one.limit for name, one in found.items()} == {"chair": 20, "pope": 5}
+    assert {one.limit for one in build(composed()).benchmarks.values()} == {None}
+
+
 def test_the_released_codes_values_stand_in_the_configuration():
     """Its trainer turns dropout off and clips no gradient, whatever the model's own file says."""
     for model in ("scenes_tiny", "llava_1_5_7b"):
@@ -239,7 +246,8 @@ def test_the_papers_values_stand_in_the_configuration():
         stage = cfg.stages[number]
         assert (stage.lr, stage.projector_lr, stage.batch_size, stage.epochs) == (1e-7, 2e-5, 1, epochs)
     assert cfg.noise.step == 500
-    assert set(cfg.benchmarks) == {"chair", "pope", "mmhal", "science_qa", "mme", "mmbench", "mm_vet", "llava_bench"}
+    benchmarks = {"chair", "pope", "mmhal", "science_qa", "mme", "mmbench", "mm_vet", "llava_bench"}
+    assert set(cfg.benchmarks) - {"limit"} == benchmarks
 
 
 def test_the_sweep_that_wandb_steers_gives_overrides_that_bind():

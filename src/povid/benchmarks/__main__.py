@@ -108,6 +108,12 @@ def _score(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder of the official files")
     parser.add_argument("--images", metavar="DIR", type=Path, help="folder of the images, where scoring needs them")
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=int,
+        help="score only the answers about the first N pictures (MME: of each subtask; MMBench: the first N questions)",
+    )
     parser.add_argument("--json", metavar="OUT", type=Path, help="write scores and the decision about each answer here")
     judge = parser.add_argument_group("judge (mmhal, mm_vet, llava_bench; mmbench where rules do not decide)")
     judge.add_argument("--judge-model", metavar="MODEL", help="the judging model; 'official' for the official one")
@@ -138,13 +144,16 @@ def _score(arguments: Sequence[str]) -> int:
         )
     if kind.judged == "always" and not given.judge_model:
         raise Fault(f"{given.name} is scored by a judge; name its model with --judge-model")
-    benchmark = validated(kind, {"data": given.data, "images": given.images}, given.name).for_answers(given.answers)
-    questions = benchmark.questions()
+    settings = {"data": given.data, "images": given.images, "limit": given.limit}
+    benchmark = validated(kind, settings, given.name).for_answers(given.answers)
+    questions, limited = benchmark.loaded(), benchmark.limited
     judging = _judge(given) if given.judge_model and kind.judged != "never" else None
     score = benchmark.score_file(given.answers, questions, judging)
+    scores = score.scores | ({"limit": limited} if limited else {})
     if given.json:
-        write_text(given.json, json.dumps({"scores": score.scores, "records": score.records}, indent=1))
-    print(f"{given.name}: {given.answers}, {len(questions)} questions (scored as {benchmark.official})")
+        write_text(given.json, json.dumps({"scores": scores, "records": score.records}, indent=1))
+    asked = f"{len(questions)} questions" + (f" of {limited['of']}, as --limit {given.limit} says" if limited else "")
+    print(f"{given.name}: {given.answers}, {asked} (scored as {benchmark.official})")
     if judging:
         print(f"judge: {judging.model_for(benchmark)}, the prompt in our own wording ({benchmark.wording})")
     print(table(score.scores, decimals=benchmark.decimals))

@@ -6,13 +6,15 @@ A new benchmark is one file with a subclass of :class:`Benchmark` and one YAML t
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Strict
 
+from povid.fault import Fault
 from povid.model.question import Decoding, Question, Score
 
 if TYPE_CHECKING:
@@ -95,6 +97,7 @@ class Benchmark(BaseModel, ABC):
         data: folder of its official files.
         images: folder of its images; None for their usual place in ``data``.
         max_new_tokens, temperature: how answers are generated; temperature 0 is greedy.
+        limit: ask only about the first so many pictures (see ``first``), for a quick look; None for all of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -115,8 +118,10 @@ class Benchmark(BaseModel, ABC):
     images: Folder | None = None
     max_new_tokens: int = Field(1024, ge=1)
     temperature: float = Field(0.0, ge=0, allow_inf_nan=False)
+    limit: int | None = Field(None, ge=1)
 
     _loaded: list[Question] | None = PrivateAttr(default=None)
+    _all: int = PrivateAttr(default=0)
 
     @abstractmethod
     def questions(self) -> list[Question]:
@@ -140,7 +145,18 @@ class Benchmark(BaseModel, ABC):
         Override it where that depends on more than one answer for each question: on the file's layout or order, or on
         answers that are missing.
         """
-        return self.score(questions, self.read_answers(file, questions), judge)
+        return self.score(questions, self.answers_in(file, questions), judge)
+
+    def answers_in(self, file: Path, questions: Sequence[Question]) -> list[str]:
+        """``read_answers``; where ``questions`` are those of a limit, the file may answer these or all questions."""
+        try:
+            return self.read_answers(file, questions)
+        except Fault:
+            if self.limited is None:
+                raise
+        everything = self.questions()
+        answers = {question.id: text for question, text in zip(everything, self.read_answers(file, everything))}
+        return [answers[question.id] for question in questions]
 
     def for_answers(self, file: Path) -> Benchmark:
         """This benchmark, restricted to the questions that an answer file is about; by default all of them."""
@@ -156,10 +172,29 @@ class Benchmark(BaseModel, ABC):
         return Decoding(self.max_new_tokens, self.temperature, self.stop)
 
     def loaded(self) -> list[Question]:
-        """``questions()``, read once: training may lie between the check before it and the evaluation after it."""
+        """``questions()``, the first alone under a limit.
+
+        They are read once: training may lie between the check before it and the evaluation after it.
+        """
         if self._loaded is None:
-            self._loaded = self.questions()
+            questions = self.questions()
+            self._all = len(questions)
+            self._loaded = questions if self.limit is None else self.first(questions, self.limit)
         return self._loaded
+
+    def first(self, questions: Sequence[Question], count: int) -> list[Question]:
+        """The questions about the first ``count`` pictures, in their order; one without a picture counts as a picture.
+
+        Override it where that would separate questions that are scored together, or leave out a column of the tables.
+        """
+        return first_groups(questions, count, lambda question: question.image or question.id)
+
+    @property
+    def limited(self) -> dict[str, int] | None:
+        """The limit, and how many questions are asked of how many; None if all of them are."""
+        if self.limit is None or (asked := len(self.loaded())) == self._all:
+            return None
+        return {"limit": self.limit, "asked": asked, "of": self._all}
 
     def changed(self, **settings: Any) -> Self:
         """The same benchmark with other settings."""
@@ -170,3 +205,9 @@ class Benchmark(BaseModel, ABC):
         """What ``python -m povid.benchmarks`` calls it: the module's name among ours, otherwise its dotted path."""
         package, _, module = cls.__module__.rpartition(".")
         return module if package == __package__ else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def first_groups(questions: Sequence[Question], count: int, key: Callable[[Question], Hashable]) -> list[Question]:
+    """The questions of the first ``count`` groups, a group being those of one ``key``, in their order."""
+    chosen = set(islice(dict.fromkeys(map(key, questions)), count))
+    return [question for question in questions if key(question) in chosen]

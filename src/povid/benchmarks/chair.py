@@ -151,7 +151,7 @@ class CHAIR(Benchmark):
 
     def score_file(self, file: Path, questions: Sequence[Question], judge: Judge | None = None) -> Score:
         """Empty captions are skipped in POVID's layout, which goes through to_chair.py, and count in the others."""
-        answers = self.read_answers(file, questions)
+        answers = self.answers_in(file, questions)
         return self._score(questions, answers, empty_count=not _is_povids(Path(file)))
 
     def score(self, questions: Sequence[Question], answers: Sequence[str], judge: Judge | None = None) -> Score:
@@ -189,7 +189,7 @@ class CHAIR(Benchmark):
                 [objects(answer, synonyms) for _, answer in others],
                 [question.meta["objects"] for question, _ in others],
             )
-        if questions[0].meta["listed"] is not None:
+        if questions[0].meta["listed"] is not None and self.limit is None:
             scores["without_caption"] = questions[0].meta["listed"] - len(questions)
         corrected = _figures(
             [objects(answer, mended, singular) for _, answer in kept],

@@ -5,17 +5,20 @@ Each benchmark's own file holds the prompt, the official judge's model and how a
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import PrivateAttr
-from tqdm import tqdm
 
 from povid.benchmarks.benchmark import Benchmark, Folder
 from povid.fault import Fault
 from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Reply, Request
 from povid.server.replies import Spent
+from povid.terminal import counted
+
+log = logging.getLogger(__name__)
 
 
 class Judge(EndpointSettings):
@@ -51,12 +54,12 @@ class Judge(EndpointSettings):
         replies: list[Reply | NoReply | None] = [None] * len(requests)
         endpoint = self.endpoint(benchmark)
         title = f"{benchmark.name} judged by {endpoint.model}"
-        with tqdm(total=len(requests), desc=title, unit="reply", disable=None) as bar:
+        with counted(log, title, len(requests), unit="replies") as count:
             for position, reply in endpoint.ask_all(requests):
                 replies[position] = reply
                 if isinstance(reply, Reply):
                     self._used[benchmark.name].add(reply)
-                bar.update()
+                count()
         unanswered = [reply for reply in replies if isinstance(reply, NoReply)]
         if unanswered:
             raise NoReply(

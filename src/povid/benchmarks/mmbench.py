@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import pandas
 
 from povid.benchmarks import llava_format
-from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.benchmark import Benchmark, Column, Source, first_groups
 from povid.benchmarks.judge import Judge
 from povid.fault import Fault
 from povid.files import write_bytes
@@ -111,6 +111,10 @@ class MMBench(Benchmark):
                 f"{file.name} has a rotated copy of index {lost} but not index {lost} itself; download it again"
             )
         return questions
+
+    def first(self, questions: Sequence[Question], count: int) -> list[Question]:
+        """The first ``count`` questions, each with its rotated copies: it is right only if all of them are."""
+        return first_groups(questions, count, lambda question: _index(question) % COPY)
 
     def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
         """Answers from LLaVA's JSON Lines, or from a submission sheet (.xlsx, .tsv, .csv) by index and prediction."""

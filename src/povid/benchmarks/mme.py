@@ -120,6 +120,16 @@ class MME(Benchmark):
             llava_format.needed(self, ["MME_Benchmark_release_version", "eval_tool"])
         return questions
 
+    def first(self, questions: Sequence[Question], count: int) -> list[Question]:
+        """Those about the first ``count`` pictures of each subtask: a sum needs all of its subtasks."""
+        subtasks: dict[str, list[Question]] = defaultdict(list)
+        for question in questions:
+            subtasks[question.meta["subtask"]].append(question)
+        found: list[Question] = []
+        for members in subtasks.values():
+            found += super().first(members, count)
+        return found
+
     def read_answers(self, file: Path, questions: Sequence[Question]) -> list[str]:
         """Answers from a folder of official <subtask>.txt files, or from LLaVA's JSON Lines.
 

@@ -110,14 +110,17 @@ class POPE(Benchmark):
         named: tuple[Split, ...] = tuple(split for split in there if split in file.name)
         records = _answers(file)
         splits = _by_split(self.questions())
-        if len(there) == 1 or len(records) == sum(map(len, splits.values())):
+        expected = [splits] if self.limit is None else [_by_split(self.loaded()), splits]
+        if len(there) == 1 or any(len(records) == sum(map(len, each.values())) for each in expected):
             return there
         if len(named) == 1:
             return named
         homes = _homes(records, splits)
         if None not in homes:
             return tuple(split for split in there if split in homes)
-        fitting: tuple[Split, ...] = tuple(split for split in there if _fits(records, splits[split]))
+        fitting: tuple[Split, ...] = tuple(
+            split for split in there if any(_fits(records, each.get(split, ())) for each in expected)
+        )
         if len(fitting) == 1:
             return fitting
         counts = ", ".join(f"{split} {len(asked)}" for split, asked in splits.items())
@@ -141,8 +144,12 @@ class POPE(Benchmark):
         ambiguous.
         """
         splits = _by_split(questions)
-        matched = {split: _match(*part, splits[split]) for split, part in _parts(Path(file), splits).items()}
-        return [matched[question.meta["split"]][question.meta["position"]] for question in questions]
+        matched = {
+            question.id: answer
+            for split, part in _parts(Path(file), splits).items()
+            for question, answer in zip(splits[split], _match(*part, splits[split]))
+        }
+        return [matched[question.id] for question in questions]
 
     def write_official(self, questions: Sequence[Question], answers: Sequence[str], folder: Path) -> Path:
         """What evaluate.py reads for each split, and LLaVA's question and answer files for all splits.
@@ -184,21 +191,14 @@ class POPE(Benchmark):
         some questions have no answer, "by_id" holds the figures of the answers as their ids say. Raises Fault where
         ``read_answers`` does, except for answers that are missing by their ids.
         """
-        by_position, by_id, moved = [], [], False
-        splits = _by_split(questions)
-        for split, (where, records) in _parts(Path(file), splits).items():
-            asked = splits[split]
-            places = _places(records, asked)
-            own = {str(record.get("question_id")) for _, record in records} <= {str(question.id) for question in asked}
-            if own or places is None or places == list(range(len(asked))):
-                pairs = list(zip(asked, _match(where, records, asked)))
-                by_position += pairs
-                by_id += pairs
-            else:
-                _check_asked(records, [asked[place] for place in places], split)
-                by_position += [(asked[i], record["answer"]) for i, (_, record) in enumerate(records)]
-                by_id += [(asked[place], record["answer"]) for place, (_, record) in zip(places, records)]
-                moved = True
+        try:
+            by_position, by_id, moved = _paired(Path(file), questions)
+        except Fault:
+            if self.limited is None:
+                raise
+            asked = {question.id for question in questions}  # the file may answer all questions
+            *both, moved = _paired(Path(file), self.questions())
+            by_position, by_id = ([pair for pair in pairs if pair[0].id in asked] for pairs in both)
         score = self.score(*_columns(by_position))
         if moved:
             asked_by_id, answers = _columns(by_id)
@@ -425,6 +425,28 @@ def _places(records: Sequence[tuple[str, Mapping[str, Any]]], asked: Sequence[Qu
         if len(place) == len(known) and len(set(ids)) == len(ids) and place.keys() >= set(ids):
             return [place[one] for one in ids]
     return None
+
+
+def _paired(
+    file: Path, questions: Sequence[Question]
+) -> tuple[list[tuple[Question, str]], list[tuple[Question, str]], bool]:
+    """(question, answer) by position and by id, and whether the two differ."""
+    by_position, by_id, moved = [], [], False
+    splits = _by_split(questions)
+    for split, (where, records) in _parts(file, splits).items():
+        asked = splits[split]
+        places = _places(records, asked)
+        own = {str(record.get("question_id")) for _, record in records} <= {str(question.id) for question in asked}
+        if own or places is None or places == list(range(len(asked))):
+            pairs = list(zip(asked, _match(where, records, asked)))
+            by_position += pairs
+            by_id += pairs
+        else:
+            _check_asked(records, [asked[place] for place in places], split)
+            by_position += [(asked[i], record["answer"]) for i, (_, record) in enumerate(records)]
+            by_id += [(asked[place], record["answer"]) for place, (_, record) in zip(places, records)]
+            moved = True
+    return by_position, by_id, moved
 
 
 def _match(file: Path, records: list[tuple[str, dict[str, Any]]], asked: Sequence[Question]) -> list[str]:

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
 from povid.files import digest, read_json, write_bytes, write_json, write_text
 from povid.model.question import Answerer, Question
+from povid.terminal import counted
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _answers(plan: Plan, answer: Answerer, folder: Path, model: str, given: Mapp
     if asked:
         with (
             file.open("a", encoding="utf-8") as sink,
-            tqdm(total=len(plan.questions), initial=len(done), desc=plan.name, unit="answer") as bar,
+            counted(log, plan.name, len(plan.questions), len(done)) as count,
         ):
             for position, text in answer(asked, plan.benchmark.decoding):
                 index = unanswered[position]
@@ -197,7 +197,7 @@ def _answers(plan: Plan, answer: Answerer, folder: Path, model: str, given: Mapp
                 sink.write(json.dumps(_row(plan.questions[index], text, model)) + "\n")
                 sink.flush()
                 done[index] = text
-                bar.update()
+                count()
     if len(done) < len(plan.questions):
         raise Fault(f"{plan.name}: {len(done)} of {len(plan.questions)} questions are answered; run again to resume")
     return [done[i] for i in range(len(plan.questions))]
@@ -219,6 +219,8 @@ def _row(question: Question, text: str, model: str) -> dict[str, Any]:
 def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
     """Record what is asked, or refuse a folder whose answers belong to other questions, decoding or model."""
     wanted = {"model": model, "decoding": asdict(plan.benchmark.decoding), "questions": len(plan.questions)}
+    if limited := plan.benchmark.limited:
+        wanted["limit"] = limited["limit"]
     wanted |= content(plan.questions)
     if not note.is_file():
         if answers.is_file() and answers.stat().st_size:
@@ -229,15 +231,16 @@ def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
     for key, what in (
         ("model", "by a different model"),
         ("decoding", "with different decoding settings"),
+        ("limit", "under another benchmarks.limit"),
         ("questions", "to a different number of questions"),
         ("texts", "to different questions"),
         ("pictures", "about different pictures"),
         ("truth", "to questions with other reference answers"),
     ):
-        if found.get(key) != wanted[key]:
+        if found.get(key) != wanted.get(key):
             raise Fault(
-                f"{answers} holds answers {what} ({found.get(key)} there, {wanted[key]} now); choose another output "
-                "folder or move that one away"
+                f"{answers} holds answers {what} ({found.get(key)} there, {wanted.get(key)} now); choose another "
+                "output folder or move that one away"
             )
 
 
@@ -322,10 +325,13 @@ def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dic
         failure = {"missing": reason, "cure": _scoring_command(benchmark, official)}
         return failure | ({"open": True} if isinstance(error, Fault) else {})
     scores = score.scores | {"decoding": asdict(benchmark.decoding)}
+    if benchmark.limited:
+        scores["limit"] = benchmark.limited
     content = json.dumps({"scores": scores, "records": score.records}, indent=1)  # ASCII: answers may hold anything
     write_text(folder / "scores.json", content)
     return scores
 
 
 def _scoring_command(benchmark: Benchmark, answers: Path) -> str:
-    return f"python -m povid.benchmarks {benchmark.spelling()} --answers {answers} --data {benchmark.data}"
+    limit = f" --limit {benchmark.limit}" if benchmark.limited else ""
+    return f"python -m povid.benchmarks {benchmark.spelling()} --answers {answers} --data {benchmark.data}{limit}"

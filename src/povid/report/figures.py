@@ -46,17 +46,17 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
     below the base. Returns None if no run has both scores.
     """
     shown = [row for row in group(runs) if _points(row)]
-    every = sorted({row.world for row in shown})
+    every = sorted({(*row.world, row.limit) for row in shown})
     if not every:
         return None
     # a single row has nothing to be compared with
-    worlds = [world for world in every if sum(row.world == world for row in shown) > 1] or every
+    worlds = [world for world in every if sum((*row.world, row.limit) == world for row in shown) > 1] or every
     across = min(2, len(worlds))
     down = -(-len(worlds) // across)
     figure = _figure(7.2 * across, 5.2 * down + 0.3)
     for place, world in enumerate(worlds, 1):
         axes = figure.add_subplot(down, across, place)
-        rows = [row for row in shown if row.world == world]
+        rows = [row for row in shown if (*row.world, row.limit) == world]
         inks = _inks(rows)
         base = next((row for row in rows if row.name == "none"), None)
         for row, ink in zip(rows, inks):
@@ -80,7 +80,7 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
             axes.set_xlim(left, right)
         axes.set_xlabel("coverage: true objects mentioned, % (higher is better)")
         axes.set_ylabel("CHAIR$_I$: hallucinated mentions, % (lower is better)")
-        axes.set_title(f"model {world[0]}, data {world[1]}", fontsize=10)
+        axes.set_title(f"model {world[0]}, data {world[1]}" + (f", {world[2]}" if world[2] else ""), fontsize=10)
         axes.grid(alpha=0.25)
         axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8.5, frameon=False)
     title = "Hallucination against coverage: lower right is better"
@@ -152,6 +152,7 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
                 if series:
                     stages[folder.name.removeprefix("stage_")].append(series)
         where = f"\n{row.world[0]}, {row.world[1]}" if several else ""
+        where += f"\n{row.limit}" if row.limit else ""
         columns += [(f"{row.label}, stage {stage}{where}", found) for stage, found in sorted(stages.items())]
     logged = {name for _, found in columns for series in found for name in series}
     panels = [(title, names) for title, prefixes in PANELS if (names := _lines(prefixes, logged))]

@@ -95,6 +95,23 @@ class Run:
         model, data = (self.settings.get(key) or self.settings.get(f"{key}.name", "?") for key in ("model", "data"))
         return model, data
 
+    @property
+    def limits(self) -> dict[str, dict[str, int]]:
+        """By benchmark, what a limit left of its questions: {"limit", "asked", "of"}; only those that it shortened."""
+        return {name: scores["limit"] for name, scores in self.benchmarks.items() if _is_limit(lookup(scores, "limit"))}
+
+    @property
+    def limit(self) -> str:
+        """The limit under which the benchmarks were asked, as its override; "" if all questions were."""
+        found = {name: limit["limit"] for name, limit in self.limits.items()}
+        if len(set(found.values())) > 1:
+            return ", ".join(f"benchmarks.{name}.limit={count}" for name, count in found.items())
+        return "".join(f"benchmarks.limit={count}" for count in set(found.values()))
+
+
+def _is_limit(found: Any) -> bool:
+    return isinstance(found, dict) and all(isinstance(found.get(key), int) for key in ("limit", "asked", "of"))
+
 
 @dataclass
 class Row:
@@ -114,6 +131,10 @@ class Row:
     @property
     def world(self) -> tuple[str, str]:
         return self.runs[0].world
+
+    @property
+    def limit(self) -> str:
+        return self.runs[0].limit
 
     @property
     def steps(self) -> int:
@@ -141,7 +162,7 @@ def find_runs(outputs: Path) -> list[Run]:
     runs = []
     for file in sorted(files.values()):
         try:
-            runs.append(_read(file))
+            runs.append(read(file))
         except (OSError, ValueError) as error:
             print(f"warning: skipped {file}: {error}", file=sys.stderr)
     if not runs:
@@ -150,7 +171,8 @@ def find_runs(outputs: Path) -> list[Run]:
     return runs
 
 
-def _read(file: Path) -> Run:
+def read(file: Path) -> Run:
+    """The run of a results.json. Raises ValueError for one that no finished run wrote, with the reason."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -271,7 +293,7 @@ def _overrides(folder: Path) -> list[str]:
 
 
 def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
-    """Group runs that agree in their row's name and in every setting except those in ``ignore``.
+    """Group runs that agree in their row's name, their limit and in every setting except those in ``ignore``.
 
     A seed that was run twice with the same settings counts once, by its newest run, with a remark on the row. Runs in
     several worlds become one row where every row of that model and data was run in the same worlds.
@@ -284,11 +306,13 @@ def group(runs: Iterable[Run], ignore: tuple[str, ...] = ()) -> list[Row]:
             for key, value in run.settings.items()
             if key not in ignore and not (key.startswith(("decoding.", "benchmarks.")) and _only_some(key, run, runs))
         }
-        groups[run.row, tuple(sorted(settings.items()))].append(run)
-    rows = _over_worlds([_row(name, members, dict(settings)) for (name, settings), members in groups.items()])
+        groups[run.row, run.limit, tuple(sorted(settings.items()))].append(run)
+    rows = _over_worlds([_row(name, members, dict(settings)) for (name, _, settings), members in groups.items()])
     _label(rows, ignore)
     order = {name: place for place, name in enumerate(PAPER_ROWS)}
-    return sorted(rows, key=lambda row: (row.world, order.get(row.name, len(order)), row.name, row.difference))
+    return sorted(
+        rows, key=lambda row: (row.world, row.limit, order.get(row.name, len(order)), row.name, row.difference)
+    )
 
 
 def _over_worlds(rows: list[Row]) -> list[Row]:
@@ -298,8 +322,8 @@ def _over_worlds(rows: list[Row]) -> list[Row]:
         content = DIGESTS - {"weights"} - (set() if row.whole else {"starts_from"})
         settings = {key: value for key, value in row.settings.items() if key.rpartition(".")[2] not in content}
         settings |= {key: value for key, value in row.runs[0].names.get("settings", {}).items() if key != WORLD}
-        alike[row.world, row.name, tuple(sorted(settings.items()))].append(row)
-    ran: dict[tuple[str, str], list[list[str]]] = defaultdict(list)  # two contents of one world stand twice in a list
+        alike[(*row.world, row.limit), row.name, tuple(sorted(settings.items()))].append(row)
+    ran: dict[tuple[str, ...], list[list[str]]] = defaultdict(list)  # two contents of one world stand twice in a list
     for (world, *_), members in alike.items():
         ran[world].append(sorted(str(row.runs[0].prepared) for row in members))
     joined = []
@@ -353,10 +377,10 @@ def _row(name: str, runs: list[Run], settings: dict[str, str]) -> Row:
 
 
 def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:
-    """Set ``difference`` and ``label`` of each row by comparing it with the other rows of its name and world."""
+    """Set ``difference`` and ``label`` of each row by comparing it with the others of its name, world and limit."""
     siblings: dict[tuple, list[Row]] = defaultdict(list)
     for row in rows:
-        siblings[row.name, row.world if "data" not in ignore else row.world[0]].append(row)
+        siblings[row.name, row.limit, row.world if "data" not in ignore else row.world[0]].append(row)
     for members in siblings.values():
         keys = sorted({key for row in members for key in row.settings})
         apart = [key for key in keys if len({row.settings.get(key) for row in members}) > 1]
@@ -419,7 +443,7 @@ class Summary:
 
 
 # Scores are averaged only over runs that agree in these keys of a benchmark, at any depth.
-SAME_TEST = ("judge", "captions", "questions")
+SAME_TEST = ("judge", "captions", "questions", "limit")
 
 
 def lookup(scores: Any, path: str) -> Any:

@@ -98,8 +98,47 @@ class Table:
 
 
 def table(number: int, runs: Sequence[Run]) -> Table | None:
-    """Make Table ``number`` (1 to 4) from ``runs``; None if no run belongs to it."""
-    return {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}[number](runs)
+    """Make Table ``number`` (1 to 4) from ``runs``; None if no run belongs to it.
+
+    Runs whose benchmarks were limited were asked other questions and stand in blocks of their own, one for each limit.
+    """
+    make: Callable[[Sequence[Run]], Table | None] = {1: _table_1, 2: _table_2, 3: _table_3, 4: _table_4}[number]
+    parts = []
+    for limit in sorted({run.limit for run in runs}):
+        alike = [run for run in runs if run.limit == limit]
+        if (part := make(alike)) is not None:
+            parts.append(_marked(part, limit, alike) if limit else part)
+    if not parts:
+        return None
+    columns = {column.key: column for part in parts for column in part.columns}
+    blocks = [block for part in parts for block in part.blocks]
+    for line in (line for block in blocks for line in block.lines):
+        line.cells = {key: line.cells.get(key, Cell(Summary(None))) for key in columns}
+    notes = list(dict.fromkeys(note for part in parts for note in part.notes))
+    return replace(parts[0], columns=tuple(columns.values()), blocks=blocks, notes=notes)
+
+
+def _marked(table: Table, limit: str, runs: Sequence[Run]) -> Table:
+    """A table of runs under a limit, which every block and every row of ours says."""
+    asked = {f"{name} {one['asked']} of {one['of']}": None for run in runs for name, one in run.limits.items()}
+    warning = (
+        f"A quick look ({limit}): questions asked are {', '.join(asked)}, so these scores can be compared neither with "
+        "rows without this limit nor with the paper's."
+    )
+    for block in table.blocks:
+        block.title = f"{block.title}, {limit}" if block.title else limit
+        block.warnings.append(warning)
+        for line in block.lines:
+            if line.kind != "paper":
+                line.lead = (*line.lead[:-1], f"{line.lead[-1]}, {limit}")
+    return table
+
+
+def row_of(run: Run) -> list[tuple[Column, Cell]]:
+    """The scores of a single run, as Table 3 shows them; without the columns that it has no score for."""
+    found = table(3, [run])
+    line = next(line for block in found.blocks for line in block.lines if line.kind in ("ours", "control"))
+    return [(column, cell) for column in found.columns if (cell := line.cells[column.key]).summary.mean is not None]
 
 
 def all_columns(runs: Iterable[Run]) -> tuple[Column, ...]:

@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from povid.fault import Fault, holds_login
 from povid.machine import conf_folder
 from povid.run.overrides import explain
+from povid.run.quiet import quiet
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
@@ -47,10 +48,13 @@ def _job(cfg: DictConfig) -> Any:
     from povid.run.evaluation import optimized
     from povid.run.experiment import run
     from povid.run.processes import first
+    from povid.run.quiet import quiet_imported
     from povid.run.signals import Stopped
 
     global jobs_started
     jobs_started += 1
+    quiet()  # again: a launcher may have started this process
+    quiet_imported()
     job = HydraConfig.get()
     folder = Path(job.runtime.output_dir)
     try:
@@ -104,6 +108,7 @@ def main() -> int:
     """Run ``sys.argv``. Returns 0, 2 for an error that the user can fix, 143 or 130 for a run stopped by a signal."""
     from povid.run.resume import expand
 
+    quiet()
     try:
         if moved := _moved(sys.argv[1:]):
             raise Fault(moved)

@@ -162,12 +162,13 @@ def of_run(answers: Identity, stages: Sequence[Mapping[str, Any]], settings: Set
     ``folder`` holds the benchmarks' folders, in whose asked.json the suite has recorded the questions.
     """
     asked: dict[str, Any] = {}
-    for name, node in (settings.tree.get("benchmarks") or {}).items():
+    for name in settings.benchmarks:
         note = folder / name / "asked.json"
         if note.exists():
             found = json.loads(note.read_text(encoding="utf-8"))
-            asked |= {f"benchmarks.{name}.{k}": v for k, v in flat(node) if k not in ("data", "images")}
-            asked |= {f"benchmarks.{name}.{k}": found[k] for k in ("texts", "pictures", "truth")}
+            node = settings.tree["benchmarks"][name]
+            asked |= {f"benchmarks.{name}.{k}": v for k, v in flat(node) if k not in ("data", "images", "limit")}
+            asked |= {f"benchmarks.{name}.{k}": found[k] for k in ("texts", "pictures", "truth", "limit") if k in found}
     parts: dict[str, Any] = {}
     row: dict[str, Any] = {}
     for stage in stages:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from povid import files
@@ -31,17 +33,15 @@ from povid.run.guards import explain_full_disk, refuse
 from povid.run.lock import NAME, held
 from povid.run.loggers import require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
-from povid.run.resume import COMMAND, compare, in_sweep, write_command
+from povid.run.resume import COMMAND, compare, in_sweep, job_count, write_command
 from povid.run.samples import ask_before
 from povid.run.settings import Settings, build, check_devices
 from povid.run.signals import Signals, requeue_signal
 from povid.run.stage import Stage, starting_adapters
-from povid.run.wandb_run import finish, sync_line
+from povid.run.terminal import finished, near
+from povid.run.wandb_run import finish
 
 log = logging.getLogger(__name__)
-
-for _chatty in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch"):
-    logging.getLogger(_chatty).setLevel(logging.WARNING)
 
 CHECKED_AT_START = 32  # records; the others are checked while the first epoch trains
 
@@ -66,23 +66,25 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
 
 def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
-    signals = Signals(folder, requeue_signal(settings.trainer))
+    signals, began = Signals(folder, requeue_signal(settings.trainer)), time.monotonic()
     with signals.handled():
         if first():
             claim(folder, settings)
             if (folder / "results.json").exists():
                 log.info("finished already: %s", folder)
-                return files.read_json(
+                results = files.read_json(
                     folder / "results.json", dict, "move it away and resume the run to write it again from what is kept"
                 )
+                finished(folder)
+                return results
         try:
             results = Experiment(settings, folder, signals).run(new)
         except BaseException:
             finish("failed")
             raise
         finish()
-        if first() and (line := sync_line(folder)):
-            log.info("upload the W&B run with: %s", line)
+        if first():
+            finished(folder, time.monotonic() - began)
         return results
 
 
@@ -97,6 +99,9 @@ class Experiment:
     def run(self, new: bool) -> dict[str, Any]:
         """``new``: the run begins here, and leaves nothing behind if the checks refuse it."""
         keep_freed_memory()
+        if first():
+            plain = self.settings.plain
+            log.info("%s%s, seed %d, in %s", job_of(self.folder), plain.row, plain.seed, near(self.folder))
         with self.timed("prepare"), checking(self.folder, new):
             triples, held_out, content, adapters = self.prepare()
         samples = held_out or triples
@@ -125,7 +130,6 @@ class Experiment:
             )
         results["timings"] = {name: round(seconds, 2) for name, seconds in self.timings.items()}
         files.write_json(self.folder / "results.json", results)
-        log.info("results: %s", self.folder / "results.json")
         evaluation.show(self.settings, self.folder, results, samples, captions)
         return results
 
@@ -203,6 +207,13 @@ class Experiment:
         self.timings[name] = time.perf_counter() - start
 
 
+def job_of(folder: Path) -> str:
+    """``job 2 of 4: `` for a job of a sweep that Hydra runs; nothing for another run."""
+    if not (HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN and in_sweep(folder)):
+        return ""
+    return f"job {int(HydraConfig.get().job.num) + 1} of {job_count(folder.parent / 'multirun.yaml')}: "
+
+
 def release_memory() -> None:
     """Give a finished stage's weights, gradients and optimiser state back before the next stage loads its own.
 
@@ -263,7 +274,7 @@ def claim(folder: Path, settings: Settings) -> None:
             "back, or start in another folder"
         )
     if taken:
-        bound = ("generation.batch_size",) if evaluation.batch_that_counts(settings) else ()
+        bound = ["benchmarks.limit", *(["generation.batch_size"] if evaluation.batch_that_counts(settings) else [])]
         compare(folder / "config.yaml", settings.tree, bound)
     try:
         files.write_text(folder / ".writable", "1").unlink()

@@ -189,6 +189,12 @@ class Generation(_Settings):
     batch_size: Annotated[int, Field(ge=1)] = 64
 
 
+class Quick(_Settings):
+    """``limit``: ask every benchmark about the first so many pictures alone; null for all of them."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+
+
 class Plain(_Settings):
     """The settings that belong to no group."""
 
@@ -329,9 +335,7 @@ def build(cfg: DictConfig) -> Settings:
     size = trainer.pop("batch_size", None)  # of every stage; not an argument of lightning.Trainer
     stages = _stages(tree, size, problems)
     objectives = _objectives(tree, problems)
-    benchmarks = {
-        name: _node(tree["benchmarks"], name, problems, "benchmarks.") for name in tree.get("benchmarks") or {}
-    }
+    benchmarks = _benchmarks(tree.get("benchmarks") or {}, problems)
     if data:
         for name in ("format", "prepare"):
             if getattr(data, name) is not None:
@@ -473,6 +477,18 @@ def _stages(tree: Mapping[str, Any], size: Any, problems: list[str]) -> dict[int
     return stages
 
 
+def _benchmarks(group: Mapping[str, Any], problems: list[str]) -> dict[str, Benchmark]:
+    """The benchmarks of a run, each with the limit that the group sets for all of them."""
+    quick = building.settings(
+        Quick, {k: v for k, v in group.items() if k in Quick.model_fields}, "benchmarks", problems
+    )
+    names = [name for name in group if name not in Quick.model_fields]
+    built = {name: _node(group, name, problems, "benchmarks.") for name in names}
+    if quick is None or quick.limit is None:
+        return built
+    return {name: one.changed(limit=one.limit or quick.limit) for name, one in built.items() if one is not None}
+
+
 def _objective_nodes(node: Any) -> dict[str, dict[str, Any]]:
     """The objective of each stage: one for all, or one under each stage's number."""
     if is_node(node):
@@ -552,7 +568,8 @@ def _made_kind(made: Any, node: Any, key: str, kind: type, problems: list[str]) 
     """What was built if it is a ``kind``; None, with the problem noted, if it is something else."""
     if made is None or isinstance(made, kind):
         return made
-    problems.append(f"{key}._target_: found {node['_target_']!r}, needed a subclass of {kind.__module__}.{kind.__name__}")
+    needed = f"{kind.__module__}.{kind.__name__}"
+    problems.append(f"{key}._target_: found {node['_target_']!r}, needed a subclass of {needed}")
     return None
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 
 from povid import files
 from povid.fault import Fault
@@ -37,7 +37,9 @@ from povid.run.resume import owned
 from povid.run.samples import Samples
 from povid.run.settings import Settings
 from povid.run.signals import Signals
+from povid.run.terminal import near, progress
 from povid.run.watch import Validation, Watcher
+from povid.terminal import show
 from povid.training.datamodule import PreferenceDataModule
 from povid.training.memory import estimate, largest_batch
 from povid.training.module import POVIDModule
@@ -46,15 +48,6 @@ from povid.training.sharding import whole_adapter
 log = logging.getLogger(__name__)
 
 LOG_EVERY = {False: 1, True: 10}  # steps, without and with a GPU, for which fetching the metrics means waiting
-
-
-class Bar(TQDMProgressBar):
-    """Shows what was logged last, so that it never waits for the device."""
-
-    def get_metrics(self, trainer: L.Trainer, module: Any) -> dict[str, Any]:
-        shown = {name: module.latest[name] for name in ("loss", "rewards/accuracies") if name in module.latest}
-        others = super().get_metrics(trainer, module)  # what callbacks log for the bar
-        return shown | {name: value for name, value in others.items() if name != "v_num"}
 
 
 @dataclass(frozen=True)
@@ -160,27 +153,34 @@ class Stage:
     ) -> None:
         """Fit the stage, from its newest intact checkpoint if there is one, and save its adapter."""
         settings, stage = self.settings, self.settings.stages[self.number]
-        terms = settings.terms[self.number]
-        log.info(
-            "stage %d (%s: %s) starts from %s",
-            self.number,
-            settings.objective,
-            ", ".join(sorted(terms)),
-            self.adapters[-1] if self.adapters else settings.model.source,
-        )
         module = self._module(policy)
         data = self._data(policy, template, triples, held_out)
         if stage.batch_size == "auto":
             data.batch_size = batch_size_of(newest(self.checkpoints)) or largest_batch(module, data)
-        memory = "memory is not estimated where the weights are split"
+        memory = "not estimated where the weights are split"
         if not settings.split:
             memory = str(estimate(module, data, data.batch_size))
-        log.info("stage %d: batches of %d; %s", self.number, data.batch_size, memory)
+        if first():
+            self._announce(len(triples), data.batch_size, memory)
         fitted = self._fit(module, data, template, signals)
         weights = whole_adapter(policy)
         if first():
             self._save(policy, weights, fitted, len(triples), data.batch_size)
         module.trainer.strategy.barrier("the stage is saved")
+
+    def _announce(self, records: int, batch_size: int, memory: str) -> None:
+        settings, stage, trainer = self.settings, self.settings.stages[self.number], self.settings.trainer
+        source = near(self.adapters[-1]) if self.adapters else settings.model.source
+        batches = f"batches of {batch_size}" + (f", {stage.accumulate} to a step" if stage.accumulate > 1 else "")
+        length = f"epochs: {stage.epochs}" + (f", at most {stage.max_steps} steps" if stage.max_steps > 0 else "")
+        rows = [
+            ("objective", f"{settings.objective}: {', '.join(sorted(settings.terms[self.number]))}"),
+            ("model", f"{settings.model.name}, from {source}"),
+            ("data", f"{settings.data.name}: {records} records in {batches}; {length}"),
+            ("device", f"{device().type}, devices: {trainer.get('devices')}, precision {trainer.get('precision')}"),
+            ("memory", memory),
+        ]
+        show(log, f"stage {self.number} of {settings.plain.row}, seed {settings.plain.seed}", rows)
 
     def _module(self, policy: Policy) -> POVIDModule:
         settings, stage = self.settings, self.settings.stages[self.number]
@@ -264,8 +264,9 @@ class Stage:
         if settings.plain.samples and not settings.split:
             shown = data.held_out if len(data.held_out) else data.dataset
             callbacks.append(self._samples(module.policy, template, shown.triples))
-        if not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.append(Bar())
+        wanted = settings.trainer.get("enable_progress_bar") is not False
+        if wanted and not any(isinstance(callback, ProgressBar) for callback in callbacks):
+            callbacks.append(progress(self.number))
         if self.number == settings.run_stages[0] and not settings.data.skip_bad:
             data_check = DataCheck(
                 data.dataset.triples,

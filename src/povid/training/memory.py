@@ -37,7 +37,7 @@ class Needs:
 
     def __str__(self) -> str:
         return (
-            f"memory: weights {_readable(self.weights)}, gradients and Adam {_readable(self.adapter)}, a step of the "
+            f"weights {_readable(self.weights)}, gradients and Adam {_readable(self.adapter)}, a step of the "
             f"longest records about {_readable(self.step)}; together {_readable(self.needed)}, and the device has "
             f"{_readable(self.free)} free of {_readable(self.total)}"
         )
