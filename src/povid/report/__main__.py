@@ -1,4 +1,7 @@
-"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones."""
+"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones, and figures.
+
+``python -m povid.report page OUTPUTS``: all of it on one page, with curves, samples and configurations.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,21 @@ from povid.report.command import write_tables
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the tables and print them with the paths of all files. Returns the exit status: 0, or 2 after an error."""
-    parser = argparse.ArgumentParser(prog="python -m povid.report", description=__doc__)
+    """Write tables or the page and print where they are. Returns the exit status: 0, or 2 after an error."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        if arguments[:1] == ["page"]:
+            return _page(arguments[1:])
+        return _tables(arguments)
+    except Fault as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
+
+
+def _tables(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m povid.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
     parser.add_argument(
         "--table",
@@ -24,15 +40,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: OUTPUTS/tables)")
     parser.add_argument("--no-pictures", action="store_true", help="skip the PNG files")
     options = parser.parse_args(arguments)
-    try:
-        files = write_tables(options.outputs, options.out, tuple(options.table or ()), not options.no_pictures)
-    except Fault as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
+    files = write_tables(options.outputs, options.out, tuple(options.table or ()), not options.no_pictures)
     for file in files:
         if file.suffix == ".txt":
             print(file.read_text(encoding="utf-8"))
     print("\n".join(map(str, files)))
+    return 0
+
+
+def _page(arguments: list[str]) -> int:
+    from povid.report.page import write_page
+
+    parser = argparse.ArgumentParser(prog="python -m povid.report page", description="write the page of all runs")
+    parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: OUTPUTS/report.html)")
+    options = parser.parse_args(arguments)
+    print(write_page(options.outputs, options.out).resolve().as_uri())
     return 0
 
 

@@ -17,6 +17,7 @@ from povid.model.question import Answerer, Decoding, Question
 from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 from povid.report import dashboards
+from povid.report import samples as kept_samples
 from povid.run.build import make
 from povid.run.content import names, of_run
 from povid.run.identity import Identity
@@ -135,7 +136,7 @@ def captions_before(run: Path) -> list[str]:
 def show(
     settings: Settings, run: Path, results: Mapping[str, Any], triples: Sequence[Triple], after: Sequence[str]
 ) -> None:
-    """Write the page of captions, and show the evaluation in every logger; ``after``: the captions of the samples.
+    """Keep the samples, write the page of captions, and show the evaluation in every logger; ``after``: the captions of the samples.
 
     A logger that fails is named in a warning: what it would show is in results.json already.
     """
@@ -161,9 +162,12 @@ def show(
         )
     synonyms = Path(settings.data.benchmarks or "") / "synonyms.txt"
     known = read_synonyms(synonyms) if synonyms.is_file() else None
-    table = dashboards.table_rows(records, (lambda text: objects(text, known)) if known else None)
+    find = (lambda text: objects(text, known)) if known else None
+    table = dashboards.table_rows(records, find)
     if records:
-        dashboards.write_page(table, run / "captions.html")
+        kept_samples.write(run, records, find)
+        title = f"{results['row']}, seed {results['seed']}: captions before and after training"
+        kept_samples.write_captions(run, title, f"model {results['model']}, data {results['data']}")
     try:
         loggers = make_loggers(settings.loggers, RunContext.of(settings, run, "evaluate"))
         show_evaluation(loggers, results["benchmarks"], table if records else None)

@@ -1,0 +1,240 @@
+"""One self-contained page of all runs below a folder: tables, figures, curves, samples, configurations.
+
+Everything that a run folder holds is optional but its results.json: what is missing or damaged is named on the page.
+Tables count every run; curves, samples and configurations are those of the ``MOST_RUNS`` newest.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from povid import pages
+from povid.fault import Fault
+from povid.report import curves, figures, samples
+from povid.report.render import Notes
+from povid.report.runs import Row, Run, find_runs, group, is_number
+from povid.report.tables import Table, table
+
+MOST_RUNS = 200
+MOST_FIGURES = 40
+MOST_FIGURE_BYTES = 2 * 2**20
+MOST_TEXT = 200_000  # letters of a configuration
+LISTED = 20  # sentences of one kind under "What is missing"
+
+
+def write_page(outputs: Path, out: Path | None = None) -> Path:
+    """Write the page of all runs below ``outputs`` to ``out`` (default ``outputs/report.html``); return the file.
+
+    Raises:
+        Fault: no readable run below ``outputs``, or ``out`` cannot be written.
+    """
+    outputs = Path(outputs)
+    skipped: list[str] = []
+    runs = find_runs(outputs, skipped)
+    out = Path(out) if out else outputs / "report.html"
+    rows = group(runs)
+    several = len({row.world for row in rows}) > 1
+    labels = [f"{row.label} ({', '.join(row.world)})" if several else row.label for row in rows]
+    counted = sorted((run for row in rows for run in row.runs), key=lambda run: run.started, reverse=True)
+    shown = counted[:MOST_RUNS]
+    missing = [*_unread(skipped, outputs), *_unfinished(outputs, runs), *_earlier(rows, outputs)]
+    if len(counted) > len(shown):
+        missing.append(
+            f"Curves, samples and configurations are those of the newest {len(shown):,} of {len(counted):,} runs; the "
+            "tables count all of them."
+        )
+    unread: list[str] = []
+    named = list(zip(rows, labels, figures.colors(rows)))
+    drawn = curves.curves(named, shown, unread, outputs)
+    cards = _cards(rows, labels, shown, unread, outputs)
+    pictures = _figures(runs, rows, labels, shown, unread, outputs)
+    missing += _first(unread)
+    tables = [_view(found) for number in (3, 1, 2, 4) if (found := table(number, runs))]
+    sections = [
+        *([("missing", "What is missing")] if missing else []),
+        *((f"table{one['table'].number}", f"Table {one['table'].number}") for one in tables),
+        *([("figures", "Figures")] if pictures else []),
+        *([("training", "Training")] if drawn else []),
+        *([("samples", "Samples")] if cards else []),
+        ("runs", "Runs"),
+    ]
+    try:
+        return pages.write(
+            out,
+            "report.html",
+            scripts=("samples.js", "curves.js"),
+            library=curves.library() if drawn else None,
+            title=f"Runs below {outputs}",
+            facts=f"{len(counted):,} {'run' if len(counted) == 1 else 'runs'} in {len(rows):,} "
+            f"{'row' if len(rows) == 1 else 'rows'}; written by povid {version('povid')} on "
+            f"{datetime.now().astimezone():%Y-%m-%d at %H:%M %Z}",
+            sections=sections,
+            missing=missing,
+            tables=tables,
+            figures=pictures,
+            curves=drawn,
+            cards=cards,
+            sample_rows=[(number, label) for number, label in enumerate(labels)],
+            runs=[
+                _details(run, label, outputs, whole=run in shown)
+                for row, label in zip(rows, labels)
+                for run in row.runs
+            ],
+        )
+    except OSError as error:
+        raise Fault(f"{out} cannot be written ({error.strerror or error}); free space or name another file") from error
+
+
+def _view(found: Table) -> dict[str, Any]:
+    """A table for the template; ``filled``: the columns in which a row of ours has a score.
+
+    The other columns, and the footnotes in ``hidden`` that belong to them alone, are shown on request.
+    """
+    lines = [line for block in found.blocks for line in block.lines]
+    ours = [line for line in lines if line.kind != "paper"]
+    filled = {
+        column.key for column in found.columns if any(line.cells[column.key].summary.mean is not None for line in ours)
+    }
+    notes = Notes(found)
+    seen = {note for line in lines for note in (*line.notes, *(text for key in filled for text in line.cells[key].notes))}
+    return {
+        "table": found,
+        "notes": notes,
+        "filled": filled,
+        "hidden": set(notes.lettered) - seen,
+        "hides": len(filled) < len(found.columns),
+    }
+
+
+def _first(sentences: Sequence[str]) -> list[str]:
+    """The first ``LISTED`` sentences, and how many more there are."""
+    more = len(sentences) - LISTED
+    return [*sentences[:LISTED], *([f"… and {more:,} more of this kind."] if more > 0 else [])]
+
+
+def _unread(skipped: Sequence[str], outputs: Path) -> list[str]:
+    return _first([f"Not counted: {sentence.replace(f'{outputs}/', '')}" for sentence in skipped])
+
+
+def _unfinished(outputs: Path, runs: Sequence[Run]) -> list[str]:
+    """A sentence on every folder of a run that has begun and has no results.json."""
+    found = []
+    for folder in sorted(file.parent for file in outputs.rglob("packages.txt")):
+        if (folder / "results.json").exists():
+            continue
+        reached = "no stage has begun"
+        for stage in sorted(folder.glob("stage_*")):
+            steps = [points[-1][0] for points in curves.metrics(stage)[0].values()]
+            reached = f"{stage.name.replace('_', ' ')}, " + (f"step {max(steps):.0f}" if steps else "nothing logged")
+        found.append(f"Not finished, so in no table: {folder.relative_to(outputs)} ({reached}).")
+    return _first(found)
+
+
+def _earlier(rows: Sequence[Row], outputs: Path) -> list[str]:
+    old = [run for row in rows for run in row.runs if not isinstance(run.results.get("identity"), dict)]
+    return _first(
+        [
+            f"Of an earlier version, told apart by its recorded settings alone: {run.folder.relative_to(outputs)}."
+            for run in old
+        ]
+    )
+
+
+def _cards(
+    rows: Sequence[Row], labels: Sequence[str], shown: Sequence[Run], missing: list[str], outputs: Path
+) -> list[samples.Card]:
+    found, without, chosen = [], 0, {run.file for run in shown}
+    for number, (row, label) in enumerate(zip(rows, labels)):
+        for run in (run for run in row.runs if run.file in chosen):
+            try:
+                kept = samples.read(run.folder)
+            except Fault as fault:
+                missing.append(str(fault).replace(f"{outputs}/", ""))
+                continue
+            without += not kept
+            seed = f"seed {run.seed}"
+            found.append((number, f"{label}, {seed}", seed, ", ".join(row.world), kept))
+    if without:
+        missing.append(
+            f"{without:,} of {len(shown):,} runs have no samples (samples=0, or a run of an earlier version)."
+        )
+    return samples.cards(found)
+
+
+def _figures(
+    runs: Sequence[Run],
+    rows: Sequence[Row],
+    labels: Sequence[str],
+    shown: Sequence[Run],
+    missing: list[str],
+    outputs: Path,
+) -> list[tuple[str, str]]:
+    """(address, caption) of hallucination against coverage, and of every figure that an analysis left in a run."""
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        drawn = figures.chair_against_coverage(runs, Path(folder) / "figure.png")
+        if drawn:
+            found[drawn.read_bytes()] = "Hallucination against coverage. Small dots are seeds; bars are standard errors."
+    chosen = {run.file for run in shown}
+    for row, label in zip(rows, labels):
+        for run in (run for run in row.runs if run.file in chosen):
+            for file in sorted((run.folder / "analysis").glob("*.png")):
+                place = file.relative_to(outputs)
+                with file.open("rb") as handle:
+                    encoded = handle.read(MOST_FIGURE_BYTES + 1)
+                if file.is_symlink() or len(encoded) > MOST_FIGURE_BYTES or pages.kind(encoded) != "png":
+                    missing.append(f"{place} is not a PNG of at most {MOST_FIGURE_BYTES:,} bytes and is not shown")
+                    continue
+                caption = _caption(file.with_suffix(".json"), run)
+                if caption is None:
+                    missing.append(f"{place} belongs to another state of its run, or its JSON is damaged; make it again")
+                elif len(found) < MOST_FIGURES:
+                    found.setdefault(encoded, f"{label}, seed {run.seed}: {caption}")
+                else:
+                    missing.append(f"{place} is not shown: the page holds {MOST_FIGURES} figures already")
+    return [(pages.address(encoded), caption) for encoded, caption in found.items()]
+
+
+def _caption(file: Path, run: Run) -> str | None:
+    """The caption in an analysis's JSON; None if the JSON is damaged, or its identity is not that of the run."""
+    try:
+        note = json.loads(file.read_text(encoding="utf-8"))
+        caption, identity = str(note.get("caption") or file.stem)[:2000], note.get("identity")
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return None
+    own = run.results.get("identity")
+    return caption if isinstance(own, dict) and identity == own.get("digest") else None
+
+
+def _details(run: Run, label: str, outputs: Path, whole: bool) -> dict[str, Any]:
+    """A line of the list of runs; without ``whole``, its configuration and versions are left out."""
+    results = run.results
+    stages, timings, identity = (results.get(key) for key in ("stages", "timings", "identity"))
+    steps = [stage.get("steps") for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+    seconds = [value for value in timings.values() if is_number(value)] if isinstance(timings, dict) else []
+    texts = []
+    if whole:
+        try:
+            with (run.folder / "config.yaml").open(encoding="utf-8", errors="replace") as file:
+                texts.append(("config.yaml", file.read(MOST_TEXT)))
+        except OSError as error:
+            texts.append(("config.yaml", f"cannot be read ({error.strerror})"))
+        versions = results.get("versions")
+        found = versions.items() if isinstance(versions, dict) else ()
+        texts.append(("versions", "\n".join(f"{name} {text}" for name, text in found) or "not recorded"))
+    return {
+        "label": label,
+        "seed": run.seed,
+        "started": run.started[:16].replace("T", " "),
+        "steps": sum(count for count in steps if is_number(count)) or "–",
+        "minutes": f"{sum(seconds) / 60:.1f}" if seconds else "–",
+        "folder": str(run.folder.relative_to(outputs)),
+        "identity": identity.get("digest") if isinstance(identity, dict) else None,
+        "texts": texts,
+    }
