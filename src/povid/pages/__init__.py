@@ -79,8 +79,11 @@ def _hash(source: bytes) -> str:
 
 def packed(source: Any) -> str:
     """Bytes, or a value as JSON, compressed with gzip and written in base64; ``curves.js`` unpacks it."""
-    if not isinstance(source, bytes):
-        source = json.dumps(source, separators=(",", ":")).encode()
+    return _packed(source if isinstance(source, bytes) else json.dumps(source, separators=(",", ":")).encode())
+
+
+@functools.lru_cache(2)
+def _packed(source: bytes) -> str:
     return base64.b64encode(gzip.compress(source, 9, mtime=0)).decode()
 
 

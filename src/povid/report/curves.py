@@ -89,7 +89,7 @@ def _mean(values: Sequence[float]) -> float:
 class Curves:
     """What the page needs: rows with colour and dash, groups of panels, and the ``data`` of curves.js."""
 
-    rows: list[dict[str, str]]
+    rows: list[dict[str, Any]]
     groups: list[dict[str, Any]]
     data: dict[str, Any]
     spread: bool
@@ -132,8 +132,15 @@ def curves(
             unfolded = group in FIRST or len(names) <= MOST_OPEN
             groups.append({"title": f"stage {stage}: {group}", "panels": numbers, "open": unfolded})
     styles = [
-        {"label": label, "color": color, "dash": dash, "strokes": DASHES[dash]}
-        for (_, label, color), dash in zip(rows, _dashes([row.name for row, _, _ in rows]))
+        {
+            "number": number,
+            "label": label,
+            "color": color,
+            "dash": dash,
+            "strokes": DASHES[dash],
+            "used": any(number in by_row for by_row in found.values()),
+        }
+        for number, ((_, label, color), dash) in enumerate(zip(rows, _dashes([row.name for row, _, _ in rows])))
     ]
     return Curves(styles, groups, {"rows": styles, "panels": panels, "steps": list(steps)}, spread)
 

@@ -25,6 +25,7 @@ MOST_RUNS = 200
 MOST_FIGURES = 40
 MOST_FIGURE_BYTES = 2 * 2**20
 MOST_TEXT = 200_000  # letters of a configuration
+MOST_CAPTIONS = 5_000
 LISTED = 20  # sentences of one kind under "What is missing"
 
 
@@ -70,9 +71,9 @@ def write_page(outputs: Path, out: Path | None = None) -> Path:
             "report.html",
             scripts=("samples.js", "curves.js"),
             library=curves.library() if drawn else None,
-            title=f"Runs below {outputs}",
+            title=f"Runs below {outputs.resolve().name}",
             facts=f"{len(counted):,} {'run' if len(counted) == 1 else 'runs'} in {len(rows):,} "
-            f"{'row' if len(rows) == 1 else 'rows'}; written by povid {version('povid')} on "
+            f"{'row' if len(rows) == 1 else 'rows'} below {outputs.resolve()}; written by povid {version('povid')} on "
             f"{datetime.now().astimezone():%Y-%m-%d at %H:%M %Z}",
             sections=sections,
             missing=missing,
@@ -149,7 +150,8 @@ def _earlier(rows: Sequence[Row], outputs: Path) -> list[str]:
 def _cards(
     rows: Sequence[Row], labels: Sequence[str], shown: Sequence[Run], missing: list[str], outputs: Path
 ) -> list[samples.Card]:
-    found, without, chosen = [], 0, {run.file for run in shown}
+    found, without, captions, omitted = [], 0, 0, 0
+    chosen = {run.file for run in shown}
     for number, (row, label) in enumerate(zip(rows, labels)):
         for run in (run for run in row.runs if run.file in chosen):
             try:
@@ -158,12 +160,18 @@ def _cards(
                 missing.append(str(fault).replace(f"{outputs}/", ""))
                 continue
             without += not kept
-            seed = f"seed {run.seed}"
-            found.append((number, f"{label}, {seed}", seed, ", ".join(row.world), kept))
+            left = MOST_CAPTIONS - captions
+            if len(kept) > left:
+                omitted += len(kept) - left
+            kept = kept[:left]
+            captions += len(kept)
+            found.append((number, label, f"seed {run.seed}", row.world, kept))
     if without:
         missing.append(
             f"{without:,} of {len(shown):,} runs have no samples (samples=0, or a run of an earlier version)."
         )
+    if omitted:
+        missing.append(f"{omitted:,} captions are not shown: the page holds {MOST_CAPTIONS:,} already.")
     return samples.cards(found)
 
 
@@ -232,8 +240,8 @@ def _details(run: Run, label: str, outputs: Path, whole: bool) -> dict[str, Any]
         "label": label,
         "seed": run.seed,
         "started": run.started[:16].replace("T", " "),
-        "steps": sum(count for count in steps if is_number(count)) or "–",
-        "minutes": f"{sum(seconds) / 60:.1f}" if seconds else "–",
+        "steps": f"{sum(count for count in steps if is_number(count)):,} steps",
+        "minutes": f"{sum(seconds) / 60:.1f} min" if seconds else "",
         "folder": str(run.folder.relative_to(outputs)),
         "identity": identity.get("digest") if isinstance(identity, dict) else None,
         "texts": texts,

@@ -189,7 +189,7 @@ class Card:
     """One picture as the runs described it that agree in everything but the caption after training."""
 
     id: str
-    world: str
+    world: tuple[str, ...]
     objects: tuple[str, ...] | None
     question: str
     preferred: Pieces
@@ -204,14 +204,15 @@ class Card:
         return len(self.entries)
 
 
-def cards(found: Iterable[tuple[int, str, str, str, Sequence[Sample]]]) -> list[Card]:
-    """Cards of (row number, label, noise's label, world, samples) of each run, in order of first appearance.
+def cards(found: Iterable[tuple[int, str, str, tuple[str, ...], Sequence[Sample]]]) -> list[Card]:
+    """Cards of (row number, label of the row, seed, world, samples) of each run, in order of first appearance.
 
     Captions of one picture by several runs share a card only if the runs agree in world, picture, question, responses,
-    objects and the caption before training. At most ``NOISED_SHOWN`` different noised pictures are shown.
+    objects and the caption before training. A card names its world (model and data) if there are several. At most
+    ``NOISED_SHOWN`` different noised pictures are shown.
     """
-    made: dict[tuple, tuple[Card, dict[bytes, str], set[bytes]]] = {}
-    for row, label, noise, world, samples in found:
+    made: dict[tuple, tuple[Card, dict[bytes, tuple[str, str]]]] = {}
+    for row, label, seed, world, samples in found:
         for sample in samples:
             key = (world, sample.id, sample.question, sample.preferred, sample.dispreferred, sample.before)
             key = (*key, sample.objects, sample.picture)
@@ -227,20 +228,24 @@ def cards(found: Iterable[tuple[int, str, str, str, Sequence[Sample]]]) -> list[
                 )
                 if sample.picture:
                     card.pictures.append((pages.address(sample.picture), "picture"))
-                made[key] = card, {}, set()
-            card, noised, _ = made[key]
+                made[key] = card, {}
+            card, noised = made[key]
             card.gone += [sentence for sentence in sample.gone if sentence not in card.gone]
             if sample.noised:
-                noised.setdefault(sample.noised, noise)
+                noised.setdefault(sample.noised, (seed, label))
             change, counts = _change(sample)
-            card.entries.append(Entry(row, label, sample.after.pieces, change, counts))
-    for card, noised, _ in made.values():
-        several = len(noised) > 1
-        for picture, noise in list(noised.items())[:NOISED_SHOWN]:
-            card.pictures.append((pages.address(picture), f"noised, {noise}" if several and noise else "noised"))
+            card.entries.append(Entry(row, f"{label}, {seed}" if seed else label, sample.after.pieces, change, counts))
+    for card, noised in made.values():
+        seeds = [seed for seed, _ in noised.values()]
+        for picture, (seed, label) in list(noised.items())[:NOISED_SHOWN]:
+            by = seed if seeds.count(seed) == 1 else f"{label}, {seed}"
+            card.pictures.append((pages.address(picture), f"noised, {by}" if len(noised) > 1 else "noised"))
         if len(noised) > NOISED_SHOWN:
             card.gone.append(f"{len(noised) - NOISED_SHOWN} more noised pictures in the run folders")
-    return [card for card, _, _ in made.values()]
+    if len({card.world for card, _ in made.values()}) == 1:
+        for card, _ in made.values():
+            card.world = ()
+    return [card for card, _ in made.values()]
 
 
 def _change(sample: Sample) -> tuple[str, str]:
@@ -262,5 +267,5 @@ def write_captions(run: Path, title: str, facts: str) -> Path:
         scripts=("samples.js",),
         title=title,
         facts=facts,
-        cards=cards([(0, "after training", "", "", read(run))]),
+        cards=cards([(0, "after training", "", (), read(run))]),
     )

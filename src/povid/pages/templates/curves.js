@@ -28,7 +28,8 @@
   }
   status.hidden = true;
 
-  const shown = (row) => home.querySelector(`.legend input[value="${row}"]`).checked;
+  const boxes = Object.fromEntries([...home.querySelectorAll(".legend input")].map((box) => [box.value, box]));
+  const shown = (row) => boxes[row].checked;
   const escaped = (text) => text.replace(/[&<>]/g, (letter) => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[letter]);
   const traces = (panel) => panel.lines.map(([row, name, steps, values, mean]) => ({
     x: data.steps[steps],
