@@ -31,7 +31,7 @@ def record(number: int, before: str, after: str, noised: str = "grey", **changes
     }
 
 
-def log(folder: Path, stage: int, names: str = "train/loss,train/rewards/chosen", lines: int = 5) -> None:
+def log(folder: Path, stage: int, names: str = "loss,rewards/chosen", lines: int = 5) -> None:
     place = folder / f"stage_{stage}"
     place.mkdir(exist_ok=True)
     rows = [f"0,{step}," + ",".join(str(0.7 - 0.01 * step) for _ in names.split(",")) for step in range(lines)]

@@ -113,7 +113,9 @@ def test_only_the_pages_own_code_runs(report, browser):
     page = browser.new_page()
     text = report.read_text()
     smuggled = report.with_name("smuggled.html")
-    smuggled.write_text(text.replace("</main>", "<script>window.hacked = 1</script><img src=x onerror=hacked=1></main>"))
+    smuggled.write_text(
+        text.replace("</main>", "<script>window.hacked = 1</script><img src=x onerror=hacked=1></main>")
+    )
     refused = []
     page.on("console", lambda message: refused.append(message.text))
     page.goto(smuggled.as_uri())

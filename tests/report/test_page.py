@@ -90,8 +90,8 @@ def test_curves_have_a_line_per_run_and_the_mean_of_a_row(write, outputs):
 def test_a_long_curve_is_thinned(tmp_path):
     log(tmp_path, 1, lines=1000)
     points, problem = curves.metrics(tmp_path / "stage_1")
-    assert not problem and len(points["train/loss"]) == 1000
-    thin = curves.binned(points["train/loss"], 40)
+    assert not problem and len(points["loss"]) == 1000
+    thin = curves.binned(points["loss"], 40)
     assert len(thin) == 40 and thin[0] == (12.0, pytest.approx(0.58))
 
 
@@ -100,7 +100,9 @@ def test_no_two_rows_look_alike(write, outputs):
         for rate in (1, 2):
             log(write(row, 0, folder=f"{row}{rate}", settings={"rate": rate}), 1)
     rows = group(find_runs(outputs))
-    styles = curves.curves([(row, row.label, ink) for row, ink in zip(rows, figures.colors(rows))], find_runs(outputs), [], outputs).rows
+    styles = curves.curves(
+        [(row, row.label, ink) for row, ink in zip(rows, figures.colors(rows))], find_runs(outputs), [], outputs
+    ).rows
     assert len(rows) == 12 and len({(style["color"], style["dash"]) for style in styles}) == 12
 
 
@@ -131,7 +133,7 @@ def test_captions_share_a_card_only_where_everything_else_is_equal(write, output
     fill(write("noise", 0), first | {"before": "A bus."})
     fill(write("none", 0), first | {"image": Image.new("RGB", (8, 6), "green")})
     page = write_page(outputs).read_text()
-    cards = re.findall(r'<article class="sample">.*?</article>', page, re.S)
+    cards = re.findall(r'<article class="sample">.*?</article>', page, re.DOTALL)
     who = [re.findall(r'<span class="who">([^<]+?) <', card) for card in cards]
     assert sorted(who) == [["noise, seed 0"], ["none, seed 0"], ["text, seed 0", "both, seed 0", "both, seed 1"]]
     shared = next(card for card in cards if "text, seed 0" in card)
@@ -173,21 +175,39 @@ def test_bad_run_folders_are_named_and_the_rest_is_shown(write, outputs, tmp_pat
         "hallucinated 1 → 0",
     ):
         assert part in page.words, part
-    assert len([attrs for attrs in page.all("article")]) == 4
+    assert len(page.all("article")) == 4
     assert {file.name for file in write_tables(outputs)} >= {"table3.md", "training_curves.png"}
 
 
-def test_an_old_figure_is_not_shown_for_new_scores(write, outputs):
-    """Both analyses hold a figure; that of the first has the identity of its run, the other one is of an older state."""
-    identity = {"digest": "abc", "row": {"model": "m"}, "named": {"settings": {}, "places": {}}}
-    for row, digest in (("text", "abc"), ("both", "old")):
-        folder = write(row, 0, identity=identity, stages={}) / "analysis"
-        folder.mkdir()
-        Image.new("RGB", (4, 4)).save(folder / "attention.png")
-        (folder / "attention.json").write_text(json.dumps({"caption": f"of {row}", "identity": digest}))
+def test_figures_are_shown_for_the_runs_that_they_were_made_of(write, outputs):
+    """That of ``both`` is of an older state of its run, and one comparison has a run that is no longer there."""
+    for row, digest in (("text", "abc"), ("both", "def")):
+        identity = {"digest": digest, "row": {"model": "m"}, "named": {"settings": {}, "places": {}}}
+        write(row, 0, identity=identity, stages={})
+
+    def draw(folder, name, *digests):
+        (folder / "analysis").mkdir(exist_ok=True)
+        Image.new("RGB", (4, 4)).save(folder / f"analysis/{name}.png")
+        made_of = [{"digest": digest, "row": "x", "seed": 0} for digest in digests]
+        note = {"caption": f"caption of {name} and {digests}", "rows": {"x": {"runs": made_of}}}
+        (folder / f"analysis/{name}.json").write_text(json.dumps(note))
+
+    draw(outputs / "sweep/text/0", "attention", "abc")
+    draw(outputs / "sweep/both/0", "attention", "old")
+    draw(outputs / "sweep/both/0", "copied", "abc")
+    draw(outputs, "compared", "abc", "def")
+    draw(outputs, "outdated", "abc", "old")
+    draw(outputs, "unsigned")
     page = page_of(outputs)
-    assert "text, seed 0: of text" in page.words and "of both" not in page.words
-    assert "both/0/analysis/attention.png belongs to another state" in page.words
+    assert len(re.findall(r"caption of \w+", page.words)) == 2
+    assert "text, seed 0: caption of attention and ('abc',)" in page.words and "caption of compared" in page.words
+    for place in (
+        "sweep/both/0/analysis/attention",
+        "sweep/both/0/analysis/copied",
+        "analysis/outdated",
+        "analysis/unsigned",
+    ):
+        assert f"{place}.png is not shown" in page.words
 
 
 def test_thousands_of_runs_are_counted_and_the_newest_shown(write, outputs, monkeypatch):

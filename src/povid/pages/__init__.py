@@ -29,7 +29,9 @@ SIGNATURES = {b"\x89PNG\r\n\x1a\n": "png", b"\xff\xd8\xff": "jpeg"}
 NONE = b""  # plotly.js makes an empty <style> and fills it rule by rule
 
 
-def write(file: Path, template: str, *, scripts: Sequence[str] = (), library: bytes | None = None, **values: Any) -> Path:
+def write(
+    file: Path, template: str, *, scripts: Sequence[str] = (), library: bytes | None = None, **values: Any
+) -> Path:
     """Write the page that ``template`` makes of ``values``; return ``file``.
 
     Args:

@@ -21,6 +21,7 @@ Points = list[tuple[float, float]]
 SMOOTH = 200  # points of a curve; a longer one is averaged in bins to remove jitter
 FEWEST = 40  # points of a curve, however many curves there are
 ALL_POINTS = 400_000  # of a page
+EARLIER = "train/"  # how the names in metrics.csv began in versions before 0.3
 MOST_BYTES = 64 * 2**20  # of metrics.csv
 MOST_NAMES = 300
 MOST_OPEN = 10  # panels of a stage that are shown without a click
@@ -52,6 +53,14 @@ def metrics(folder: Path) -> tuple[dict[str, Points], str]:
                         series[name][number if step is None else step] = value
     except (OSError, csv.Error) as error:
         problem = f"{file} is damaged ({error}); its curves end early"
+    if earlier := [name for name in series if name.startswith(EARLIER)]:
+        problem = problem or (
+            f"{file} is of an earlier version: its loss is drawn; its rewards, on another scale, are not"
+        )
+        loss = series.get(f"{EARLIER}loss")
+        series = {name: points for name, points in series.items() if name not in earlier} | (
+            {"loss": loss} if loss else {}
+        )
     if not series and not problem:
         problem = f"{file} holds no numbers"
     return {name: sorted(points.items()) for name, points in series.items()}, problem
@@ -149,7 +158,7 @@ def _groups(names: set[str]) -> dict[str, list[str]]:
     """Names of metrics by group, those of ``FIRST`` in front."""
     found: dict[str, list[str]] = defaultdict(list)
     for name in sorted(names):
-        group, slash, _ = name.removeprefix("train/").partition("/")
+        group, slash, _ = name.partition("/")
         found[group if slash else GENERAL].append(name)
     order = sorted(found, key=lambda group: (FIRST.index(group) if group in FIRST else len(FIRST), group))
     return {group: found[group] for group in order}
@@ -172,7 +181,7 @@ def _panel(
         thin += [line(row, label, points, False) for label, points in seeds]
         if len(seeds) > 1 and (mean := mean_of([points for _, points in seeds])):
             thick.append(line(row, f"mean of {len(seeds)} seeds", mean, True))
-    return {"name": name.removeprefix("train/"), "lines": thin + thick, "spread": bool(thick)}
+    return {"name": name, "lines": thin + thick, "spread": bool(thick)}
 
 
 def _short(value: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,19 +18,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+
 COLORS = {"none": "#4d4d4d", "noise": "#0072b2", "text": "#d55e00", "both": "#009e73"}  # Okabe and Ito
 MORE = ("#8e5aa8", "#b08800", "#00798c", "#a3416b", "#6b705c", "#5c4d7d")
 MARKERS = {"none": "s", "noise": "^", "text": "v", "both": "o"}
 
-# Panels from top to bottom: title and beginning of the names in metrics.csv, which end with the name of a response.
+# Panels from top to bottom: title and beginning of the names in metrics.csv. Where several responses are dispreferred
+# the name of each follows.
 PANELS = (
-    ("loss", "train/loss"),
-    ("reward", "train/reward_"),
-    ("margin over", "train/margin_"),
-    ("share with margin > 0", "train/accuracy_"),
+    ("loss", ("loss",)),
+    ("reward", ("rewards/chosen", "rewards/rejected")),
+    ("margin over", ("rewards/margins",)),
+    ("share with margin > 0", ("rewards/accuracies",)),
 )
-LOSS = "#1a1a1a"
-RESPONSES = {"preferred": COLORS["both"], "text": COLORS["text"], "noise": COLORS["noise"]}
+ALL = "#1a1a1a"
+RESPONSES = {"chosen": COLORS["both"], "rejected": ALL, "text": COLORS["text"], "noise": COLORS["noise"]}
 
 
 def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
@@ -121,13 +125,15 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
         stages: dict[str, list] = defaultdict(list)
         for run in row.runs:
             for folder in sorted(run.folder.glob("stage_*")):
-                series, _ = metrics(folder)
+                series, problem = metrics(folder)
+                if problem:
+                    log.warning(problem)
                 if series:
                     stages[folder.name.removeprefix("stage_")].append(series)
         where = f"\n{row.world[0]}, {row.world[1]}" if several else ""
         columns += [(f"{row.label}, stage {stage}{where}", found) for stage, found in sorted(stages.items())]
     logged = {name for _, found in columns for series in found for name in series}
-    panels = [(title, names) for title, prefix in PANELS if (names := _lines(prefix, logged))]
+    panels = [(title, names) for title, prefixes in PANELS if (names := _lines(prefixes, logged))]
     if not panels:
         return None
     figure = _figure(max(3.3 * len(columns), 5.0), 2.15 * len(panels) + 0.7)
@@ -164,15 +170,20 @@ def _draw_series(axes: Axes, seeds: list[list[tuple[float, float]]], legend: str
         axes.plot(*zip(*binned(mean)), color=ink, lw=1.8, label=legend, marker="o" if len(mean) == 1 else "")
 
 
-def _lines(prefix: str, logged: set[str]) -> dict[str, tuple[str, str]]:
+def _lines(prefixes: Sequence[str], logged: set[str]) -> dict[str, tuple[str, str]]:
     """Legend and colour of each logged name of a panel, those of the paper's responses first."""
-    if not prefix.endswith("_"):
-        return {prefix: ("", LOSS)} if prefix in logged else {}
-    found = sorted(name.removeprefix(prefix) for name in logged if name.startswith(prefix))
+    found = {}
+    for prefix in prefixes:
+        side = prefix.partition("/")[2] if len(prefixes) > 1 else ""
+        for name in logged:
+            if name == prefix:
+                found[name] = side
+            elif name.startswith(f"{prefix}_"):
+                found[name] = name.removeprefix(f"{prefix}_")
     others = iter(MORE * (len(found) + 1))
-    inks = {response: ink for response, ink in RESPONSES.items() if response in found}
-    inks |= {response: next(others) for response in found if response not in RESPONSES}
-    return {prefix + response: (response, ink) for response, ink in inks.items()}
+    order = [*RESPONSES, *sorted(set(found.values()) - {*RESPONSES})]
+    names = sorted(found, key=lambda name: order.index(found[name]))
+    return {name: (found[name], RESPONSES.get(found[name]) or (next(others) if found[name] else ALL)) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float:

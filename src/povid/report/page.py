@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -24,6 +25,7 @@ from povid.report.tables import Table, table
 MOST_RUNS = 200
 MOST_FIGURES = 40
 MOST_FIGURE_BYTES = 2 * 2**20
+MOST_NOTE_BYTES = 8 * 2**20
 MOST_TEXT = 200_000  # letters of a configuration
 MOST_CAPTIONS = 5_000
 LISTED = 20  # sentences of one kind under "What is missing"
@@ -54,13 +56,14 @@ def write_page(outputs: Path, out: Path | None = None) -> Path:
     named = list(zip(rows, labels, figures.colors(rows)))
     drawn = curves.curves(named, shown, unread, outputs)
     cards = _cards(rows, labels, shown, unread, outputs)
-    pictures = _figures(runs, rows, labels, shown, unread, outputs)
+    names = {run.file: f"{label}, seed {run.seed}" for row, label in zip(rows, labels) for run in row.runs}
+    drawings = _figures(runs, names, unread, outputs)
     missing += _first(unread)
     tables = [_view(found) for number in (3, 1, 2, 4) if (found := table(number, runs))]
     sections = [
         *([("missing", "What is missing")] if missing else []),
         *((f"table{one['table'].number}", f"Table {one['table'].number}") for one in tables),
-        *([("figures", "Figures")] if pictures else []),
+        *([("figures", "Figures")] if drawings.of_all or drawings.of_one else []),
         *([("training", "Training")] if drawn else []),
         *([("samples", "Samples")] if cards else []),
         ("runs", "Runs"),
@@ -78,7 +81,7 @@ def write_page(outputs: Path, out: Path | None = None) -> Path:
             sections=sections,
             missing=missing,
             tables=tables,
-            figures=pictures,
+            figures=drawings,
             curves=drawn,
             cards=cards,
             sample_rows=[(number, label) for number, label in enumerate(labels)],
@@ -103,7 +106,9 @@ def _view(found: Table) -> dict[str, Any]:
         column.key for column in found.columns if any(line.cells[column.key].summary.mean is not None for line in ours)
     }
     notes = Notes(found)
-    seen = {note for line in lines for note in (*line.notes, *(text for key in filled for text in line.cells[key].notes))}
+    seen = {
+        note for line in lines for note in (*line.notes, *(text for key in filled for text in line.cells[key].notes))
+    }
     return {
         "table": found,
         "notes": notes,
@@ -175,56 +180,83 @@ def _cards(
     return samples.cards(found)
 
 
-def _figures(
-    runs: Sequence[Run],
-    rows: Sequence[Row],
-    labels: Sequence[str],
-    shown: Sequence[Run],
-    missing: list[str],
-    outputs: Path,
-) -> list[tuple[str, str]]:
-    """(address, caption) of hallucination against coverage, and of every figure that an analysis left in a run."""
-    found = {}
+@dataclass
+class _Figures:
+    """(address, caption) of figures of all runs, and of single ones."""
+
+    of_all: list[tuple[str, str]]
+    of_one: list[tuple[str, str]]
+
+
+def _figures(runs: Sequence[Run], labels: Mapping[Path, str], missing: list[str], outputs: Path) -> _Figures:
+    """Hallucination against coverage, and every figure of an analysis whose JSON names runs of ``labels`` alone."""
+    found = _Figures([], [])
     with tempfile.TemporaryDirectory() as folder:
         drawn = figures.chair_against_coverage(runs, Path(folder) / "figure.png")
         if drawn:
-            found[drawn.read_bytes()] = "Hallucination against coverage. Small dots are seeds; bars are standard errors."
-    chosen = {run.file for run in shown}
-    for row, label in zip(rows, labels):
-        for run in (run for run in row.runs if run.file in chosen):
-            for file in sorted((run.folder / "analysis").glob("*.png")):
-                place = file.relative_to(outputs)
-                with file.open("rb") as handle:
-                    encoded = handle.read(MOST_FIGURE_BYTES + 1)
-                if file.is_symlink() or len(encoded) > MOST_FIGURE_BYTES or pages.kind(encoded) != "png":
-                    missing.append(f"{place} is not a PNG of at most {MOST_FIGURE_BYTES:,} bytes and is not shown")
-                    continue
-                caption = _caption(file.with_suffix(".json"), run)
-                if caption is None:
-                    missing.append(f"{place} belongs to another state of its run, or its JSON is damaged; make it again")
-                elif len(found) < MOST_FIGURES:
-                    found.setdefault(encoded, f"{label}, seed {run.seed}: {caption}")
-                else:
-                    missing.append(f"{place} is not shown: the page holds {MOST_FIGURES} figures already")
-    return [(pages.address(encoded), caption) for encoded, caption in found.items()]
+            caption = "Hallucination against coverage. Small dots are seeds; bars are standard errors."
+            found.of_all.append((pages.address(drawn.read_bytes()), caption))
+    identities = {_digest(run): run for run in runs if run.file in labels and _digest(run)}
+    for file in sorted(outputs.rglob("analysis/*.png")):
+        place = file.relative_to(outputs)
+        label = labels.get(file.parents[1] / "results.json")
+        caption, named = _note(file.with_suffix(".json"))
+        if file.is_symlink() or (encoded := _png(file)) is None:
+            missing.append(f"{place} is not a PNG of at most {MOST_FIGURE_BYTES:,} bytes and is not shown")
+        elif not named or not named <= identities.keys() or (label and len(named) > 1):
+            missing.append(f"{place} is not shown: its JSON does not name a run that is on this page as it is now")
+        elif label and identities[named.copy().pop()].folder != file.parents[1]:
+            missing.append(f"{place} is not shown: it belongs to another run")
+        elif len(found.of_all) + len(found.of_one) >= MOST_FIGURES:
+            missing.append(f"{place} is not shown: the page holds {MOST_FIGURES} figures already")
+        elif label:
+            found.of_one.append((pages.address(encoded), f"{label}: {caption}"))
+        else:
+            found.of_all.append((pages.address(encoded), caption))
+    return found
 
 
-def _caption(file: Path, run: Run) -> str | None:
-    """The caption in an analysis's JSON; None if the JSON is damaged, or its identity is not that of the run."""
+def _png(file: Path) -> bytes | None:
+    with file.open("rb") as handle:
+        encoded = handle.read(MOST_FIGURE_BYTES + 1)
+    return encoded if len(encoded) <= MOST_FIGURE_BYTES and pages.kind(encoded) == "png" else None
+
+
+def _note(file: Path) -> tuple[str, set[str]]:
+    """The caption of an analysis, and the identities of the runs that it was made of; none if the JSON is damaged."""
     try:
+        if file.stat().st_size > MOST_NOTE_BYTES:
+            return file.stem, set()
         note = json.loads(file.read_text(encoding="utf-8"))
-        caption, identity = str(note.get("caption") or file.stem)[:2000], note.get("identity")
+        return str(note.get("caption") or file.stem)[:4000], set(_named(note))
     except (OSError, ValueError, AttributeError, RecursionError):
-        return None
-    own = run.results.get("identity")
-    return caption if isinstance(own, dict) and identity == own.get("digest") else None
+        return file.stem, set()
+
+
+def _named(note: Any) -> Iterator[str]:
+    """Every digest that stands beside a row and a seed, at any depth."""
+    if isinstance(note, dict):
+        if {"digest", "row", "seed"} <= note.keys():
+            yield str(note["digest"])
+        for value in note.values():
+            yield from _named(value)
+    elif isinstance(note, list):
+        for value in note:
+            yield from _named(value)
+
+
+def _digest(run: Run) -> str | None:
+    identity = run.results.get("identity")
+    return identity.get("digest") if isinstance(identity, dict) else None
 
 
 def _details(run: Run, label: str, outputs: Path, whole: bool) -> dict[str, Any]:
     """A line of the list of runs; without ``whole``, its configuration and versions are left out."""
     results = run.results
-    stages, timings, identity = (results.get(key) for key in ("stages", "timings", "identity"))
-    steps = [stage.get("steps") for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+    stages, timings = results.get("stages"), results.get("timings")
+    steps = (
+        [stage.get("steps") for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+    )
     seconds = [value for value in timings.values() if is_number(value)] if isinstance(timings, dict) else []
     texts = []
     if whole:
@@ -243,6 +275,6 @@ def _details(run: Run, label: str, outputs: Path, whole: bool) -> dict[str, Any]
         "steps": f"{sum(count for count in steps if is_number(count)):,} steps",
         "minutes": f"{sum(seconds) / 60:.1f} min" if seconds else "",
         "folder": str(run.folder.relative_to(outputs)),
-        "identity": identity.get("digest") if isinstance(identity, dict) else None,
+        "identity": _digest(run),
         "texts": texts,
     }

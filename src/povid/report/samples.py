@@ -28,7 +28,7 @@ NOISED_SHOWN = 4  # noised pictures on a card; each seed draws its own noise
 CURE = "restore it from a copy of the run folder"
 
 Pieces = list[tuple[str, str]]
-"""A text in pieces with their marks: "bad" for an object that is not in the picture, else ""."""
+"""A text in pieces with their marks: "bad" for an object that is not in the picture, "other", or ""."""
 
 
 def write(run: Path, records: Sequence[Mapping[str, Any]], find: Finder | None = None) -> Path:
@@ -54,6 +54,8 @@ def write(run: Path, records: Sequence[Mapping[str, Any]], find: Finder | None =
                         "hallucinated": absent,
                         "true": sorted(set(find(text)) - set(absent)),
                     }
+            noise = record.get("noise")
+            sample["noise"] = None if noise is None else [[str(text), bool(differs)] for text, differs in noise]
             sample["objects"] = sorted(truth) if truth is not None else None
             for key, name in (("picture", "image"), ("noised", "noised")):
                 sample[key] = None
@@ -86,7 +88,11 @@ class Text:
 
 @dataclass(frozen=True)
 class Sample:
-    """One record of ``samples.json``; a picture is its encoded bytes, or None, and then ``gone`` may say why."""
+    """One record of ``samples.json``.
+
+    ``noise``: y_l^n, what the model says token by token of the noised picture; a piece that differs from y_w is marked.
+    A picture is its encoded bytes, or None, and then ``gone`` may say why.
+    """
 
     id: str
     question: str
@@ -95,6 +101,7 @@ class Sample:
     before: Text
     after: Text
     objects: tuple[str, ...] | None
+    noise: Pieces | None
     picture: bytes | None
     noised: bytes | None
     gone: tuple[str, ...]
@@ -130,6 +137,7 @@ def _sample(folder: Path, record: Mapping[str, Any]) -> Sample:
         _letters(record["question"]),
         **{key: _text(record[key]) for key in TEXTS},
         objects=_names(record["objects"]),
+        noise=_pieces(record.get("noise")),
         **pictures,
         gone=tuple(gone),
     )
@@ -144,6 +152,12 @@ def _text(record: Mapping[str, Any]) -> Text:
         if edges != sorted(edges) or (edges and edges[0] < 0):
             raise ValueError("marks are not in order")
     return Text(text, marks, _names(record.get("hallucinated")), _names(record.get("true")))
+
+
+def _pieces(found: Any) -> Pieces | None:
+    if found is None:
+        return None
+    return [(_letters(text), "other" if differs else "") for text, differs in list(found)[:2000]]
 
 
 def _letters(text: Any) -> str:
@@ -175,11 +189,12 @@ def _picture(folder: Path, name: Any) -> tuple[bytes | None, str]:
 
 @dataclass(frozen=True)
 class Entry:
-    """The caption of one run after training; ``change``: better, worse, same or unknown, by the hallucinated objects."""
+    """The caption of one run after training; ``change``: better, worse, same or unknown, by hallucinated objects."""
 
     row: int
     label: str
     after: Pieces
+    noise: Pieces | None
     change: str
     counts: str
 
@@ -202,6 +217,11 @@ class Card:
     @property
     def size(self) -> int:
         return len(self.entries)
+
+    @property
+    def noise(self) -> bool:
+        """Whether a caption comes with what the model says of the noised picture."""
+        return any(entry.noise for entry in self.entries)
 
 
 def cards(found: Iterable[tuple[int, str, str, tuple[str, ...], Sequence[Sample]]]) -> list[Card]:
@@ -234,7 +254,9 @@ def cards(found: Iterable[tuple[int, str, str, tuple[str, ...], Sequence[Sample]
             if sample.noised:
                 noised.setdefault(sample.noised, (seed, label))
             change, counts = _change(sample)
-            card.entries.append(Entry(row, f"{label}, {seed}" if seed else label, sample.after.pieces, change, counts))
+            card.entries.append(
+                Entry(row, f"{label}, {seed}" if seed else label, sample.after.pieces, sample.noise, change, counts)
+            )
     for card, noised in made.values():
         seeds = [seed for seed, _ in noised.values()]
         for picture, (seed, label) in list(noised.items())[:NOISED_SHOWN]:

@@ -70,6 +70,11 @@ class Objective(ABC):
             tokens: the number of tokens of each response [B], or the sum of their weights.
         """
 
+    @property
+    def scale(self) -> float:
+        """What log pi/ref is multiplied by in logged rewards, for all responses and stages alike: DPO's beta."""
+        return 1.0
+
     # A method ``token_weights(preferred, dispreferred)`` weights tokens: it takes the token ids of the two responses
     # and returns a weight for each, as two lists; log-probabilities are then weighted sums.
     token_weights = None

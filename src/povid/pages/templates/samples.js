@@ -9,7 +9,7 @@
       entry,
       change: entry.dataset.change,
       row: entry.dataset.row,
-      text: entry.querySelector("p").textContent.toLowerCase(),
+      text: entry.querySelector(".caption").textContent.toLowerCase(),
     })),
     about: [...card.querySelectorAll("header, .question, .pair p")].map((part) => part.textContent).join("\n").toLowerCase(),
   }));
