@@ -35,11 +35,8 @@ table3: $(DONE)  ## the same over five seeds, with the controls
 	$(BIN)/python -m povid.report outputs/table3
 	$(BIN)/python -m povid.report page outputs/table3
 
-report: $(DONE)  ## write the page of all runs below outputs/, or below OUTPUTS=DIR
-	$(BIN)/python -m povid.report page $(or $(OUTPUTS),outputs)
-
 test: $(VENV)/.extra-browser  ## run the tests, except the slow ones
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
 
 test-slow: $(VENV)/.extra-bench  ## run the slow tests, and those against TRL
 	$(BIN)/python -m pytest -q tests/bench/test_trl.py
