@@ -6,7 +6,7 @@ DONE   := $(VENV)/.installed
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table3 test test-slow world bench lint format docs clean
+.PHONY: help setup demo table3 report test test-slow world bench lint format docs clean
 
 help:  ## print this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,8 +33,9 @@ table3: $(DONE)  ## the same over five seeds, with the controls
 	$(BIN)/python train.py -m experiment=preferred_only ablation=text,noise,both seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/preferred_only
 	$(BIN)/python train.py -m experiment=swaps_only seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/swaps_only
 	$(BIN)/python -m povid.report outputs/table3
+	$(BIN)/python -m povid.report page outputs/table3
 
-test: $(DONE)  ## run the tests, except the slow ones
+test: $(VENV)/.extra-browser  ## run the tests, except the slow ones
 	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal
 
 test-slow: $(VENV)/.extra-bench  ## run the slow tests, and those against TRL

@@ -70,14 +70,6 @@ def test_marks_by_chairs_own_object_finder():
     assert '">hot dogs</mark>' in text and '">forks</mark>' in text
 
 
-def test_the_page_is_self_contained(tmp_path):
-    table = table_rows(
-        [{"id": "<7>", "image": Image.new("RGB", (4, 4), "red"), "before": "A fork.", "objects": []}], find
-    )
-    page = dashboards.write_page(table, tmp_path / "table.html").read_text()
-    assert page.count("data:image/png;base64,") == 1 and ">fork</mark>" in page and "&lt;7&gt;" in page
-
-
 def test_wandb_accepts_the_table_offline(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb")
     for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR"):  # else the table's media go to the home

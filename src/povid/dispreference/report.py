@@ -6,14 +6,13 @@ import json
 import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from povid.dispreference.gates import has_reason
 from povid.files import write_json, write_text
 from povid.preferences.differences import changes, overlap, words
-from povid.preferences.show import bars, write_page
+from povid.preferences.show import Box, Extra, write_page
 from povid.preferences.triple import Triple
 
 SHOWN = 20  # triples on the page
@@ -79,13 +78,11 @@ def write_report(
     lines = [json.dumps({"id": id, "reasons": list(tries)}, ensure_ascii=False) for id, tries in rejects]
     write_text(folder / "rejects.jsonl", "".join(line + "\n" for line in lines))
     if triples:
-        boxes = "".join(
-            (
-                bars("Hallucinations (records)", list(numbers["hallucinations"].items())),
-                bars("Most injected objects", list(numbers["injected_objects"].items())[:10]),
-                bars("Replies refused, by reason", list(numbers["replies_refused"].items())),
-                bars("Records set aside, by last reason", list(numbers["set_aside_for"].items())),
-            )
+        boxes = (
+            Box("Hallucinations (records)", list(numbers["hallucinations"].items())),
+            Box("Most injected objects", list(numbers["injected_objects"].items())[:10]),
+            Box("Replies refused, by reason", list(numbers["replies_refused"].items())),
+            Box("Records set aside, by last reason", list(numbers["set_aside_for"].items())),
         )
         ratio = numbers["length_ratio"]
         prompts = ", ".join(f"{count} {name}" for name, count in numbers["prompts"].items())
@@ -98,7 +95,7 @@ def write_report(
             folder / "report.html",
             title=title,
             count=SHOWN,
-            extra=f'<h2>Generation</h2><p>{escape(text)}</p><div class="facts">{boxes}</div>',
+            extra=Extra("Generation", text, boxes),
             noise_steps=(),
         )
 

@@ -7,20 +7,18 @@ appendix A.1), and those of any other distortion that works on pictures.
 
 from __future__ import annotations
 
-import base64
-import io
 import random
 import statistics
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from html import escape
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from povid import pages
 from povid.fault import Fault
-from povid.files import write_text
 from povid.preferences.differences import changes, compared_whole, overlap, segments, words
 from povid.preferences.pictures import Pictures, open_picture
 from povid.preferences.triple import Triple
@@ -29,44 +27,29 @@ if TYPE_CHECKING:
     from povid.method.distortions import Distortion
 
 NOISE_STEPS = (250, 500, 750)  # of 1000; the paper trains at 500 (Table 5)
-SIDE = 320  # pixels of the longer side; larger pictures are scaled down
 KINDS = ("object", "count", "attribute", "relation")
 
-STYLE = """
-:root { --ink: #1d2126; --dim: #667080; --line: #e1e5ea; --paper: #f6f7f9; --card: #fff; --good: #dcf2e1;
-  --good-ink: #0d5d2a; --bad: #fde1dd; --bad-ink: #9b1c10; --bar: #5b8def; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e7eaee; --dim: #9aa4b2; --line: #333a44; --paper: #14171b;
-  --card: #1d2127; --good: #12402a; --good-ink: #a5e8bd; --bad: #512019; --bad-ink: #ffc0b6; --bar: #6f9cf5; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
-main { max-width: 1120px; margin: 0 auto; padding: 28px 20px 60px; }
-h1 { font-size: 22px; margin: 0 0 4px; overflow-wrap: anywhere; } h2 { font-size: 16px; margin: 26px 0 10px; }
-.dim { color: var(--dim); }
-.facts { display: grid; grid-template-columns: repeat(auto-fit, minmax(208px, 1fr)); gap: 14px; }
-.box { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px; }
-.box h3 { margin: 0 0 8px; font-size: 13px; font-weight: 600; color: var(--dim); }
-.row { display: grid; grid-template-columns: minmax(0, 1fr) 38px 38px; gap: 8px; align-items: center; font-size: 13px; }
-.row span:first-child { overflow-wrap: anywhere; }
-.row span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
-.bar { background: var(--line); border-radius: 3px; height: 9px; overflow: hidden; }
-.bar i { display: block; height: 100%; background: var(--bar); }
-article { background: var(--card); border: 1px solid var(--line); border-radius: 10px; padding: 16px; margin: 0 0 16px;
-  break-inside: avoid; }
-article header { display: flex; flex-wrap: wrap; gap: 6px 12px; align-items: baseline; margin-bottom: 10px; }
-article header b { overflow-wrap: anywhere; }
-.tag { font-size: 12px; border: 1px solid var(--line); border-radius: 99px; padding: 0 9px; color: var(--dim); }
-.pictures { display: flex; flex-wrap: wrap; gap: 10px; margin-bottom: 12px; }
-figure { margin: 0; } figure img { display: block; max-width: 100%; height: 158px; border-radius: 6px; }
-figcaption { font-size: 12px; color: var(--dim); margin-top: 3px; }
-.question { margin: 12px 0 8px; font-weight: 600; white-space: pre-wrap; overflow-wrap: anywhere; }
-.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(300px, 1fr)); gap: 18px; }
-.pair h4 { margin: 0 0 4px; font-size: 12px; font-weight: 600; color: var(--dim); }
-.pair p { margin: 0; white-space: pre-wrap; overflow-wrap: anywhere; }
-mark { border-radius: 3px; padding: 0 2px; color: inherit; }
-mark.good { background: var(--good); color: var(--good-ink); }
-mark.bad { background: var(--bad); color: var(--bad-ink); }
-.gone { border: 1px dashed var(--bad-ink); border-radius: 6px; padding: 20px; font-size: 13px; }
-"""
+Pieces = list[tuple[str, str]]
+"""A text in pieces with their marks: "good" or "bad" for words that only one response has, else ""."""
+
+
+@dataclass(frozen=True)
+class Box:
+    """One bar per (name, value), or lines without bars if ``plain``; ``form`` formats a value."""
+
+    title: str
+    counts: Sequence[tuple[str, float]]
+    form: str = "{:,.0f}"
+    plain: bool = False
+
+
+@dataclass(frozen=True)
+class Extra:
+    """A section of a page between its statistics and its records."""
+
+    title: str
+    text: str
+    boxes: Sequence[Box]
 
 
 def write_page(
@@ -78,7 +61,7 @@ def write_page(
     seed: int = 0,
     noise_steps: Sequence[int] = NOISE_STEPS,
     distortions: Mapping[str, Distortion] | None = None,
-    extra: str = "",
+    extra: Extra | None = None,
 ) -> None:
     """Write the page for ``triples``.
 
@@ -88,7 +71,7 @@ def write_page(
         seed: of the drawn records and of the noise.
         noise_steps: steps k of Eq. 4, 0 to 999; one noised picture for each.
         distortions: further distortions by the name that stands below their pictures.
-        extra: HTML between statistics and records.
+        extra: a section between statistics and records.
 
     Raises:
         Fault: there are no records.
@@ -101,48 +84,31 @@ def write_page(
     drawn = {f"noised, step {step}": _noise(step) for step in noise_steps}
     pictures = Pictures([triple.image for triple in triples])
     drawn |= {name: distortion.among(pictures) for name, distortion in (distortions or {}).items()}
-    cards = "\n".join(_card(triples[record], drawn, seed, record) for record in shown)
-    page = f"""<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{escape(title)}</title><style>{STYLE}</style></head><body><main>
-<h1>{escape(title)}</h1>
-<p class="dim">{len(triples):,} preference records, {len(shown)} of them below.
-<mark class="good">only in the preferred</mark> <mark class="bad">only in the dispreferred</mark></p>
-<div class="facts">{_statistics(triples)}</div>
-{extra}
-<h2>Records</h2>
-{cards}
-</main></body></html>
-"""
-    write_text(Path(out), page)
+    pages.write(
+        Path(out),
+        "preferences.html",
+        title=title,
+        total=len(triples),
+        boxes=_statistics(triples),
+        extra=extra,
+        cards=[_card(triples[record], drawn, seed, record) for record in shown],
+    )
 
 
-def marked(preferred: str, dispreferred: str) -> tuple[str, str]:
-    """Both texts as HTML, the words that only one of them has marked."""
+def marked(preferred: str, dispreferred: str) -> tuple[Pieces, Pieces]:
+    """Both texts in pieces, the words that only one of them has marked."""
     left, right = [], []
     for good, bad, same in segments(preferred, dispreferred):
-        left.append(escape(good) if same or not good.strip() else f'<mark class="good">{escape(good)}</mark>')
-        right.append(escape(bad) if same or not bad.strip() else f'<mark class="bad">{escape(bad)}</mark>')
-    return "".join(left), "".join(right)
-
-
-def bars(title: str, counts: Sequence[tuple[str, float]], form: str = "{:,.0f}") -> str:
-    """A box with one bar per (name, value)."""
-    most = max((value for _, value in counts), default=0) or 1
-    rows = "".join(
-        f'<div class="row"><span title="{escape(name, quote=True)}">{escape(name)}</span>'
-        f'<span class="bar"><i style="width:{100 * value / most:.1f}%"></i></span>'
-        f"<span>{form.format(value)}</span></div>"
-        for name, value in counts
-    )
-    return f'<div class="box"><h3>{escape(title)}</h3>{rows or "<span class=dim>none</span>"}</div>'
+        left.append((good, "" if same or not good.strip() else "good"))
+        right.append((bad, "" if same or not bad.strip() else "bad"))
+    return [piece for piece in left if piece[0]], [piece for piece in right if piece[0]]
 
 
 def _responses(turns: Sequence) -> str:
     return "\n".join(turn.text for turn in turns if turn.role == "assistant")
 
 
-def _statistics(triples: Sequence[Triple]) -> str:
+def _statistics(triples: Sequence[Triple]) -> list[Box]:
     good, bad, shared, kinds, added = [], [], [], Counter(), Counter()
     for triple in triples:
         first, second = _responses(triple.preferred), _responses(triple.dispreferred)
@@ -166,56 +132,49 @@ def _statistics(triples: Sequence[Triple]) -> str:
     ]
     turns = Counter(len(triple.preferred) // 2 for triple in triples)
     rounds = [(f"{number} question{'s' * (number > 1)}", count) for number, count in sorted(turns.items())]
-    length_box = "".join(
-        f'<div class="row"><span>{name}</span><span></span><span>{value:.2f}</span></div>' for name, value in lengths
-    )
-    return "".join(
-        (
-            f'<div class="box"><h3>Words per record (mean)</h3>{length_box}</div>',
-            bars("Words shared by both, in order (records)", steps),
-            bars("What changed (records; one may have several)", [(kind, kinds[kind]) for kind in KINDS]),
-            bars("Objects only in the dispreferred (records)", added.most_common(8)),
-            bars("Length of the conversation (records)", rounds[:8]) if max(turns) > 1 else "",
-        )
-    )
+    boxes = [
+        Box("Words per record (mean)", lengths, "{:.2f}", plain=True),
+        Box("Words shared by both, in order (records)", steps),
+        Box("What changed (records; one may have several)", [(kind, kinds[kind]) for kind in KINDS]),
+        Box("Objects only in the dispreferred (records)", added.most_common(8)),
+    ]
+    return [*boxes, Box("Length of the conversation (records)", rounds[:8])] if max(turns) > 1 else boxes
 
 
-def _card(triple: Triple, distortions: Mapping[str, Distortion], seed: int, record: int) -> str:
+def _card(triple: Triple, distortions: Mapping[str, Distortion], seed: int, record: int) -> dict[str, Any]:
     first, second = _responses(triple.preferred), _responses(triple.dispreferred)
     found = changes(first, second)
-    tags = "".join(f'<span class="tag">{kind}</span>' for kind in KINDS if kind in found.kinds)
+    tags = [kind for kind in KINDS if kind in found.kinds]
     if not compared_whole(first, second):
-        tags += '<span class="tag">too long: compared at both ends alone</span>'
-    rounds = []
-    for at in range(0, len(triple.preferred), 2):
-        good, bad = marked(triple.preferred[at + 1].text, triple.dispreferred[at + 1].text)
-        rounds.append(
-            f'<p class="question">{escape(triple.preferred[at].text)}</p><div class="pair"><div><h4>Preferred'
-            f"</h4><p>{good}</p></div><div><h4>Dispreferred</h4><p>{bad}</p></div></div>"
-        )
-    return (
-        f"<article><header><b>{escape(triple.id)}</b>{tags}<span class='dim'>overlap {overlap(first, second):.2f}, "
-        f"{len(words(first))} → {len(words(second))} words</span></header>"
-        f'<div class="pictures">{_figures(triple, distortions, seed, record)}</div>{"".join(rounds)}</article>'
-    )
-
-
-def _figures(triple: Triple, distortions: Mapping[str, Distortion], seed: int, record: int) -> str:
+        tags.append("too long: compared at both ends alone")
+    shown, gone = [], ""
     try:
         picture = open_picture(triple.image)
+        shown = [(picture, "picture"), *_distorted(picture, distortions, seed, record)]
     except Fault as fault:  # a page about data shows what is wrong with them
-        return f'<div class="gone">{escape(str(fault))}</div>'
-    shown = [(picture, "picture")]
+        gone = str(fault)
+    return {
+        "id": triple.id,
+        "tags": tags,
+        "facts": f"overlap {overlap(first, second):.2f}, {len(words(first))} → {len(words(second))} words",
+        "pictures": [(pages.address(pages.picture(image)), name) for image, name in shown],
+        "gone": gone,
+        "rounds": [
+            (triple.preferred[at].text, *marked(triple.preferred[at + 1].text, triple.dispreferred[at + 1].text))
+            for at in range(0, len(triple.preferred), 2)
+        ],
+    }
+
+
+def _distorted(
+    picture: Image.Image, distortions: Mapping[str, Distortion], seed: int, record: int
+) -> Iterator[tuple[Image.Image, str]]:
+    """The picture as training distorts it for this record in its first epoch, with the name of each distortion."""
     if distortions:
         from povid.method.distortions import distort_picture, generator
 
         for name, distortion in distortions.items():
-            source = generator(seed=seed, epoch=0, record=record)
-            shown.append((distort_picture(distortion, picture, source), name))
-    return "".join(
-        f'<figure><img alt="{escape(name)}" src="{_embedded(image)}"><figcaption>{escape(name)}</figcaption></figure>'
-        for image, name in shown
-    )
+            yield distort_picture(distortion, picture, generator(seed=seed, epoch=0, record=record)), name
 
 
 def _noise(step: int) -> Distortion:
@@ -226,13 +185,3 @@ def _noise(step: int) -> Distortion:
 
     scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="sigmoid", beta_start=1e-5, beta_end=5e-3)
     return Diffusion(scheduler, step, space="pixel")
-
-
-def _embedded(picture: Image.Image) -> str:
-    """A data URL: small pictures as they are, larger ones scaled down."""
-    small = picture.copy()
-    small.thumbnail((SIDE, SIDE))
-    kind = "PNG" if small.size == picture.size else "JPEG"
-    buffer = io.BytesIO()
-    small.save(buffer, kind, quality=82)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"

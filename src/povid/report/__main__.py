@@ -1,6 +1,8 @@
-"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones.
+"""``python -m povid.report OUTPUTS``: the paper's tables with our rows beside the printed ones, and figures.
 
-``python -m povid.report dashboard OUTPUTS`` makes a Weights & Biases workspace of the runs.
+``python -m povid.report page OUTPUTS``: all of it on one page, with curves, samples and configurations.
+``python -m povid.report compare RUN_A RUN_B``: two runs, answer by answer.
+``python -m povid.report dashboard OUTPUTS``: a Weights & Biases workspace of the runs.
 """
 
 from __future__ import annotations
@@ -10,29 +12,25 @@ import sys
 from pathlib import Path
 
 from povid.fault import Fault
-from povid.report import workspace
 from povid.report.command import write_tables
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write the tables and print them with the paths of all files. Returns the exit status: 0, or 2 after an error."""
+    """Write tables or a page and print where they are. Returns the exit status: 0, or 2 after an error."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments[:1] == ["compare"]:
-        from povid.report import compare  # only here: tables need no scipy
+    others = {"page": _page, "compare": _compare, "dashboard": _dashboard}
+    try:
+        if arguments and arguments[0] in others:
+            return others[arguments[0]](arguments[1:])
+        return _tables(arguments)
+    except Fault as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return 2
 
-        return compare.main(arguments[1:])
-    if arguments[:1] == ["dashboard"]:
-        try:
-            print(workspace.main(arguments[1:]))
-        except Fault as fault:
-            print(f"error: {fault}", file=sys.stderr)
-            return 2
-        return 0
+
+def _tables(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m povid.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="To compare two runs answer by answer: python -m povid.report compare RUN_A RUN_B",
+        prog="python -m povid.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
     parser.add_argument(
@@ -45,15 +43,35 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder for the files (default: OUTPUTS/tables)")
     parser.add_argument("--no-pictures", action="store_true", help="skip the PNG files")
     options = parser.parse_args(arguments)
-    try:
-        files = write_tables(options.outputs, options.out, tuple(options.table or ()), not options.no_pictures)
-    except Fault as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
+    files = write_tables(options.outputs, options.out, tuple(options.table or ()), not options.no_pictures)
     for file in files:
         if file.suffix == ".txt":
             print(file.read_text(encoding="utf-8"))
     print("\n".join(map(str, files)))
+    return 0
+
+
+def _page(arguments: list[str]) -> int:
+    from povid.report.page import write_page
+
+    parser = argparse.ArgumentParser(prog="python -m povid.report page", description="write the page of all runs")
+    parser.add_argument("outputs", type=Path, metavar="OUTPUTS", help="folder with run folders, at any depth")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="the page (default: OUTPUTS/report.html)")
+    options = parser.parse_args(arguments)
+    print(write_page(options.outputs, options.out).resolve().as_uri())
+    return 0
+
+
+def _compare(arguments: list[str]) -> int:
+    from povid.report import compare  # tables need no scipy
+
+    return compare.main(arguments)
+
+
+def _dashboard(arguments: list[str]) -> int:
+    from povid.report import workspace
+
+    print(workspace.main(arguments))
     return 0
 
 

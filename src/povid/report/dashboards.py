@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import base64
 import html
 import io
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from povid.files import write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -57,11 +54,11 @@ def hallucinated(text: str, truth: Collection[str], find: Finder) -> list[str]:
     return list(dict.fromkeys(thing for thing in find(text) if thing not in truth))
 
 
-def mark(text: str, truth: Collection[str], find: Finder) -> str:
-    """Return ``text`` as HTML with every mention of an object that ``truth`` does not hold in <mark>."""
+def spans(text: str, truth: Collection[str], find: Finder) -> list[tuple[int, int]]:
+    """Return (start, end) in ``text`` of every mention of an object that ``truth`` does not hold, in order."""
     absent = set(hallucinated(text, truth, find))
     words = list(re.finditer(r"[\w'-]+", text))
-    out, end, place = [], 0, 0
+    found, place = [], 0
     while place < len(words):
         span = words[place : place + 1]
         pair = words[place : place + 2]
@@ -69,12 +66,17 @@ def mark(text: str, truth: Collection[str], find: Finder) -> str:
         if len(pair) == 2 and find(_between(text, pair)) != find(pair[0].group()) + find(pair[1].group()):
             span = pair
         if absent.intersection(find(_between(text, span))):
-            out += [
-                html.escape(text[end : span[0].start()]),
-                f'<mark style="{STYLE}">{html.escape(_between(text, span))}</mark>',
-            ]
-            end = span[-1].end()
+            found.append((span[0].start(), span[-1].end()))
         place += len(span)
+    return found
+
+
+def mark(text: str, truth: Collection[str], find: Finder) -> str:
+    """Return ``text`` as HTML with every mention of an object that ``truth`` does not hold in <mark>."""
+    out, end = [], 0
+    for start, stop in spans(text, truth, find):
+        out += [html.escape(text[end:start]), f'<mark style="{STYLE}">{html.escape(text[start:stop])}</mark>']
+        end = stop
     return "".join([*out, html.escape(text[end:])])
 
 
@@ -122,11 +124,12 @@ def _for_wandb(column: str, value: Any) -> Any:
     import wandb
 
     if column in PICTURES:
-        return None if value is None else wandb.Image(_picture(value))
+        return None if value is None else wandb.Image(opened(value))
     return wandb.Html(value, inject=False) if column in TEXTS else value
 
 
-def _picture(value: Any) -> Image:
+def opened(value: Any) -> Image:
+    """An RGB picture from a PIL picture, encoded bytes or a file."""
     from PIL import Image
 
     from povid.preferences.pictures import rgb
@@ -137,33 +140,3 @@ def _picture(value: Any) -> Image:
         with Image.open(value) as picture:
             return rgb(picture)
     return rgb(value)
-
-
-def write_page(table: tuple[Sequence[str], Sequence[Sequence[Any]]], file: Path) -> Path:
-    """Write a table made by ``table_rows`` as one self-contained HTML file; return ``file``."""
-    columns, rows = table
-    body = []
-    for row in rows:
-        cells = []
-        for column, value in zip(columns, row, strict=True):
-            if column in PICTURES:
-                text = "" if value is None else f'<img src="data:image/png;base64,{_encoded(value)}">'
-            else:
-                text = value if column in TEXTS else html.escape(str(value))
-            cells.append(f"<td>{text}</td>")
-        body.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in columns)
-    page = (
-        "<!doctype html><meta charset='utf-8'><title>Before and after</title><style>"
-        "body{font:14px/1.45 sans-serif;margin:24px;color:#1a1a1a}table{border-collapse:collapse}"
-        "th,td{border-bottom:1px solid #ccc;padding:8px;text-align:left;vertical-align:top;max-width:22em}"
-        "img{width:150px;image-rendering:auto}</style>"
-        f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(body)}</tbody></table>\n"
-    )
-    return write_text(file, page)
-
-
-def _encoded(value: Any) -> str:
-    buffer = io.BytesIO()
-    _picture(value).save(buffer, format="PNG")
-    return base64.b64encode(buffer.getvalue()).decode()

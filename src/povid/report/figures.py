@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
 from collections import defaultdict
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from povid.files import draft
+from povid.report.curves import binned, mean_of, metrics
 from povid.report.runs import PAPER_ROWS, Row, Run, group, is_number, lookup
 from povid.report.tables import COLLAPSE
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-COLORS = {"none": "#4d4d4d", "noise": "#1b6ca8", "text": "#c8553d", "both": "#2a7f4f"}
+COLORS = {"none": "#4d4d4d", "noise": "#0072b2", "text": "#d55e00", "both": "#009e73"}  # Okabe and Ito
 MORE = ("#8e5aa8", "#b08800", "#00798c", "#a3416b", "#6b705c", "#5c4d7d")
 MARKERS = {"none": "s", "noise": "^", "text": "v", "both": "o"}
 
@@ -33,9 +33,7 @@ PANELS = (
     ("share with margin > 0", ("rewards/accuracies",)),
 )
 ALL = "#1a1a1a"
-RESPONSES = {"chosen": "#2a7f4f", "rejected": ALL, "text": "#c8553d", "noise": "#1b6ca8"}
-EARLIER = "train/"  # how the names in metrics.csv began in versions before 0.3
-SMOOTH = 200  # points of a curve; a longer one is averaged in bins to remove jitter
+RESPONSES = {"chosen": COLORS["both"], "rejected": ALL, "text": COLORS["text"], "noise": COLORS["noise"]}
 
 
 def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
@@ -57,7 +55,7 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
     for place, world in enumerate(worlds, 1):
         axes = figure.add_subplot(down, across, place)
         rows = [row for row in shown if (*row.world, row.limit) == world]
-        inks = _inks(rows)
+        inks = colors(rows)
         base = next((row for row in rows if row.name == "none"), None)
         for row, ink in zip(rows, inks):
             _draw_row(axes, row, ink)
@@ -148,7 +146,9 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
         stages: dict[str, list] = defaultdict(list)
         for run in row.runs:
             for folder in sorted(run.folder.glob("stage_*")):
-                series = _metrics(folder)
+                series, problem = metrics(folder)
+                if problem:
+                    log.warning(problem)
                 if series:
                     stages[folder.name.removeprefix("stage_")].append(series)
         where = f"\n{row.world[0]}, {row.world[1]}" if several else ""
@@ -184,54 +184,12 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
 def _draw_series(axes: Axes, seeds: list[list[tuple[float, float]]], legend: str, ink: str) -> None:
     if not seeds:
         return
-    by_step: dict[float, list[float]] = defaultdict(list)
-    for points in seeds:
-        for step, value in points:
-            by_step[step].append(value)
-        if len(seeds) > 1:
-            axes.plot(*zip(*_binned(points)), color=ink, alpha=0.25, lw=0.8)
-    # the mean would jump at a step that only some seeds logged
-    mean = [(step, _mean(values)) for step, values in sorted(by_step.items()) if len(values) == len(seeds)]
+    if len(seeds) > 1:
+        for points in seeds:
+            axes.plot(*zip(*binned(points)), color=ink, alpha=0.25, lw=0.8)
+    mean = mean_of(seeds)
     if mean:
-        axes.plot(*zip(*_binned(mean)), color=ink, lw=1.8, label=legend, marker="o" if len(mean) == 1 else "")
-
-
-def _binned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most ``SMOOTH`` points: neighbours averaged in step and value."""
-    width = -(-len(points) // SMOOTH)
-    bins = [points[start : start + width] for start in range(0, len(points), width)]
-    return [(_mean([step for step, _ in part]), _mean([value for _, value in part])) for part in bins]
-
-
-def _metrics(folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Series of (step, value) by name from the newest metrics.csv below a stage's folder, without blanks and NaN."""
-    files = sorted(folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)
-    series: dict[str, dict[float, float]] = defaultdict(dict)
-    if files:
-        with files[-1].open(newline="", encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(csv.DictReader(lines)):
-                step = _float(line.get("step"))
-                for name, text in line.items():
-                    value = _float(text) if name and name not in ("step", "epoch") else None
-                    if value is not None:
-                        series[name][number if step is None else step] = value
-    if earlier := [name for name in series if name.startswith(EARLIER)]:
-        log.warning(
-            "%s is of an earlier version: its loss is drawn, and its rewards, which stand on another scale, are not",
-            files[-1],
-        )
-        series["loss"] = series[f"{EARLIER}loss"]
-        for name in earlier:
-            del series[name]
-    return {name: sorted(points.items()) for name, points in series.items()}
-
-
-def _float(text: object) -> float | None:
-    try:
-        value = float(text)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
-        return None
-    return value if math.isfinite(value) else None
+        axes.plot(*zip(*binned(mean)), color=ink, lw=1.8, label=legend, marker="o" if len(mean) == 1 else "")
 
 
 def _lines(prefixes: Sequence[str], logged: set[str]) -> dict[str, tuple[str, str]]:
@@ -262,7 +220,7 @@ def _error(values: Sequence[float]) -> float:
     return math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values))
 
 
-def _inks(rows: Sequence[Row]) -> list[str]:
+def colors(rows: Sequence[Row]) -> list[str]:
     """One colour per row: the paper's four rows have their own; a second setting of one and controls take the next."""
     more, used, inks = iter(MORE * (len(rows) + 1)), set(), []
     for row in rows:

@@ -149,8 +149,10 @@ class Row:
         return "stage" not in self.settings and "adapters" not in self.settings
 
 
-def find_runs(outputs: Path) -> list[Run]:
-    """Find every run below ``outputs``, at any depth; an unreadable results.json is skipped with a warning on stderr.
+def find_runs(outputs: Path, skipped: list[str] | None = None) -> list[Run]:
+    """Find every run below ``outputs``, at any depth; an unreadable results.json is skipped.
+
+    A sentence about it goes to ``skipped``, or to stderr if there is none.
 
     Raises:
         Fault: ``outputs`` is not a folder or holds no readable results.json.
@@ -164,7 +166,10 @@ def find_runs(outputs: Path) -> list[Run]:
         try:
             runs.append(read(file))
         except (OSError, ValueError) as error:
-            print(f"warning: skipped {file}: {error}", file=sys.stderr)
+            if skipped is None:
+                print(f"warning: skipped {file}: {error}", file=sys.stderr)
+            else:
+                skipped.append(f"{file}: {error}")
     if not runs:
         found = f"{len(files)} results.json, none of them readable" if files else "no results.json"
         raise Fault(f"{outputs} holds {found}; run python train.py first or name another folder")

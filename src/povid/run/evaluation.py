@@ -17,6 +17,7 @@ from povid.model.question import Answerer, Decoding, Question
 from povid.preferences.pictures import Pictures, open_picture
 from povid.preferences.triple import Triple
 from povid.report import dashboards
+from povid.report import samples as kept_samples
 from povid.report.runs import is_number, lookup
 from povid.run.build import make
 from povid.run.content import names, of_run
@@ -163,14 +164,17 @@ def captions_before(run: Path) -> list[str]:
 def show(
     settings: Settings, run: Path, results: Mapping[str, Any], triples: Sequence[Triple], after: Sequence[str]
 ) -> None:
-    """Write the page of captions, and show the evaluation in every logger; ``after``: the captions of the samples.
+    """Keep the samples, write the page of captions, and show the evaluation in every logger.
 
-    A logger that fails is named in a warning: what it would show is in results.json already.
+    ``after``: the captions of the samples. A logger that fails is named in a warning: what it would show is in
+    results.json already.
     """
     samples, before = sample_questions(triples, settings.plain.samples), captions_before(run) or after
     records, find = sample_records(settings, triples, samples, before, after, noise_responses(run))
     if records:
-        dashboards.write_page(dashboards.table_rows(records, find), run / "captions.html")
+        kept_samples.write(run, records, find)
+        title = f"{results['row']}, seed {results['seed']}: captions before and after training"
+        kept_samples.write_captions(run, title, f"model {results['model']}, data {results['data']}")
     try:
         loggers = make_loggers(settings.loggers, RunContext.of(settings, run, "eval"))
         show_results(loggers, results)
