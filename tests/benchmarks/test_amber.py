@@ -113,6 +113,36 @@ def test_what_scores_descriptions_and_is_missing_is_named_with_its_cure(
     assert "images are missing" in suite.check({"amber": AMBER(data=data)})["amber"]["missing"]
 
 
+def test_nouns_and_similarity_are_what_nltk_and_spacy_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All words are tagged at once, capitals kept; spaCy's model is loaded once, and each pair compared once."""
+    import nltk
+
+    seen: list[Any] = []
+    tags = {"Dogs": "NNPS", "dogs": "NNS", "run": "VBP"}
+
+    def pos_tag(words: list[str]) -> list[tuple[str, str]]:
+        seen.append(words)
+        return [(word, tags.get(word, ".")) for word in words]
+
+    def load(name: str) -> SimpleNamespace:
+        seen.append(name)
+        return SimpleNamespace(make_doc=lambda word: SimpleNamespace(similarity=lambda other: seen.append(word) or 0.9))
+
+    monkeypatch.setattr(nltk, "pos_tag", pos_tag)
+    lemmatizer = SimpleNamespace(lemmatize=lambda word: word.removesuffix("s"))
+    monkeypatch.setattr(nltk.stem, "WordNetLemmatizer", lambda: lemmatizer)
+    assert amber.nouns("Dogs run. Two dogs!") == ["Dog", "dog"]
+    assert seen == [["Dogs", "run", ".", "Two", "dogs", "!"]]
+    seen.clear()
+    monkeypatch.setitem(sys.modules, "spacy", SimpleNamespace(load=load))
+    try:
+        assert [amber.similarity(word, "dog") for word in ("puppy", "cat", "puppy")] == [0.9] * 3
+    finally:
+        amber.similarity.cache_clear()
+        amber._vectors.cache_clear()
+    assert seen == ["en_core_web_lg", "puppy", "cat"]
+
+
 def test_broken_files_are_told_in_one_sentence(data: Path, language: None) -> None:
     def broken(name: str, content: Any, sentence: str) -> None:
         before = (data / name).read_text()

@@ -33,7 +33,7 @@ START = 0.001  # metrics.txt starts every denominator here
 WHAT = "an answer counts as a reader takes it; officially only the answers Yes and No themselves do"
 CURE = (
     f"install spaCy (`pip install 'povid[amber]'`) and run `python -m spacy download {VECTORS}` and "
-    "`python -m nltk.downloader averaged_perceptron_tagger_eng wordnet`, or leave out the descriptions with "
+    "`python -m nltk.downloader averaged_perceptron_tagger_eng wordnet`, or in a run leave out the descriptions with "
     "benchmarks.amber.tasks=[existence,attribute,relation]"
 )
 
@@ -47,7 +47,7 @@ TYPES: dict[str, tuple[Task, str]] = {
     "discriminative-relation": ("relation", ""),
     "relation": ("relation", ""),
 }
-_HOST = "https://raw.githubusercontent.com/junyangwang0410/AMBER/master/data"
+_HOST = "https://raw.githubusercontent.com/junyangwang0410/AMBER/534babf6bbfcce2e735c26289dedfb21cef3c939/data"
 
 
 class AMBER(Benchmark):

@@ -262,7 +262,10 @@ def add_valid(scores: dict[str, Any], questions: Sequence[Question], answers: Se
     given: dict[str, list[tuple[str | None, str]]] = {}
     for question, answer in zip(questions, answers, strict=True):
         given.setdefault(question.meta["split"], []).append((yes_no.verdict(answer), question.meta["label"]))
-    found = {split: yes_no.valid(*zip(*pairs)) for split, pairs in given.items()}
+    found = {
+        split: yes_no.valid([said for said, _ in pairs], [label for _, label in pairs])
+        for split, pairs in given.items()
+    }
     for split, figures in found.items():
         scores[split] |= figures
     scores |= {key: sum(figures[key] for figures in found.values()) / len(found) for key in ("invalid", "f1_valid")}

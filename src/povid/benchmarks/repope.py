@@ -18,11 +18,7 @@ from povid.model.question import Question, Score
 if TYPE_CHECKING:
     from povid.benchmarks.judge import Judge
 
-_SHA256 = {
-    "random": "f464fcaf60b24ce2f280cf33f122e000dbdd35c8e88f77c4141c9c2cba864611",
-    "popular": "57832b055bae5fd6176278a4f104c98ddd84811f7d26dfcb93d481f6c9da09a5",
-    "adversarial": "8c346dbb060bf422ff92e769fa68e5ab3e8a777cb28a26e973387441e05c9ccf",
-}
+_HOST = "https://raw.githubusercontent.com/YanNeu/RePOPE/bcf22e5690d587cce34e1728af3efdcfaf747d29/annotations"
 
 
 class RePOPE(POPE):
@@ -33,12 +29,12 @@ class RePOPE(POPE):
     columns: ClassVar[tuple[Column, ...]] = (Column("repope.f1", "RePOPE", "high", 2),)
     sources: ClassVar[tuple[Source, ...]] = (
         *(
-            Source(
-                f"https://raw.githubusercontent.com/YanNeu/RePOPE/main/annotations/coco_repope_{split}.json",
-                f"coco_repope_{split}.json",
-                sha256=_SHA256[split],
+            Source(f"{_HOST}/coco_repope_{split}.json", f"coco_repope_{split}.json", size, sha256)
+            for split, size, sha256 in (
+                ("random", 340368, "f464fcaf60b24ce2f280cf33f122e000dbdd35c8e88f77c4141c9c2cba864611"),
+                ("popular", 333773, "57832b055bae5fd6176278a4f104c98ddd84811f7d26dfcb93d481f6c9da09a5"),
+                ("adversarial", 328764, "8c346dbb060bf422ff92e769fa68e5ab3e8a777cb28a26e973387441e05c9ccf"),
             )
-            for split in SPLITS
         ),
         *POPE.sources,
     )
