@@ -22,8 +22,7 @@ from povid.run.identity import digest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-    from matplotlib.figure import SubFigure
+    from matplotlib.figure import Figure, SubFigure
 
 WIDTH = 7.2  # inches: at 700 pixels a point is then 1.35 pixels
 TRUE, PARTNER = "#1b6ca8", "#c8553d"
@@ -79,7 +78,7 @@ def head(name: str, subject: Subject, measure: Mapping[str, Any]) -> dict[str, A
 def kept(name: str, subject: Subject, measure: Mapping[str, Any]) -> dict[str, Any] | None:
     """What lies in the run folder already, measured on the same model in the same way; None if there is nothing."""
     file = subject.folder / f"{name}.json" if subject.folder else None
-    if file is None or not file.exists():
+    if file is None or not file.exists() or not file.with_suffix(".png").exists():
         return None
     try:
         found = read_json(file, dict, "", ("digest", "measure"))

@@ -7,6 +7,7 @@ must consist of the adapters and weights that the run's identity records.
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from hydra import initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from PIL import Image
 
 from povid.benchmarks.chair import CHAIR
 from povid.fault import Fault, validated
@@ -128,7 +130,7 @@ class Subject:
         """What its outputs depend on, apart from what it is asked."""
         settings = self.model.model_dump(mode="json", exclude={"name", "path", "prepare", "lora", "fused"})
         adapters = [adapter_digest(adapter) for adapter in self.adapters]
-        return {"model": settings, "weights": weights_digest(self.model.source), "adapters": adapters}
+        return {"model": settings, "weights": _weights(self.model.source), "adapters": adapters}
 
     @property
     def folder(self) -> Path | None:
@@ -235,6 +237,15 @@ def of_run(run: Run) -> Subject:
     return subject
 
 
+@functools.cache  # gigabytes of a large model are read once for all of its runs
+def _weights(source: str) -> str:
+    try:
+        return weights_digest(source)
+    except OSError as error:
+        reason = str(error).splitlines()[0]
+        raise Fault(f"the model's files cannot be read ({reason}); put {source} back, or go online") from None
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         tree = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -274,3 +285,16 @@ def distorted(
         picture = distort_picture(distortion, open_picture(question.image), source)
         return template.see(template.prompt(question.text), template.picture(picture))[1]
     return {**images, "pixel_values": distortion(images["pixel_values"], source)}
+
+
+def as_seen(template: Template, images: Mapping[str, torch.Tensor]) -> Image.Image | None:
+    """The picture that a model sees, from its tensors; None if they are no picture, but patches.
+
+    Of several tiles the first. Colours outside 8 bits are cut.
+    """
+    processor, pixels = template.processor.image_processor, images["pixel_values"].float()
+    if pixels.ndim < 4 or pixels.shape[-3] != 3:
+        return None
+    pixels = pixels.reshape(-1, *pixels.shape[-3:])[0]
+    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
+    return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())

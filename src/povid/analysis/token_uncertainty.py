@@ -23,7 +23,7 @@ from torch import Tensor
 
 from povid import files
 from povid.analysis import drawing
-from povid.analysis.subject import Subject, add_places, compose, distorted, node, out_folder, split, subjects
+from povid.analysis.subject import Subject, add_places, as_seen, compose, distorted, node, out_folder, split, subjects
 from povid.dispreference.annotations import read_objects
 from povid.dispreference.causes import learn
 from povid.fault import Fault
@@ -43,7 +43,7 @@ NAME = "token_uncertainty"
 STEPS = (*range(0, 1000, 100), 999)
 PREFIX = "This image shows {},"
 LIKELY = 0.5  # P(partner | mentioned) from which on an absent partner counts as habitual
-THUMBNAILS = 6
+THUMBNAILS = 5
 KINDS = ("true", "partner")
 CLAIM = (
     'The paper (section 3.2): under noise "the likelihood of fork surpasses that of plate (ground truth)", since it is '
@@ -372,19 +372,6 @@ def _thumbnails(
     return [(step, picture) for step, picture in drawn if picture is not None]
 
 
-def as_seen(template: Template, images: Mapping[str, Tensor]) -> Image.Image | None:
-    """The picture that a model sees, from its tensors; None if they are no picture, but patches.
-
-    Of several tiles the first. Colours outside 8 bits are cut.
-    """
-    processor, pixels = template.processor.image_processor, images["pixel_values"].float()
-    if pixels.ndim < 4 or pixels.shape[-3] != 3:
-        return None
-    pixels = pixels.reshape(-1, *pixels.shape[-3:])[0]
-    mean, std = (torch.tensor(values)[:, None, None] for values in (processor.image_mean, processor.image_std))
-    return Image.fromarray(((pixels * std + mean).clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy())
-
-
 def _figure(found: Mapping[str, Any], shown: Sequence[tuple[int, Image.Image]]) -> Figure:
     """One model, before and after tuning."""
     panels = [("before tuning", [found["before"]])]
@@ -433,9 +420,8 @@ def _panels(
     )[:, 0]
     drawing.title(
         top,
-        "As noise hides the picture, habit stays",
-        f"the response begins {how['prefix'].format('a …')!r}: what does the model name next?  "
-        f"({how['pictures']} pictures, {over})",
+        "What does the model name next, as noise hides the picture?",
+        f"the response begins {how['prefix'].format('a …')!r}; {how['pictures']} pictures, {over}",
     )
     grid = top.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     for place, axes in enumerate(grid.flat):
@@ -456,12 +442,12 @@ def _panels(
                 axes.fill_between(steps, values - error, values + error, color=ink, alpha=0.2, lw=0)
         axes.set_title(name, fontsize=10)
         axes.grid(alpha=0.25)
-        axes.set_ylim(0, None)
         if place % across == 0:
             axes.set_ylabel("probability")
         if place + across >= len(panels):
             axes.set_xlabel("noise step")
             axes.tick_params(labelbottom=True)
+    grid[0][0].set_ylim(0, None)  # all panels share it
     handles, labels = grid[0][0].get_legend_handles_labels()
     top.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9.5, frameon=False)
     if bottom:
@@ -542,12 +528,12 @@ def _words(
             axes.plot(content["steps"], values, color=ink, ls=dash, lw=2, label=word)
         axes.set_title(shown[place].label, fontsize=10)
         axes.grid(alpha=0.25)
-        axes.set_ylim(0, None)
         if place % across == 0:
             axes.set_ylabel("probability")
         if place + across >= len(shown):
             axes.set_xlabel("noise step")
             axes.tick_params(labelbottom=True)
+    grid[0][0].set_ylim(0, None)  # all panels share it
     handles, labels = grid[0][0].get_legend_handles_labels()
     top.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5, frameon=False)
     if bottom:
