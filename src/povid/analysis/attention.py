@@ -33,11 +33,12 @@ from povid.model.question import Decoding, Question
 from povid.model.template import Template
 from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Turn
+from povid.report.figures import COLORS, MORE
 from povid.run.identity import digest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure, SubFigure
 
 NAME = "attention"
 SHARES = ("image", "prompt", "response")
@@ -270,7 +271,8 @@ def _outcome(found: Mapping[str, Any]) -> str:
     up = max(places, key=lambda place: change["mean"][place])
     down = min(places, key=lambda place: change["mean"][place])
     return (
-        f"the share on the image goes from {100 * before['layers']['mean']:.1f} to {100 * after['layers']['mean']:.1f} % "
+        f"the share on the image goes from {100 * before['layers']['mean']:.1f} to "
+        f"{100 * after['layers']['mean']:.1f} % "
         f"({100 * change['layers']['mean']:+.2f} ± {100 * change['layers']['se']:.2f} points, paired, mean of all "
         f"layers); most in layer {up + 1} ({100 * change['mean'][up]:+.2f} ± {100 * change['se'][up]:.2f}), least in "
         f"layer {down + 1} ({100 * change['mean'][down]:+.2f} ± {100 * change['se'][down]:.2f})"
@@ -286,7 +288,7 @@ def _figure(found: Mapping[str, Any], before: Reading, after: Reading) -> Figure
     looks = [("before tuning", before.first)] + ([(f"after: {_name(found)}", after.first)] if tuned else [])
     many = found["texts"]["count"] > 1
     grids = [one.grid() for _, one in looks]
-    heights = [2.3 if grids[0] is not None else 0.0, 3.3, 2.4 if many else 0.0]
+    heights = [1.9 if grids[0] is not None else 0.0, 3.3, 2.4 if many else 0.0]
     figure = drawing.canvas(sum(heights) + 0.7)
     parts = iter(
         figure.subfigures(
@@ -306,27 +308,33 @@ def _name(found: Mapping[str, Any]) -> str:
     return str(found["run"]["row"]).replace("_", " ")
 
 
-def _overlays(part: Any, looks: Sequence[tuple[str, Look]], grids: Sequence[np.ndarray]) -> None:
+def _overlays(part: SubFigure, looks: Sequence[tuple[str, Look]], grids: Sequence[np.ndarray]) -> None:
     """The picture, the attention on it, and what tuning changed."""
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
     picture = looks[0][1].picture
     grey = picture.convert("L").convert("RGB")
     box = (-0.5, picture.width - 0.5, picture.height - 0.5, -0.5)
-    most = max(float(grid.max()) for grid in grids)
-    axes = part.subplots(1, 2 + len(grids) if len(grids) > 1 else 2, squeeze=False)[0]
+    more, less = (to_rgba(ink, 0.85) for ink in (drawing.PARTNER, drawing.TRUE))
+    clear = (1.0, 1.0, 1.0, 0.0)
+    most = 100 * max(float(grid.max()) for grid in grids)
+    axes = part.subplots(1, 1 + len(grids) + (len(grids) > 1), squeeze=False)[0]
     drawing.bare(axes[0], picture, "what the model sees")
     for place, ((name, _), grid) in enumerate(zip(looks, grids, strict=True), 1):
         drawing.bare(axes[place], grey, name)
-        heat = axes[place].imshow(100 * grid, extent=box, cmap="viridis", vmin=0, vmax=100 * most, alpha=0.72)
+        scale = LinearSegmentedColormap.from_list("attention", [clear, more])
+        heat = axes[place].imshow(100 * grid, extent=box, cmap=scale, vmin=0, vmax=most)
     part.colorbar(heat, ax=axes[place], shrink=0.8, label="% of attention")
     if len(grids) > 1:
         change = 100 * (grids[1] - grids[0])
         limit = float(np.abs(change).max()) or 1.0
         drawing.bare(axes[3], grey, "change")
-        heat = axes[3].imshow(change, extent=box, cmap="PuOr_r", vmin=-limit, vmax=limit, alpha=0.8)
+        scale = LinearSegmentedColormap.from_list("change", [less, clear, more])
+        heat = axes[3].imshow(change, extent=box, cmap=scale, vmin=-limit, vmax=limit)
         part.colorbar(heat, ax=axes[3], shrink=0.8, label="points")
 
 
-def _maps(part: Any, looks: Sequence[tuple[str, Look]]) -> None:
+def _maps(part: SubFigure, looks: Sequence[tuple[str, Look]]) -> None:
     """Tokens of a response (rows) over image, prompt and response positions (columns)."""
     from matplotlib.colors import PowerNorm
 
@@ -348,21 +356,22 @@ def _maps(part: Any, looks: Sequence[tuple[str, Look]]) -> None:
     part.colorbar(heat, ax=list(grid), label="% of attention", shrink=0.8, extend="max")
 
 
-def _shares(part: Any, found: Mapping[str, Any], tuned: bool) -> None:
+def _shares(part: SubFigure, found: Mapping[str, Any], tuned: bool) -> None:
     """The share on the image by layer, before and after, and the paired change."""
     axes = part.subplots(1, 2 if tuned else 1, squeeze=False)[0]
     layers = range(1, len(found["before"]["image"]["mean"]) + 1)
-    for name, ink, mark in (("before", "#4d4d4d", "s"), ("after", drawing.PARTNER, "o"))[: 1 + tuned]:
+    ink = COLORS.get(found["run"]["row"], MORE[0])
+    for name, color, mark in (("before", "#4d4d4d", "s"), ("after", ink, "o"))[: 1 + tuned]:
         values, errors = (100 * np.asarray(found[name]["image"][key]) for key in ("mean", "se"))
-        axes[0].errorbar(layers, values, errors, color=ink, marker=mark, ms=5, lw=1.6, capsize=2, label=name)
+        axes[0].errorbar(layers, values, errors, color=color, marker=mark, ms=5, lw=1.6, capsize=2, label=name)
     _layers(axes[0], "% of attention on the image", layers)
     axes[0].set_ylim(0, None)
     axes[0].legend(fontsize=8.5, frameon=False)
     if tuned:
         values, errors = (100 * np.asarray(found["change"]["image"][key]) for key in ("mean", "se"))
         axes[1].axhline(0, color="#4d4d4d", lw=0.8)
-        axes[1].errorbar(layers, values, errors, color=drawing.PARTNER, marker="o", ms=5, lw=1.6, capsize=2)
-        _layers(axes[1], "change in points, paired", layers)
+        axes[1].errorbar(layers, values, errors, color=ink, marker="o", ms=5, lw=1.6, capsize=2)
+        _layers(axes[1], "change in points (paired)", layers)
 
 
 def _layers(axes: Axes, label: str, layers: Sequence[int]) -> None:
@@ -381,7 +390,8 @@ def _compare(shown: Sequence[drawing.Shown], file: Path) -> list[Path]:
     drawing.title(
         figure,
         "Does tuning move attention to the image?",
-        f"the same {first['texts']['count']} texts for every row, {drawing.seeds(shown)}; bars: standard errors over texts",
+        f"the same {first['texts']['count']} texts for every row, {drawing.seeds(shown)}; bars: standard errors over "
+        "texts",
     )
     left, right = figure.subplots(1, 2)
     content: dict[str, Any] = {"analysis": NAME, "measure": first["measure"], "texts": first["texts"], "rows": {}}
@@ -409,7 +419,7 @@ def _compare(shown: Sequence[drawing.Shown], file: Path) -> list[Path]:
             right.errorbar(layers, values, errors, **style)
             outcomes.append(f"{row.label}: {_outcome({name: {'image': one} for name, one in joined.items()})}")
     _layers(left, "% of attention on the image", layers)
-    _layers(right, "change from before tuning, points", layers)
+    _layers(right, "change in points (paired)", layers)
     left.set_ylim(0, None)
     figure.legend(loc="outside lower center", ncols=min(5, len(shown)), fontsize=9, frameon=False)
     content["caption"] = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 
 WIDTH = 7.2  # inches: at 700 pixels a point is then 1.35 pixels
 TRUE, PARTNER = "#1b6ca8", "#c8553d"
-PALE = "#757575"
 
 
 def canvas(height: float) -> Figure:
@@ -54,13 +52,17 @@ def bare(axes: Axes, picture: Any = None, name: str = "") -> None:
     axes.set_title(name, fontsize=8.5)
 
 
-def save(figure: Figure, file: Path, content: Mapping[str, Any]) -> list[Path]:
-    """Write a figure, reduced to 256 colours, and the JSON of the same name that belongs to it."""
+def save(figure: Figure, file: Path, content: Mapping[str, Any], *, noisy: bool = False) -> list[Path]:
+    """Write a figure and the JSON of the same name that belongs to it.
+
+    ``noisy``: pictures with noise, of which PNG files become large, are in it; all colours are reduced to 256.
+    """
     with draft(file) as beside:
         figure.savefig(beside, format="png", facecolor="white")
-        with Image.open(beside) as drawn:
-            small = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        small.save(beside, format="png", optimize=True)
+        if noisy:
+            with Image.open(beside) as drawn:
+                small = drawn.convert("RGB").quantize(256, dither=Image.Dither.NONE)
+            small.save(beside, format="png", optimize=True)
     return [file, write_json(file.with_suffix(".json"), content)]
 
 
@@ -103,12 +105,19 @@ def rows(measured: Sequence[tuple[Subject, dict[str, Any]]]) -> list[Shown]:
     grouped = group([subject.run for subject, _ in measured if subject.run])
     labelled = [(row.name, row.label, [by_file[run.file] for run in row.runs]) for row in grouped]
     labelled += [(subject.row, subject.row, [found]) for subject, found in measured if subject.run is None]
-    more, used, shown = iter(MORE * (len(labelled) + 1)), set(), []
-    for name, label, found in labelled:
-        ink = COLORS[name] if name in PAPER_ROWS and name not in used else next(more)
+    colours = inks([name for name, _, _ in labelled])
+    return [
+        Shown(label.replace("_", " "), ink, found) for (_, label, found), ink in zip(labelled, colours, strict=True)
+    ]
+
+
+def inks(names: Sequence[str]) -> list[str]:
+    """A colour for each row: the paper's four rows have their own; a second setting of one and controls the next."""
+    more, used, found = iter(MORE * (len(names) + 1)), set(), []
+    for name in names:
+        found.append(COLORS[name] if name in PAPER_ROWS and name not in used else next(more))
         used.add(name)
-        shown.append(Shown(label.replace("_", " "), ink, found))
-    return shown
+    return found
 
 
 def seeds(shown: Sequence[Shown]) -> str:
@@ -129,7 +138,3 @@ def spread(values: np.ndarray) -> dict[str, list[float]]:
     sd = values.std(axis=0, ddof=1) if count > 1 else np.zeros(values.shape[1:])
     found = {"mean": values.mean(axis=0), "sd": sd, "se": sd / math.sqrt(count)}
     return {name: np.round(value, 6).tolist() for name, value in found.items()}
-
-
-def wrapped(text: str, letters: int) -> str:
-    return "\n".join(textwrap.wrap(text, letters))

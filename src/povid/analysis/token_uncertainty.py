@@ -252,11 +252,8 @@ def _many_pictures(options: argparse.Namespace, models: Sequence[Subject], noise
             after = _curves(subject, chosen, noise, options) if subject.adapters else befores[key]
             found = _content(subject, how, befores[key], after)
             if subject.folder:
-                drawing.save(
-                    _figure(found, _thumbnails(subject, chosen[0], noise, options)),
-                    subject.folder / f"{NAME}.png",
-                    found,
-                )
+                shown = _thumbnails(subject, chosen[0], noise, options)
+                drawing.save(_figure(found, shown), subject.folder / f"{NAME}.png", found, noisy=True)
         if subject.folder:
             written += [subject.folder / f"{NAME}{end}" for end in (".png", ".json")]
         measured.append((subject, found))
@@ -401,7 +398,7 @@ def _compare(shown: Sequence[drawing.Shown], pictures: Sequence[tuple[int, Image
         f"or the absent object that usually accompanies the mentioned one (partner); {how['pictures']} pictures, "
         f"{drawing.seeds(shown)}. {CLAIM} Here: {'; '.join(outcomes)}."
     )
-    return drawing.save(_panels(panels, first, pictures, drawing.seeds(shown)), file, content)
+    return drawing.save(_panels(panels, first, pictures, drawing.seeds(shown)), file, content, noisy=True)
 
 
 def _panels(
@@ -502,7 +499,9 @@ def _one_picture(options: argparse.Namespace, models: Sequence[Subject], noise: 
         f"Probability that the response goes on with a word after {options.prefix!r}, for {image.name}, by noise step "
         f"(one picture, one draw of noise, {drawing.seeds(rows)}). {CLAIM}"
     )
-    return drawing.save(_words(rows, content, shown), out_folder(options) / f"{NAME}_{image.stem}.png", content)
+    return drawing.save(
+        _words(rows, content, shown), out_folder(options) / f"{NAME}_{image.stem}.png", content, noisy=True
+    )
 
 
 def _words(
