@@ -253,14 +253,18 @@ def _content(subject: Subject, how: Mapping[str, Any], before: Reading, after: R
 
 def _caption(found: Mapping[str, Any]) -> str:
     count, who = found["texts"]["count"], f"{found['run']['row']}, seed {found['run']['seed']}".replace("_", " ")
-    said = (
-        f"Attention of the tokens of a response on the image, the prompt and the response so far, averaged over heads. "
-        f"The same {count} texts, which the model wrote before tuning, are read before and after ({who}). Top: where "
-        f"the first text looks; below: share on the image by layer, with standard errors over texts. {CLAIM} "
-    )
+    said = "Attention of a response's tokens on the image, the prompt and the response so far, averaged over heads. "
+    if count > 1:
+        said += (
+            f"The same {count} texts, which the model wrote before tuning, are read before and after ({who}). Top: "
+            "where the first text looks; below: share on the image by layer, with standard errors over texts. "
+        )
+    else:
+        said += f"The same text, which the model wrote before tuning, is read before and after ({who}). "
+    said += f"{CLAIM} "
     if found["after"] == found["before"]:
         return (
-            said + f"Here nothing was tuned: {100 * found['before']['image']['layers']['mean']:.1f} % lie on the image."
+            f"{said}Here nothing was tuned: {100 * found['before']['image']['layers']['mean']:.1f} % lie on the image."
         )
     return said + f"Here {_outcome(found)}."
 
@@ -288,7 +292,7 @@ def _figure(found: Mapping[str, Any], before: Reading, after: Reading) -> Figure
     looks = [("before tuning", before.first)] + ([(f"after: {_name(found)}", after.first)] if tuned else [])
     many = found["texts"]["count"] > 1
     grids = [one.grid() for _, one in looks]
-    heights = [1.9 if grids[0] is not None else 0.0, 3.3, 2.4 if many else 0.0]
+    heights = [1.9 if grids[0] is not None else 0.0, 3.5, 2.6 if many else 0.0]
     figure = drawing.canvas(sum(heights) + 0.7)
     parts = iter(
         figure.subfigures(
@@ -353,6 +357,7 @@ def _maps(part: SubFigure, looks: Sequence[tuple[str, Look]]) -> None:
         axes.tick_params(length=0)
         axes.set_title(name, fontsize=8.5)
     grid[0].set_yticks(range(len(rows)), [token.strip() or "⏎" for token in looks[0][1].tokens[:SHOWN]], fontsize=7.5)
+    part.suptitle("a response: each of its tokens (rows) and what it looks at (mean of layers and heads)", fontsize=9.5)
     part.colorbar(heat, ax=list(grid), label="% of attention", shrink=0.8, extend="max")
 
 
@@ -365,8 +370,9 @@ def _shares(part: SubFigure, found: Mapping[str, Any], tuned: bool) -> None:
         values, errors = (100 * np.asarray(found[name]["image"][key]) for key in ("mean", "se"))
         axes[0].errorbar(layers, values, errors, color=color, marker=mark, ms=5, lw=1.6, capsize=2, label=name)
     _layers(axes[0], "% of attention on the image", layers)
-    axes[0].set_ylim(0, None)
+    axes[0].set_ylim(0, 1.1 * axes[0].dataLim.y1)
     axes[0].legend(fontsize=8.5, frameon=False)
+    part.suptitle(f"share on the image, over {found['texts']['count']} texts (bars: standard errors)", fontsize=9.5)
     if tuned:
         values, errors = (100 * np.asarray(found["change"]["image"][key]) for key in ("mean", "se"))
         axes[1].axhline(0, color="#4d4d4d", lw=0.8)
@@ -420,7 +426,7 @@ def _compare(shown: Sequence[drawing.Shown], file: Path) -> list[Path]:
             outcomes.append(f"{row.label}: {_outcome({name: {'image': one} for name, one in joined.items()})}")
     _layers(left, "% of attention on the image", layers)
     _layers(right, "change in points (paired)", layers)
-    left.set_ylim(0, None)
+    left.set_ylim(0, 1.1 * left.dataLim.y1)
     figure.legend(loc="outside lower center", ncols=min(5, len(shown)), fontsize=9, frameon=False)
     content["caption"] = (
         f"Share of the attention of response tokens that lies on the image, by layer, averaged over heads; the same "

@@ -8,16 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from hydra import initialize_config_dir
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 
 from povid import files
 from povid.analysis import drawing
 from povid.analysis.subject import compose, node
-from povid.machine import conf_folder
 from povid.method.distortions import distort_picture, generator
 from povid.preferences.pictures import open_picture
+from povid.run.overrides import options as options_of
 
 STEPS = (0, 250, 500, 750, 999)
 SIDE = 320  # pixels of the longer side that is distorted and drawn
@@ -53,7 +51,7 @@ def measure(options: argparse.Namespace) -> list[Path]:
         "distortions": {},
     }
     strips = []
-    for name in options.noise or names():
+    for name in options.noise or options_of("noise"):
         settings = compose([f"noise={name}"])["noise"]
         views = list(_views(settings, picture, options))
         strips.append((name, [(label, view) for label, view, _ in views]))
@@ -65,12 +63,6 @@ def measure(options: argparse.Namespace) -> list[Path]:
         "(section 3.2): a noised picture should remain easily recognizable; it uses step 500 of sigmoid."
     )
     return drawing.save(_figure(strips), options.out / f"strips_{options.image.stem}.png", content, noisy=True)
-
-
-def names() -> list[str]:
-    """The files of conf/noise."""
-    with initialize_config_dir(str(conf_folder()), version_base="1.3", job_name="analysis"):
-        return sorted(GlobalHydra.instance().config_loader().get_group_options("noise"))
 
 
 def _views(settings: Mapping[str, Any], picture: Image.Image, options: argparse.Namespace) -> Any:
