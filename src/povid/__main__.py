@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {  # each can also be run as python -m MODULE
     "train": ("povid.run", "train and evaluate: what train.py does, with the same overrides"),
     "report": ("povid.report", "write the tables and figures of all runs below a folder"),
+    "analysis": ("povid.analysis", "look into trained models, as Figures 1, 4 and 5 do"),
     "benchmarks": ("povid.benchmarks", "score anybody's answers, or fetch a benchmark's files"),
     "preferences": ("povid.preferences", "check, show or convert preference data"),
     "dispreference": ("povid.dispreference", "generate dispreferred responses"),

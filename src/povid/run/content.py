@@ -72,21 +72,24 @@ class Content:
         their bytes; whether the copy in the hub's cache was changed on this machine is not looked at.
         """
         source = getattr(self.settings.model, "source", None)
-        if source is None:
-            return None
-        folder = Path(source)
-        if not folder.is_dir():
-            from transformers.utils import cached_file
+        return None if source is None else weights_digest(source)
 
-            return Path(cached_file(source, "config.json")).parent.name
-        found = [
-            file
-            for file in files.files_in(folder)
-            if file.suffix != ".md" and not any(part.startswith(".") for part in file.relative_to(folder).parts)
-        ]
-        with ThreadPoolExecutor(8) as threads:
-            digests = threads.map(files.digest, found)
-            return digest([[str(file.relative_to(folder)), each] for file, each in zip(found, digests)])
+
+def weights_digest(source: str) -> str:
+    """What names the files of a model's folder or, of a model from the hub, its commit."""
+    folder = Path(source)
+    if not folder.is_dir():
+        from transformers.utils import cached_file
+
+        return Path(cached_file(source, "config.json")).parent.name
+    found = [
+        file
+        for file in files.files_in(folder)
+        if file.suffix != ".md" and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    with ThreadPoolExecutor(8) as threads:
+        digests = threads.map(files.digest, found)
+        return digest([[str(file.relative_to(folder)), each] for file, each in zip(found, digests)])
 
 
 def _records(triples: Sequence[Triple]) -> str:
