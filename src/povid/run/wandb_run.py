@@ -110,24 +110,14 @@ class WandbRun(WandbLogger):
 
     def _continued(self) -> Any:
         """The W&B run that an earlier job of this process has opened."""
-        import wandb
-
-        return wandb.run if wandb.run is not None and wandb.run.id == self._id else None
+        return next((run for run in _opened if run.id == self._id), None)
 
     def _opened(self) -> Any:
-        import wandb
 
         for name in PLACES:
             if os.environ.get(name) in (None, _places.get(name)):
                 _places[name] = os.environ[name] = str(self.context.folder / "wandb" / name.split("_")[1].lower())
-        limits = wandb.Settings(finish_timeout=UPLOAD_SECONDS)
-        try:
-            run = wandb.init(**self._wandb_init, settings=limits)
-        except Exception as error:  # no connection, a key that expired, a full quota, or whatever W&B raises
-            if self._wandb_init["mode"] == "offline":
-                raise
-            self._go_offline(error)
-            run = wandb.init(**self._wandb_init, settings=limits)
+        run = self._init()
         _opened.append(run)
         resumed = run.step - 1 if getattr(run, "resumed", False) else _last_step(self.context.folder, run.id)
         _recorded[run.id] = resumed
@@ -135,6 +125,21 @@ class WandbRun(WandbLogger):
             if step > resumed:  # W&B lost it in a kill, or another run computed the stage
                 run.log({f"{section}/{name}": value for name, value in row.items()}, step=step)
         return run
+
+    def _init(self) -> Any:
+        """Open it as configured, else offline, else (W&B itself does not work here) as a run that drops everything."""
+        import wandb
+
+        limits = wandb.Settings(finish_timeout=UPLOAD_SECONDS)
+        try:
+            return wandb.init(**self._wandb_init, settings=limits)
+        except Exception as error:  # no connection, a key that expired, a full quota, or whatever W&B raises
+            self._go_offline(error)
+        try:
+            return wandb.init(**self._wandb_init, settings=limits)
+        except Exception as error:
+            log.warning("nothing is logged to W&B (%s: %s)", type(error).__name__, error)
+            return wandb.init(mode="disabled")
 
     def _go_offline(self, error: BaseException) -> None:
         import wandb
@@ -144,7 +149,7 @@ class WandbRun(WandbLogger):
             (str(error).splitlines() or [type(error).__name__])[0],
             self.context.folder,
         )
-        _opened.clear()
+        finish("failed")
         wandb.teardown()  # of the connection that failed
         os.environ.pop("WANDB_SERVICE", None)  # a service that another process started still holds this run's id
         os.environ["WANDB_MODE"] = "offline"  # for the other runs of this process, which would wait as long again
