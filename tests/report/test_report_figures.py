@@ -106,3 +106,14 @@ def test_no_chair_figure_without_coverage(write, outputs, tmp_path):
     del found["benchmarks"]["chair"]["coverage"]
     (folder / "results.json").write_text(json.dumps(found))
     assert figures.chair_against_coverage(find_runs(outputs), tmp_path / "chair.png") is None
+
+
+def test_the_way_of_a_run_is_read_from_its_probes(write, tmp_path):
+    """Stage 2 begins where stage 1 ended, so that point counts once; a row without both scores is left out."""
+    run = write("both", 0)
+    for stage, rows in ((1, ("0,0,30,80", "0,9,20,75")), (2, ("0,0,20,75", "0,5,,70", "0,9,10,78"))):
+        (run / f"stage_{stage}").mkdir()
+        text = "\n".join(("epoch,steps,probe/chair/CHAIR_I,probe/chair/coverage", *rows))
+        (run / f"stage_{stage}" / "probe.csv").write_text(text)
+    assert figures.way(run) == [(80.0, 30.0), (75.0, 20.0), (78.0, 10.0)]
+    assert figures.chair_against_coverage(find_runs(tmp_path), tmp_path / "figure.png").exists()

@@ -54,7 +54,7 @@ class Probe(Watcher):
     ) -> None:
         self.captions, self.questions = captions, questions
         self.pictures, self.every, self.batch_size = pictures, every, batch_size
-        self.interval, self.last = 0, 0
+        self.due: set[int] = set()
         self.rows: Rows | None = None
         if captions is None and questions is None:
             raise ValueError("captions: captions and questions are both null; give one of them a benchmark")
@@ -116,15 +116,16 @@ class Probe(Watcher):
     # --- while the stage trains -------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, module: L.LightningModule) -> None:
-        self.last = int(trainer.estimated_stepping_batches)
-        self.interval = self.every if isinstance(self.every, int) else max(1, round(self.every * self.last))
+        last = int(trainer.estimated_stepping_batches)
+        interval = self.every if isinstance(self.every, int) else max(1.0, self.every * last)
+        self.due = {round(interval * number) for number in range(1, int(last / interval) + 1)} | {last}
         self.rows = Rows(Path(trainer.default_root_dir) / "probe.csv", trainer.global_step)
         if trainer.global_step == 0:
             self.measure(trainer, module)
 
     def on_train_batch_end(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
         step = trainer.global_step
-        if (step % self.interval == 0 or step == self.last) and (self.latest is None or self.latest[0] != step):
+        if step in self.due and (self.latest is None or self.latest[0] != step):
             self.measure(trainer, module)
 
     def measure(self, trainer: Any, module: L.LightningModule) -> None:

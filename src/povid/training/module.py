@@ -151,11 +151,23 @@ class POVIDModule(L.LightningModule):
         self.window.add(metrics | {"tokens": tokens})
         return outcome.loss_B.mean()
 
+    def on_validation_epoch_start(self) -> None:
+        self.validated: dict[str, Tensor] = {}  # sums over records
+
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        """Log the metrics of held-out records under ``val/``: means over all of them, on all devices."""
         _, _, metrics = self.measured(batch)
-        named = {f"val/{name}": value for name, value in metrics.items()}
-        self.log_dict(named, batch_size=batch.pairs.examples, on_step=False, on_epoch=True, sync_dist=True)
+        count = batch.pairs.examples
+        for name, value in {**metrics, "": torch.ones_like(metrics["loss"])}.items():
+            self.validated[name] = self.validated.get(name, 0.0) + count * value
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the metrics of held-out records under ``val/``: means over all of them, on all devices.
+
+        Lightning's own reduction rounds the number of records a device to a whole number.
+        """
+        sums = self.trainer.strategy.reduce(torch.stack(list(self.validated.values())), reduce_op="sum")
+        *means, _ = sums / sums[-1]  # the last one counts the records
+        self.log_dict({f"val/{name}": mean for name, mean in zip(self.validated, means)})
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
