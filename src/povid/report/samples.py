@@ -128,18 +128,19 @@ def read(run: Path) -> list[Sample]:
 
 
 def _sample(folder: Path, record: Mapping[str, Any]) -> Sample:
-    pictures, gone = {}, []
-    for key in ("picture", "noised"):
-        pictures[key], problem = _picture(folder, record[key])
-        gone += [problem] if problem else []
+    picture, noised = (_picture(folder, record[key]) for key in ("picture", "noised"))
     return Sample(
-        _letters(record["id"]),
-        _letters(record["question"]),
-        **{key: _text(record[key]) for key in TEXTS},
+        id=_letters(record["id"]),
+        question=_letters(record["question"]),
+        preferred=_text(record["preferred"]),
+        dispreferred=_text(record["dispreferred"]),
+        before=_text(record["before"]),
+        after=_text(record["after"]),
         objects=_names(record["objects"]),
         noise=_pieces(record.get("noise")),
-        **pictures,
-        gone=tuple(gone),
+        picture=picture[0],
+        noised=noised[0],
+        gone=tuple(problem for _, problem in (picture, noised) if problem),
     )
 
 
@@ -234,8 +235,8 @@ def cards(found: Iterable[tuple[int, str, str, tuple[str, ...], Sequence[Sample]
     made: dict[tuple, tuple[Card, dict[bytes, tuple[str, str]]]] = {}
     for row, label, seed, world, samples in found:
         for sample in samples:
-            key = (world, sample.id, sample.question, sample.preferred, sample.dispreferred, sample.before)
-            key = (*key, sample.objects, sample.picture)
+            texts = (sample.id, sample.question, sample.preferred, sample.dispreferred, sample.before)
+            key = (world, texts, sample.objects, sample.picture)
             if key not in made:
                 card = Card(
                     sample.id,
