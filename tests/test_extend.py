@@ -151,9 +151,7 @@ def test_the_processes_of_a_sweep_over_two_devices_find_the_package_too(outputs,
 
 def test_the_tiles_are_what_stage_2_trains_on(outputs, tmp_path):
     """With one tile, which is the whole picture, stage 1 stays as it was and the noise term of stage 2 does not."""
-    status, printed = forks.train(
-        SEARCH, "experiment=extend", "noise.side=1", *short(tmp_path), log=tmp_path / "log"
-    )
+    status, printed = forks.train(SEARCH, "experiment=extend", "noise.side=1", *short(tmp_path), log=tmp_path / "log")
     assert status == 0, printed
     mixed, whole = only_run(outputs), only_run(tmp_path)
     assert metrics(mixed, 1) == metrics(whole, 1)

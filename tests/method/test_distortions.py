@@ -253,6 +253,4 @@ def test_the_other_picture_is_never_the_records_own(photograph):
         colors.add(other.getpixel((0, 0)))
     assert colors == {(255, 0, 0), (0, 0, 255)}
     with pytest.raises(Fault, match="the data's 2 records show no picture but this one"):
-        distort_picture(
-            OtherPicture().among([red, red.copy()]), red, generator(seed=0, epoch=0, record=0)
-        )
+        distort_picture(OtherPicture().among([red, red.copy()]), red, generator(seed=0, epoch=0, record=0))

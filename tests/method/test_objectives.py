@@ -172,9 +172,7 @@ def test_mdpo_by_hand():
     Without text or noise dispreferences 1.1753123.
     """
     mdpo = MDPO(delta=0.05)
-    policy, reference = (
-        terms._replace(preferred_on_distorted=t(value)) for terms, value in zip(PAIR[:2], (-16, -15))
-    )
+    policy, reference = (terms._replace(preferred_on_distorted=t(value)) for terms, value in zip(PAIR[:2], (-16, -15)))
     out = mdpo(policy, reference, NO_COUNTS)
     assert out.loss_B.item() == pytest.approx(1.7296675, abs=1e-7)
     assert out.rewards["noise"].item() == pytest.approx(-0.1)

@@ -155,7 +155,10 @@ def test_the_page_draws_any_option_of_conf_noise(tmp_path, capsys):
             "id": str(n),
             "image": image.name,
             "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A dog."}],
-            "rejected_conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}],
+            "rejected_conversations": [
+                {"from": "human", "value": "<image>\nWhat?"},
+                {"from": "gpt", "value": "A cat."},
+            ],
         }
         for n, image in enumerate(pictures)
     ]

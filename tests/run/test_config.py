@@ -127,9 +127,11 @@ def test_every_configuration_that_fits_runs_two_steps(group, option, world, tmp_
     needs_gpu = first.trainer.accelerator == "gpu" or first.trainer.devices != 1
     if needs_gpu and not torch.cuda.is_available():
         pytest.skip("it needs a GPU or several devices")
-    cfg = composed(override(group, option), *small(world))
+    # What is learned is over after two steps; the other groups show what comes after.
+    quick = ["benchmarks=[]", "samples=0", "logger=none"] if group in ("objective", "noise") else []
+    cfg = composed(override(group, option), *small(world), *quick)
     results = run(cfg, tmp_path / "run")
-    assert set(results["benchmarks"]) == set(cfg.benchmarks) - {"limit"}
+    assert set(results["benchmarks"]) == set(cfg.get("benchmarks") or ()) - {"limit"}
     assert [stage["steps"] for stage in results["stages"].values()] == [2] * len(cfg.ablation.stages)
 
 

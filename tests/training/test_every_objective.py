@@ -192,9 +192,7 @@ def assert_equals_its_formula(loaded, objective, formula, dispreferences):
         }
     )
     parameters = [p for group in policy.trained_parameters() for p in group]
-    scored = score(
-        policy, batch, terms, with_reference=objective.reference, differing_only=objective.differing_only
-    )
+    scored = score(policy, batch, terms, with_reference=objective.reference, differing_only=objective.differing_only)
     loss_B, rewards = objective(*scored, batch.tokens)
     gradients = torch.autograd.grad(loss_B.mean(), parameters)
     assert rewards.keys() == {"preferred"} | ({"text", "noise"} & set(dispreferences) if len(terms) > 1 else set())
@@ -204,7 +202,9 @@ def assert_equals_its_formula(loaded, objective, formula, dispreferences):
     for example in examples:
         more = ()
         if objective.token_weights is not None:
-            sides = ([t for t, m in zip(e.input_ids, e.response) if m] for e in (example.preferred, example.dispreferred))
+            sides = (
+                [t for t, m in zip(e.input_ids, e.response) if m] for e in (example.preferred, example.dispreferred)
+            )
             more = (objective.token_weights(*sides),)
         written_out.append(formula(objective, *models(policy, example), dispreferences, *more))
     torch.testing.assert_close(loss_B, torch.stack(written_out), rtol=1e-6, atol=1e-6)

@@ -568,8 +568,9 @@ def _made_kind(made: Any, node: Any, key: str, kind: type, problems: list[str]) 
     """What was built if it is a ``kind``; None, with the problem noted, if it is something else."""
     if made is None or isinstance(made, kind):
         return made
-    needed = f"{kind.__module__}.{kind.__name__}"
-    problems.append(f"{key}._target_: found {node['_target_']!r}, needed a subclass of {needed}")
+    problems.append(
+        f"{key}._target_: found {node['_target_']!r}, needed a subclass of {kind.__module__}.{kind.__name__}"
+    )
     return None
 
 

@@ -35,8 +35,6 @@ class PatchMask(Distortion):
         masked = torch.zeros(rows * columns, dtype=torch.bool)
         count = max(1, round(self.share * rows * columns))
         masked[torch.randperm(rows * columns, generator=generator)[:count]] = True
-        row_H, column_W = (
-            torch.arange(side) * patches // side for side, patches in zip(x.shape[1:], (rows, columns))
-        )
+        row_H, column_W = (torch.arange(side) * patches // side for side, patches in zip(x.shape[1:], (rows, columns)))
         mask_HW = masked.reshape(rows, columns)[row_H][:, column_W]
         return torch.where(mask_HW, x.mean((1, 2), keepdim=True), x)
