@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from povid.files import draft
+from povid.files import draft, write_text
 
 
 def write(folder, text):
@@ -38,3 +38,7 @@ def test_the_first_of_several_writers_wins_where_nothing_is_replaced(tmp_path):
         write(beside, "second")
         write(place, "first")
     assert (place / "file").read_text() == "first" and list(tmp_path.iterdir()) == [place]
+
+
+def test_text_that_utf_8_cannot_hold_is_written_all_the_same(tmp_path):
+    assert write_text(tmp_path / "a", "a \ud83d b").read_text() == "a ? b"

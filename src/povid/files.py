@@ -59,8 +59,8 @@ def write_bytes(file: Path, content: bytes) -> Path:
 
 
 def write_text(file: Path, text: str) -> Path:
-    """Write a UTF-8 file atomically, line ends unchanged. Returns ``file``."""
-    return write_bytes(file, text.encode("utf-8"))
+    """Write a UTF-8 file atomically, line ends unchanged; lone surrogates become question marks. Returns ``file``."""
+    return write_bytes(file, text.encode("utf-8", "replace"))
 
 
 def write_json(file: Path, value: Any) -> Path:

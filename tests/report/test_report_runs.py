@@ -162,6 +162,8 @@ def test_unreadable_results_are_skipped_with_a_warning(write, outputs, capsys):
         ("early", '{"row": "text"}'),
         ("nameless", '{"benchmarks": {}}'),
         ("binary", "\x00"),
+        ("deep", "[" * 100_000),
+        ("key", json.dumps({"row": "text", "benchmarks": {}, "columns": [COLUMN | {"key": 3}]})),
         ("columns", '{"row": "text", "benchmarks": {}, "columns": [{"key": "a.b"}]}'),
         ("better", json.dumps({"row": "text", "benchmarks": {}, "columns": [COLUMN | {"better": "up"}]})),
     ):
@@ -170,7 +172,7 @@ def test_unreadable_results_are_skipped_with_a_warning(write, outputs, capsys):
     (outputs / "folder" / "results.json").mkdir(parents=True)
     assert [run.row for run in find_runs(outputs)] == ["none"]
     printed = capsys.readouterr().err
-    assert printed.count("warning: skipped ") == 8
+    assert printed.count("warning: skipped ") == 10
     assert "half/results.json: it is not valid JSON" in printed
     assert "columns/results.json: 'columns' is not a list of table columns" in printed
     assert "'better' is low, high or null" in printed
@@ -202,7 +204,7 @@ def test_missing_scores_keep_their_reason_and_cure(write, outputs):
 
 
 def test_only_finite_numbers_are_scores(write, outputs):
-    for value in (None, float("nan"), True, "72"):
+    for value in (None, float("nan"), True, "72", 10**400, 1e308):
         write("none", 0, benchmarks={"chair": {"CHAIR_S": value}})
         summary = summarise(group(find_runs(outputs))[0], "chair.CHAIR_S")
         assert summary.mean is None and "CHAIR_S" in summary.reason, value

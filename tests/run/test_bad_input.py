@@ -73,6 +73,8 @@ def refused(world: Path, tmp_path: Path, *arguments: str) -> str:
         (["stages/for_model=scenes_tinny"], "there is no 'scenes_tinny'; did you mean 'scenes_tiny'?"),
         (["stages/for_model=foo"], "stages/for_model: there is no 'foo'; the choices are scenes_tiny"),
         (["+logger.x={_target_: lightning.pytorch.loggers.CometLogger}"], "install what it needs or choose another"),
+        (["hydra.run.dir="], "hydra.run.dir= names no folder"),
+        (["hydra/launcher=foo"], "Could not find 'hydra/launcher/foo' Available options in 'hydra/launcher': basic"),
         (["resume=latest"], "holds no run that was started and not finished"),
         (["model.max_length=20"], "of 20 tokens; shorten it"),
     ],

@@ -6,7 +6,9 @@ import random
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
+from forks import settings, train
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
@@ -97,6 +99,34 @@ def test_nonsense_is_refused_with_a_sentence(monkeypatch):
         assert "use +" not in found and "a:b@" not in found, found
     for override in ("data.folder='/data/ä b'", "+trainer.limit_train_batches=3", "optimizer._target_=torch.optim.SGD"):
         assert answer(override) == ""
+
+
+LINES = """
++foo=1
+objective.1.alpha=-1
+model.lora.alpha=0
+stages.1.epochs=0 stages.1.max_steps=-1
+data.limit=-5
++trainer.limit_train_batches=0
+benchmarks=[popee]
+stages/for_model=foo
+adapters=[/nowhere]
++hydra.callbacks.x={_target_:nowhere.X}
+--config-dir=/nowhere
+hydra.run.dir=/proc/x
+trainer=ddp trainer.accelerator=cpu trainer.devices=2,3
+a=b=c
+"""
+
+
+@pytest.mark.slow
+def test_real_command_lines_that_mean_nothing(tmp_path):
+    """Exit status 2, a sentence, no traceback, and no folder of a run."""
+    tiny.save_tiny_llava(tmp_path / "tiny")
+    for line in LINES.strip().splitlines():
+        status, printed = train(*settings(tmp_path), *line.split(), log=tmp_path / "log")
+        assert status == 2 and printed.count("error: ") == 1 and "Traceback" not in printed, f"{line}: {printed}"
+        assert not list(tmp_path.glob("out/runs/*")), line
 
 
 VALUES = (

@@ -180,7 +180,7 @@ def read(file: Path) -> Run:
     """The run of a results.json. Raises ValueError for one that no finished run wrote, with the reason."""
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"it is not valid JSON ({error}); start that run again") from error
     if not isinstance(results, dict) or not isinstance(results.get("benchmarks"), dict):
         raise ValueError("'benchmarks' is missing, so the run has not finished")
@@ -205,8 +205,12 @@ def _columns(entries: Any) -> tuple[Column, ...]:
     except TypeError as error:
         raise ValueError(f"'columns' is not a list of table columns ({error})") from error
     for column in columns:
-        if column.better not in ("low", "high", None) or not isinstance(column.decimals, int):
-            raise ValueError(f"'columns' has {column}; 'better' is low, high or null, and 'decimals' a whole number")
+        texts = (column.key, column.title, column.subscript)
+        fine = isinstance(column.decimals, int) and 0 <= column.decimals <= 9
+        if column.better not in ("low", "high", None) or not fine or not all(isinstance(text, str) for text in texts):
+            raise ValueError(
+                f"'columns' has {column!s:.200}; 'better' is low, high or null, 'decimals' 0 to 9, the rest text"
+            )
     return columns
 
 
@@ -504,7 +508,8 @@ def _test(scores: dict[str, Any], path: str = "") -> dict[str, str]:
 
 
 def is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value is a finite number, of which a float can hold the square and the sum over runs."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e100
 
 
 def _reason(benchmark: str, key: str, found: Any, value: Any) -> str:

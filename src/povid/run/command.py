@@ -117,6 +117,9 @@ def main() -> int:
                 "an argument is an address with a user name or password, which would be written to the run folder; "
                 "leave it out and put the key into the environment variable that api_key_env names"
             )
+        for place in ("hydra.run.dir", "hydra.sweep.dir"):
+            if any(argument.strip("'\"") == f"{place}=" for argument in sys.argv[1:]):
+                raise Fault(f"{place}= names no folder; name one, or leave it out")
         if "resume=latest" in sys.argv:
             sys.argv[1:] = expand(sys.argv[1:])
             print("resume=latest:", *sys.argv[1:])

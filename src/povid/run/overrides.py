@@ -35,7 +35,9 @@ def explain(error: Exception, arguments: Sequence[str]) -> str:
         return f"{found[0]}: there is no such setting{_nearest(found[1], arguments)}"
     if found := re.search(r"Could not (?:load|find) '([^']+)/([^'/]*)'", text):
         choices = options(found[1])
-        near = did_you_mean(found[2], choices) if choices else ""
+        if not choices:  # a group of Hydra's own, whose options its message lists
+            return text
+        near = did_you_mean(found[2], choices)
         near = near if "did you mean" in near else ""
         return f"Could not find '{found[1]}/{found[2]}' Available options in '{found[1]}': {' '.join(choices)}{near}"
     if isinstance(error, (ValueError, TypeError)):  # what Hydra raises for a group's value that is no name
