@@ -24,7 +24,7 @@ from torch import Tensor
 
 from povid import files
 from povid.analysis import drawing
-from povid.analysis.subject import Subject, add_places, as_seen, out_folder, subjects
+from povid.analysis.subject import Subject, add_places, as_seen, moved, out_folder, subjects
 from povid.fault import Fault
 from povid.model.generation import Answers
 from povid.model.packing import Packed, pack
@@ -88,10 +88,7 @@ def measure(options: argparse.Namespace) -> list[Path]:
         measured.append((subject, found))
     if options.image or models[0].run is None:
         return written
-    by_measure: dict[str, list[tuple[Subject, dict[str, Any]]]] = {}
-    for subject, found in measured:
-        by_measure.setdefault(found["measure"]["digest"], []).append((subject, found))
-    for number, group in enumerate(by_measure.values()):
+    for number, group in enumerate(drawing.comparable(measured)):
         file = out_folder(options) / f"{NAME}{f'_{number + 1}' if number else ''}.png"
         written += _compare(drawing.rows(group), file)
     return written
@@ -175,8 +172,7 @@ def look(policy: Policy, template: Template, question: Question, text: str) -> L
     device = next(policy.parameters()).device
     conversation = (Turn("user", question.text), Turn("assistant", text))
     (encoded,), images = template.encode([conversation], question.image, question.id)
-    packed = pack([encoded], None)
-    packed = Packed(*(value.to(device) if isinstance(value, Tensor) else value for value in packed))
+    packed = moved(pack([encoded], None), device)
     there = {key: tensor.to(device) for key, tensor in images.items()}
     weights = _weights(policy, packed, there)
     if not weights or any(layer is None for layer in weights):

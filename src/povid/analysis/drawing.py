@@ -99,6 +99,15 @@ class Shown:
     found: list[dict[str, Any]]
 
 
+def comparable(measured: Sequence[tuple[Subject, dict[str, Any]]]) -> list[list[tuple[Subject, dict[str, Any]]]]:
+    """Measurements of the same model and data, made in the same way."""
+    groups: dict[Any, list[tuple[Subject, dict[str, Any]]]] = {}
+    for subject, found in measured:
+        world = subject.run.world if subject.run else None
+        groups.setdefault((found["measure"]["digest"], world), []).append((subject, found))
+    return list(groups.values())
+
+
 def rows(measured: Sequence[tuple[Subject, dict[str, Any]]]) -> list[Shown]:
     """What was measured, by row; only runs that differ in the seed alone share one."""
     by_file = {subject.run.file: found for subject, found in measured if subject.run}

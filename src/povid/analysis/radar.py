@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -19,9 +19,6 @@ from povid.fault import Fault
 from povid.report.figures import COLORS, MORE
 from povid.report.paper import TABLE_1
 from povid.report.runs import Row, find_runs, group, summarise
-
-if TYPE_CHECKING:
-    from matplotlib.projections.polar import PolarAxes
 
 # Clockwise from the top, as far as the printed figure's text tells.
 AXES = {
@@ -118,7 +115,7 @@ def _ours(row: Row, ink: str) -> Line:
     return row.label.replace("_", " "), ink, values, more
 
 
-def _radar(axes: PolarAxes, name: str, shown: Sequence[Line], ends: Mapping[str, tuple[float, float]]) -> None:
+def _radar(axes: Any, name: str, shown: Sequence[Line], ends: Mapping[str, tuple[float, float]]) -> None:
     angles = np.linspace(0, 2 * np.pi, len(ends), endpoint=False)
     axes.set_theta_zero_location("N")
     axes.set_theta_direction(-1)
@@ -142,9 +139,9 @@ def _radar(axes: PolarAxes, name: str, shown: Sequence[Line], ends: Mapping[str,
     axes.set_ylim(0, 1.05)
     axes.set_yticks([INNER, 0.625, 1.0], [])
     axes.set_xticks(angles, [f"{AXES[key]}\n{low:.4g} to {high:.4g}" for key, (low, high) in ends.items()], fontsize=8)
-    for angle, label in zip(angles, axes.get_xticklabels(), strict=True):
+    for angle, text in zip(angles, axes.get_xticklabels(), strict=True):
         side = np.sin(angle)
-        label.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
+        text.set_horizontalalignment("center" if abs(side) < 0.1 else "left" if side > 0 else "right")
     axes.tick_params(axis="x", pad=1)
     axes.grid(alpha=0.35)
     axes.spines["polar"].set_visible(False)

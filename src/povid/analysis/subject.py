@@ -30,6 +30,7 @@ from povid.machine import conf_folder
 from povid.method.distortions import Distortion, distort_picture, generator
 from povid.model.adapters import adapter_chain, adapter_digest
 from povid.model.loading import LocalModel
+from povid.model.packing import Packed
 from povid.model.policy import Policy
 from povid.model.question import Question
 from povid.model.template import Template
@@ -285,6 +286,12 @@ def distorted(
         picture = distort_picture(distortion, open_picture(question.image), source)
         return template.see(template.prompt(question.text), template.picture(picture))[1]
     return {**images, "pixel_values": distortion(images["pixel_values"], source)}
+
+
+def moved(packed: Packed, place: torch.device) -> Packed:
+    """The packed sequences on a device."""
+    tensors: dict[str, Any] = {key: value for key, value in packed._asdict().items() if isinstance(value, torch.Tensor)}
+    return packed._replace(**{key: value.to(place) for key, value in tensors.items()})
 
 
 def as_seen(template: Template, images: Mapping[str, torch.Tensor]) -> Image.Image | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,18 @@ from torch import Tensor
 
 from povid import files
 from povid.analysis import drawing
-from povid.analysis.subject import Subject, add_places, as_seen, compose, distorted, node, out_folder, split, subjects
+from povid.analysis.subject import (
+    Subject,
+    add_places,
+    as_seen,
+    compose,
+    distorted,
+    moved,
+    node,
+    out_folder,
+    split,
+    subjects,
+)
 from povid.dispreference.annotations import read_objects
 from povid.dispreference.causes import learn
 from povid.fault import Fault
@@ -37,6 +48,7 @@ from povid.preferences.triple import Turn
 from povid.run.identity import digest
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 NAME = "token_uncertainty"
@@ -139,8 +151,7 @@ def probabilities(
         for row in rows:
             ids = [*start, *row, start[-1]]  # the last token is only there to be predicted
             encoded = Encoded(ids, [False] * len(start) + [True] * (len(row) + 1))
-            packed = pack([encoded] * len(part), None)
-            packed = type(packed)(*(value.to(device) if isinstance(value, Tensor) else value for value in packed))
+            packed = moved(pack([encoded] * len(part), None), device)
             logits = policy.predict(packed, seen).float().log_softmax(-1)
             logps[row].append(logits.view(len(part), len(row) + 1, -1).cpu())
     joined = {row: torch.cat(parts) for row, parts in logps.items()}
@@ -257,10 +268,7 @@ def _many_pictures(options: argparse.Namespace, models: Sequence[Subject], noise
         if subject.folder:
             written += [subject.folder / f"{NAME}{end}" for end in (".png", ".json")]
         measured.append((subject, found))
-    by_measure: dict[str, list[tuple[Subject, dict[str, Any]]]] = {}
-    for subject, found in measured:
-        by_measure.setdefault(found["measure"]["digest"], []).append((subject, found))
-    for number, group in enumerate(by_measure.values()):
+    for number, group in enumerate(drawing.comparable(measured)):
         file = out_folder(options) / f"{NAME}{f'_{number + 1}' if number else ''}.png"
         subject = group[0][0]
         chosen = _chosen(options, subject)
@@ -361,11 +369,15 @@ def _thumbnails(
     subject: Subject, trap: Trap, noise: Noise, options: argparse.Namespace
 ) -> list[tuple[int, Image.Image]]:
     """The first picture of the set as the model sees it at some of the steps."""
-    places = np.linspace(0, len(noise.steps) - 1, min(THUMBNAILS, len(noise.steps))).round().astype(int)
     template = subject.model.template(subject.model.load_processor())
-    few = Noise(noise.settings, tuple(noise.steps[place] for place in places))
-    views = few.views(template, trap.question, options.seed, trap.record)
-    drawn = [(step, as_seen(template, view)) for step, view in zip(few.steps, views)]
+    return _seen(noise.steps, noise.views(template, trap.question, options.seed, trap.record), template)
+
+
+def _seen(
+    steps: Sequence[int], views: Sequence[Mapping[str, Tensor]], template: Template
+) -> list[tuple[int, Image.Image]]:
+    places = np.linspace(0, len(steps) - 1, min(THUMBNAILS, len(steps))).round().astype(int)
+    drawn = [(steps[place], as_seen(template, views[place])) for place in places]
     return [(step, picture) for step, picture in drawn if picture is not None]
 
 
@@ -408,24 +420,9 @@ def _panels(
     over: str,
 ) -> Figure:
     how, steps = found["measure"], found["measure"]["steps"]
-    across = min(len(panels), 3)
-    down = -(-len(panels) // across)
-    strip = 1.35 if shown else 0.0
-    figure = drawing.canvas(2.3 * down + strip + 0.6)
-    top, *bottom = figure.subfigures(
-        2 if shown else 1, 1, height_ratios=[2.3 * down, strip] if shown else None, squeeze=False
-    )[:, 0]
-    drawing.title(
-        top,
-        "What does the model name next, as noise hides the picture?",
-        f"the response begins {how['prefix'].format('a …')!r}; {how['pictures']} pictures, {over}",
-    )
-    grid = top.subplots(down, across, squeeze=False, sharex=True, sharey=True)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(panels):
-            axes.set_visible(False)
-            continue
-        name, seeds = panels[place]
+
+    def draw(axes: Axes, place: int) -> None:
+        seeds = panels[place][1]
         for kind, ink, dash, legend in (
             ("true", drawing.TRUE, "-", "objects in the picture"),
             ("partner", drawing.PARTNER, "--", "usual partner, not in the picture"),
@@ -437,18 +434,44 @@ def _panels(
             if len(seeds) == 1:
                 error = np.asarray(seeds[0][kind]["se"])
                 axes.fill_between(steps, values - error, values + error, color=ink, alpha=0.2, lw=0)
-        axes.set_title(name, fontsize=10)
+
+    said = f"the response begins {how['prefix'].format('a …')!r}; {how['pictures']} pictures, {over}"
+    heading = "What does the model name next, as noise hides the picture?", said
+    return _over_steps([name for name, _ in panels], draw, heading, shown)
+
+
+def _over_steps(
+    names: Sequence[str],
+    draw: Callable[[Axes, int], None],
+    heading: tuple[str, str],
+    pictures: Sequence[tuple[int, Image.Image]],
+) -> Figure:
+    """Panels of probabilities over noise steps, above the noised pictures; ``draw`` fills the panel of a number."""
+    across = min(len(names), 3)
+    down = -(-len(names) // across)
+    heights = [2.3 * down] + ([1.35] if pictures else [])
+    figure = drawing.canvas(sum(heights) + 0.6)
+    top, *bottom = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
+    drawing.title(top, *heading)
+    grid = top.subplots(down, across, squeeze=False, sharex=True, sharey=True)
+    for place, axes in enumerate(grid.flat):
+        if place >= len(names):
+            axes.set_visible(False)
+            continue
+        draw(axes, place)
+        axes.set_title(names[place], fontsize=10)
         axes.grid(alpha=0.25)
         if place % across == 0:
             axes.set_ylabel("probability")
-        if place + across >= len(panels):
+        if place + across >= len(names):
             axes.set_xlabel("noise step")
             axes.tick_params(labelbottom=True)
     grid[0][0].set_ylim(0, None)  # all panels share it
     handles, labels = grid[0][0].get_legend_handles_labels()
-    top.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=9.5, frameon=False)
+    top.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5, frameon=False)
     if bottom:
-        for axes, (step, picture) in zip(bottom[0].subplots(1, len(shown)), shown, strict=True):
+        row = bottom[0].subplots(1, len(pictures), squeeze=False)[0]
+        for axes, (step, picture) in zip(row, pictures, strict=True):
             drawing.bare(axes, picture, f"step {step}")
     return figure
 
@@ -480,10 +503,7 @@ def _one_picture(options: argparse.Namespace, models: Sequence[Subject], noise: 
             for token, value in zip(best.indices.tolist(), best.values.tolist(), strict=True)
         ]
         measured.append((subject, found))
-        if not shown:
-            places = np.linspace(0, len(views) - 1, min(THUMBNAILS, len(views))).round().astype(int)
-            drawn = [(noise.steps[place], as_seen(template, views[place])) for place in places]
-            shown = [(step, picture) for step, picture in drawn if picture is not None]
+        shown = shown or _seen(noise.steps, views, template)
     content = {
         "analysis": NAME,
         "image": {"name": image.name, "digest": files.digest(image)},
@@ -507,35 +527,14 @@ def _one_picture(options: argparse.Namespace, models: Sequence[Subject], noise: 
 def _words(
     shown: Sequence[drawing.Shown], content: Mapping[str, Any], pictures: Sequence[tuple[int, Image.Image]]
 ) -> Figure:
-    across = min(len(shown), 3)
-    down = -(-len(shown) // across)
-    strip = 1.35 if pictures else 0.0
-    figure = drawing.canvas(2.3 * down + strip + 0.6)
-    top, *bottom = figure.subfigures(
-        2 if pictures else 1, 1, height_ratios=[2.3 * down, strip] if pictures else None, squeeze=False
-    )[:, 0]
-    drawing.title(top, f"What comes after {content['prefix']!r}?", "one picture, one draw of noise")
-    grid = top.subplots(down, across, squeeze=False, sharex=True, sharey=True)
     inks = (drawing.TRUE, drawing.PARTNER, *drawing.MORE)
-    for place, axes in enumerate(grid.flat):
-        if place >= len(shown):
-            axes.set_visible(False)
-            continue
-        for number, word in enumerate(shown[place].found[0]["words"]):
-            values = drawing.mean([one["words"][word] for one in shown[place].found])
+
+    def draw(axes: Axes, place: int) -> None:
+        found = shown[place].found
+        for number, word in enumerate(found[0]["words"]):
+            values = drawing.mean([one["words"][word] for one in found])
             ink, dash = inks[number % len(inks)], ("-", "--", ":", "-.")[number % 4]
             axes.plot(content["steps"], values, color=ink, ls=dash, lw=2, label=word)
-        axes.set_title(shown[place].label, fontsize=10)
-        axes.grid(alpha=0.25)
-        if place % across == 0:
-            axes.set_ylabel("probability")
-        if place + across >= len(shown):
-            axes.set_xlabel("noise step")
-            axes.tick_params(labelbottom=True)
-    grid[0][0].set_ylim(0, None)  # all panels share it
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    top.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=9.5, frameon=False)
-    if bottom:
-        for axes, (step, picture) in zip(bottom[0].subplots(1, len(pictures), squeeze=False)[0], pictures, strict=True):
-            drawing.bare(axes, picture, f"step {step}")
-    return figure
+
+    heading = f"What comes after {content['prefix']!r}?", "one picture, one draw of noise"
+    return _over_steps([row.label for row in shown], draw, heading, pictures)
