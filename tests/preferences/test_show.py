@@ -170,7 +170,7 @@ def test_the_page_draws_any_option_of_conf_noise(tmp_path, capsys):
     assert "noised, step" not in page and page.count("<figcaption>crop smallest=0.3 largest=0.5<") == 4
     _, template = load(save_tiny_llava(tmp_path / "model"))
     data = PreferenceDataset(find("povid")(file, tmp_path, None), template, OtherPicture(), seed=5)
-    shown = re.findall(r'<b>(\d)</b>.*?alt="other_picture" src="data:image/png;base64,([^"]+)"', page)
+    shown = re.findall(r'<b>(\d)</b>.*?alt="other_picture" src="data:image/png;base64,([^"]+)"', page, re.DOTALL)
     assert len(shown) == 4
     for record, encoded in shown:
         with Image.open(io.BytesIO(base64.b64decode(encoded))) as image:

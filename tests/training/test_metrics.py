@@ -17,7 +17,7 @@ from povid.run.checkpoint import Checkpoints, CheckpointSettings
 from povid.run.guards import FiniteLoss
 from povid.run.loggers import Metrics
 from povid.run.signals import Signals
-from povid.run.stage import Bar
+from povid.run.terminal import Bar
 from povid.training.datamodule import PreferenceDataModule
 from povid.training.metrics import Window, measure
 from povid.training.module import POVIDModule
@@ -128,7 +128,7 @@ def test_between_logging_steps_nothing_is_read_from_the_device(tmp_path):
             FiniteLoss(1, tmp_path),
             metrics,
             Checkpoints(tmp_path, CheckpointSettings(), Signals(tmp_path), metrics),
-            Bar(),
+            Bar(1),
         ],
     )
     trainer.fit(module, data)

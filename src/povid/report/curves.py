@@ -1,7 +1,7 @@
 """The training curves of runs: metrics.csv of a stage, and the panels of the page.
 
-A panel is one metric of one stage, with a line per run and the mean of each row's seeds. Any column of metrics.csv
-becomes a panel; the part of its name before the first slash is its group.
+A panel is one metric of one stage, with a line per run and the mean of each row's seeds. Any column of metrics.csv,
+validation.csv and probe.csv becomes a panel; the part of its name before the first slash is its group.
 """
 
 from __future__ import annotations
@@ -32,37 +32,47 @@ FIRST = (GENERAL, "rewards")
 
 
 def metrics(folder: Path) -> tuple[dict[str, Points], str]:
-    """Series of (step, value) by name from the newest metrics.csv below a stage's folder, without blanks and NaN.
+    """Series of (step, value) by name from a stage's metrics.csv, validation.csv and probe.csv, without blanks and NaN.
 
-    The second value says what is wrong with the file, or "". Lines after a damaged one are not read.
+    The second value says what is wrong with a file, or "". Lines after a damaged one are not read.
     """
     files = sorted(folder.rglob("metrics.csv"), key=lambda file: file.stat().st_mtime)
     if not files:
         return {}, f"{folder} has no metrics.csv"
-    file, problem = files[-1], ""
-    series: dict[str, dict[float, float]] = defaultdict(dict)
-    try:
-        if file.stat().st_size > MOST_BYTES:
-            return {}, f"{file} has more than {MOST_BYTES:,} bytes and was not read"
-        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-            for number, line in enumerate(csv.DictReader(lines)):
-                step = _float(line.get("step"))
-                for name, text in line.items():
-                    value = _float(text) if name and name not in ("step", "epoch") else None
-                    if value is not None and (name in series or len(series) < MOST_NAMES):
-                        series[name][number if step is None else step] = value
-    except (OSError, csv.Error) as error:
-        problem = f"{file} is damaged ({error}); its curves end early"
+    series, problem = read_series(files[-1])
     if earlier := [name for name in series if name.startswith(EARLIER)]:
         problem = problem or (
-            f"{file} is of an earlier version: its loss is drawn; its rewards, on another scale, are not"
+            f"{files[-1]} is of an earlier version: its loss is drawn; its rewards, on another scale, are not"
         )
         loss = series.get(f"{EARLIER}loss")
         series = {name: points for name, points in series.items() if name not in earlier} | (
             {"loss": loss} if loss else {}
         )
     if not series and not problem:
-        problem = f"{file} holds no numbers"
+        problem = f"{files[-1]} holds no numbers"
+    for name in ("validation.csv", "probe.csv"):
+        if (folder / name).exists():
+            found, wrong = read_series(folder / name)
+            series, problem = found | series, problem or wrong
+    return series, problem
+
+
+def read_series(file: Path) -> tuple[dict[str, Points], str]:
+    """The columns of a CSV file with a column ``step`` (or ``steps``), as :func:`metrics` returns them."""
+    problem = ""
+    series: dict[str, dict[float, float]] = defaultdict(dict)
+    try:
+        if file.stat().st_size > MOST_BYTES:
+            return {}, f"{file} has more than {MOST_BYTES:,} bytes and was not read"
+        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
+            for number, line in enumerate(csv.DictReader(lines)):
+                step = _float(line.get("step", line.get("steps")))
+                for name, text in line.items():
+                    value = _float(text) if name and name not in ("step", "steps", "epoch") else None
+                    if value is not None and (name in series or len(series) < MOST_NAMES):
+                        series[name][number if step is None else step] = value
+    except (OSError, csv.Error) as error:
+        problem = f"{file} is damaged ({error}); its curves end early"
     return {name: sorted(points.items()) for name, points in series.items()}, problem
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from povid.files import draft
-from povid.report.curves import binned, mean_of, metrics
+from povid.report.curves import binned, mean_of, metrics, read_series
 from povid.report.runs import PAPER_ROWS, Row, Run, group, is_number, lookup
 from povid.report.tables import COLLAPSE
 
@@ -123,13 +123,12 @@ def _points(row: Row) -> list[tuple[float, float]]:
 
 def way(run: Path) -> list[tuple[float, float]]:
     """(coverage, CHAIR_I) in percent at the steps at which a run's probe measured both, through all of its stages."""
-    points = []
+    points: list[tuple[float, float]] = []
     for file in sorted(run.glob("stage_*/probe.csv")):
-        with file.open(newline="", encoding="utf-8", errors="replace") as lines:
-            for row in csv.DictReader(lines):
-                x, y = (_float(row.get(f"probe/chair/{score}")) for score in ("coverage", "CHAIR_I"))
-                if x is not None and y is not None and (x, y) not in points[-1:]:
-                    points.append((x, y))
+        series, _ = read_series(file)
+        coverage, chair = (dict(series.get(f"probe/chair/{score}", ())) for score in ("coverage", "CHAIR_I"))
+        measured = [(coverage[step], chair[step]) for step in sorted(coverage.keys() & chair.keys())]
+        points += measured[1:] if points[-1:] == measured[:1] else measured
     return points
 
 
