@@ -127,10 +127,8 @@ def noise(step: int = 500, **changes) -> Diffusion:
 
 def module(policy: Policy, objective: Objective, settings: StageSettings, terms: Set[str], **more) -> POVIDModule:
     """With conf/optimizer/adamw.yaml and conf/schedule/cosine.yaml."""
-    adamw = partial(torch.optim.AdamW, foreach=True)
-    return POVIDModule(
-        policy, objective, settings, terms, optimizer=adamw, schedule=partial(get_scheduler, "cosine"), **more
-    )
+    usual = {"optimizer": partial(torch.optim.AdamW, foreach=True), "schedule": partial(get_scheduler, "cosine")}
+    return POVIDModule(policy, objective, settings, terms, **usual | more)
 
 
 def stage(*dispreferences: str, **changes) -> StageSettings:

@@ -28,7 +28,6 @@ from povid.run.evaluation import optimized
 from povid.run.settings import build
 from povid.run.watch import Watcher
 from povid.training.datamodule import PreferenceDataModule, even_batches
-from povid.training.module import POVIDModule
 
 
 @pytest.fixture(scope="module")
@@ -167,7 +166,7 @@ def test_validation_logs_the_means_over_the_held_out_records(tmp_path):
     policy, template = tiny.load(folder)
     stage, objective = tiny.stage("text", "noise"), POVID()
     terms = objective.terms({"text", "noise"})
-    module = POVIDModule(policy, objective, stage, terms)
+    module = tiny.module(policy, objective, stage, terms)
     records = tiny.triples(tmp_path)
     data = PreferenceDataModule(
         records[:2],

@@ -21,7 +21,6 @@ from povid.method.objectives.ddpo import DDPO
 from povid.method.objectives.mdpo import MDPO
 from povid.method.objectives.povid import POVID
 from povid.training.datamodule import PreferenceDataModule, PreferenceDataset, collate
-from povid.training.module import POVIDModule
 from povid.training.scoring import score
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
@@ -269,7 +268,7 @@ def test_simpo_trains_without_a_reference_or_its_cache(tmp_path, monkeypatch):
     simpo = objective_of("simpo", 2)
     terms = simpo.terms({"text", "noise"})
     stage = tiny.stage("text", "noise", epochs=2)
-    module = POVIDModule(policy, simpo, stage, terms, reference_cache=tmp_path / "cache")
+    module = tiny.module(policy, simpo, stage, terms, reference_cache=tmp_path / "cache")
     data = PreferenceDataModule(
         tiny.triples(tmp_path), template, terms=terms, distortion=Crop(), packable=True, batch_size=2, seed=0
     )

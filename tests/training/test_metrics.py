@@ -20,7 +20,6 @@ from povid.run.signals import Signals
 from povid.run.terminal import Bar
 from povid.training.datamodule import PreferenceDataModule
 from povid.training.metrics import Window, measure
-from povid.training.module import POVIDModule
 
 
 def terms(**values: list[float]) -> Terms:
@@ -100,7 +99,7 @@ def test_between_logging_steps_nothing_is_read_from_the_device(tmp_path):
     tiny.save_tiny_llava(tmp_path / "tiny")
     policy, template = tiny.load(tmp_path / "tiny", perturb=False)
     stage, terms = tiny.stage("text", "noise", batch_size=1), POVID().terms({"text", "noise"})
-    module = POVIDModule(policy, POVID(), stage, terms, optimizer=torch.optim.SGD)
+    module = tiny.module(policy, POVID(), stage, terms, optimizer=torch.optim.SGD)
     shared = {"terms": terms, "distortion": tiny.noise(), "packable": True, "batch_size": 1, "seed": 0}
     data = PreferenceDataModule(tiny.triples(tmp_path), template, **shared)
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU])
