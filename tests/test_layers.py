@@ -60,7 +60,7 @@ def test_imports_run_downward():
 def test_every_folder_is_a_room_or_a_wing():
     folders = {path.name for path in SOURCE.iterdir() if path.is_dir() and path.name != "__pycache__"}
     assert folders <= {*ROOMS, *WINGS, "analysis"}
-    assert len([file for file in SOURCE.glob("*.py") if file.name != "__init__.py"]) <= 6
+    assert len([file for file in SOURCE.glob("*.py") if file.name != "__init__.py"]) <= 7
 
 
 def test_what_needs_no_model_never_imports_torch():
