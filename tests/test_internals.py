@@ -206,3 +206,12 @@ def test_model_parallel_strategy_can_be_told_its_sizes_and_its_backend():
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (6, 1)
     assert "self._data_parallel_size" in read and "self._tensor_parallel_size" in read
     assert "_get_process_group_backend()" in inspect.getsource(ModelParallelStrategy)
+
+
+def test_wandb_can_be_kept_from_saying_a_warning(capsys):
+    import wandb
+
+    internals.keep_from_saying(["nobody can act on this"])
+    for warning in ("nobody can act on this", "somebody can act on that"):
+        wandb.termwarn(warning, repeat=False)
+    assert "nobody" not in (printed := capsys.readouterr().err) and "somebody can act on that" in printed
