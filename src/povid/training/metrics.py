@@ -93,7 +93,7 @@ def _sides(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {f"{prefix}/chosen": values["preferred"]} if "preferred" in values else {}
     rejected = {label: value_B for label, value_B in values.items() if label != "preferred"}
     if rejected:
-        found[f"{prefix}/rejected"] = sum(rejected.values()) / len(rejected)
+        found[f"{prefix}/rejected"] = torch.stack([*rejected.values()]).mean(0)
     if len(rejected) > 1:
         found |= {f"{prefix}/rejected_{label}": value_B for label, value_B in rejected.items()}
     return found
