@@ -182,8 +182,8 @@ def test_mdpo_by_hand():
 
 
 def test_ddpo_weights_changed_tokens():
-    """A red bus . / A blue big bus and dog . as 1 2 3 4 / 1 5 6 3 7 8 4: red and blue big are one segment in two wordings,
-    and dog a segment of one response alone.
+    """A red bus . / A blue big bus and dog . as 1 2 3 4 / 1 5 6 3 7 8 4: red and blue big are one segment in two
+    wordings, and dog is a segment of one response alone.
 
     With matches of at least two tokens there are none, and everything is one changed segment.
     """
