@@ -96,13 +96,17 @@ def test_a_run_trains_evaluates_and_reports_with_all_five(outputs):
     assert {stage["records"] for stage in results["stages"].values()} == {records}
 
     # The objective: a stage begins at its reference, so the rewards are 0, the hinge is 1, and the second step differs.
-    for number, rewards in ((1, {"preferred", "text"}), (2, {"preferred", "text", "noise"})):
+    for number, rewards in (
+        (1, ("chosen", "rejected")),
+        (2, ("chosen", "rejected", "rejected_noise", "rejected_text")),
+    ):
         first, second = metrics(run, number)
-        assert {key for key in first if "reward" in key} == {f"train/reward_{name}" for name in rewards}
-        assert first["train/loss"] == pytest.approx(1, abs=1e-5)
-        assert second["train/loss"] != pytest.approx(1, abs=1e-3)
+        found = [key for key in first if key.startswith("weighted_rewards/")]
+        assert found == [f"weighted_rewards/{name}" for name in rewards]
+        assert first["loss"] == pytest.approx(1, abs=1e-5)
+        assert second["loss"] != pytest.approx(1, abs=1e-3)
         # The callback: beside the loss, once a step, and before clipping at 1.
-        assert first["train/gradient_norm"] > 1 and second["train/gradient_norm"] > 0
+        assert first["gradient_norm"] > 1 and second["gradient_norm"] > 0
 
     # The benchmark: its figure is that of the answers, again by the command that scores anybody's.
     decided = json.loads((run / "benchmarks" / "exact_match" / "scores.json").read_text())["records"]
@@ -151,7 +155,8 @@ def test_the_tiles_are_what_stage_2_trains_on(outputs, tmp_path):
     assert status == 0, printed
     mixed, whole = only_run(outputs), only_run(tmp_path)
     assert metrics(mixed, 1) == metrics(whole, 1)
-    assert metrics(mixed, 2)[1]["train/reward_noise"] != metrics(whole, 2)[1]["train/reward_noise"]
+    noise = "weighted_rewards/rejected_noise"
+    assert metrics(mixed, 2)[1][noise] != metrics(whole, 2)[1][noise]
 
 
 def test_tiles_change_places_and_nothing_else():

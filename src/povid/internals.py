@@ -1,4 +1,4 @@
-"""Every touch of a private or undocumented part of Lightning, peft, bitsandbytes, transformers and torch.
+"""Every touch of a private or undocumented part of Lightning, peft, bitsandbytes, transformers, torch and wandb.
 
 Each function names the versions that it was checked for, which are those that pyproject.toml allows;
 tests/test_internals.py fails when one of these parts moves or a bound changes. The libraries are imported inside the
@@ -7,8 +7,11 @@ functions, so that importing this module costs nothing.
 
 from __future__ import annotations
 
+import struct
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 # --- peft ------------------------------------------------------------------------------------------------------------
@@ -78,6 +81,22 @@ def without_video(processor: Any) -> Any:
     return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda cls: names)})
 
 
+@contextmanager
+def no_search_for_packing() -> Iterator[None]:
+    """Inside, a decoder without a mask takes its rows as single sequences (transformers >=5.20,<6).
+
+    Otherwise it looks in the position ids for several sequences in a row, for which the host waits for the device.
+    """
+    from transformers import masking_utils
+
+    honest = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = honest
+
+
 # --- torch -----------------------------------------------------------------------------------------------------------
 
 
@@ -122,3 +141,36 @@ def replicate_over(strategy: Any, devices: int) -> None:
     Its own "auto" means one data-parallel group per node (lightning >=2.6,<2.7).
     """
     strategy._data_parallel_size, strategy._tensor_parallel_size = devices, 1
+
+
+# --- wandb -----------------------------------------------------------------------------------------------------------
+
+
+def wandb_records(file: Path) -> Iterator[Any]:
+    """The records (``Record`` of wandb.proto) in a run's file, up to what a kill tore (wandb >=0.31,<0.32).
+
+    After seven bytes of header, blocks of 32 KiB hold fragments: a checksum (4 bytes), a length (2), a kind (1: whole,
+    2: first, 3: middle, 4: last of a record), and the content.
+    """
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, at, whole = file.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        left = 2**15 - at % 2**15
+        if left < 7:  # too short for a fragment
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", content, at)
+        part = content[at + 7 : at + 7 + size]
+        if kind not in (1, 2, 3, 4) or len(part) < size:
+            return
+        at += 7 + size
+        whole = part if kind in (1, 2) else whole + part
+        if kind in (1, 4):
+            record = Record()
+            try:
+                record.ParseFromString(whole)
+            except DecodeError:
+                return
+            yield record

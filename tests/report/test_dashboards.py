@@ -12,6 +12,8 @@ from povid.report.dashboards import mark, table_rows
 
 NAMES = {"dog": "dog", "dogs": "dog", "hot dog": "hot dog", "cat": "cat", "kitten": "cat", "fork": "fork"}
 
+NOISE = [["A ", False], ["dog & cat", True]]
+
 
 def find(text: str) -> list[str]:
     """Objects of a tiny vocabulary in which two words may form one name, as in CHAIR."""
@@ -84,20 +86,19 @@ def test_wandb_accepts_the_table_offline(tmp_path, monkeypatch):
     picture = Image.new("RGB", (8, 8), "red")
     file = tmp_path / "picture.png"
     picture.save(file)
-    table = table_rows(
-        [
-            {"id": "a", "image": file, "noised": picture, "before": "A fork.", "objects": []},
-            {"id": "b", "image": file.read_bytes()},
-        ],
-        find,
-    )
+    records = [
+        {"id": "a", "image": file, "noised": picture, "before": "A fork.", "objects": [], "noise": NOISE},
+        {"id": "b", "image": file.read_bytes()},
+    ]
+    flip = {"image": file, "question": "Is there a fork?", "label": "no", "before": "Yes", "after": "No"}
     run = wandb.init(mode="offline", dir=str(tmp_path), project="test", settings=wandb.Settings(x_disable_stats=True))
     try:
-        dashboards.log_table(run, table)
+        run.log({"samples": dashboards.sample_table(records, find), "flips": dashboards.flip_table([flip])})
     finally:
         run.finish()
-    made = next(tmp_path.rglob("*.table.json"))
+    made = {file.name.partition("_")[0]: file.read_text() for file in tmp_path.rglob("*.table.json")}
     staged = [file.read_bytes() for file in (tmp_path / "wandb_data_dir").rglob("*") if file.is_file()]
     assert any(b">fork</mark>" in content for content in staged)
     assert sum(content.startswith(b"\x89PNG") for content in staged) >= 1
-    assert '"hallucinated before"' in made.read_text()
+    assert any(b"A " in content and b">dog &amp; cat</mark>" in content for content in staged)
+    assert '"hallucinated before"' in made["samples"] and "Is there a fork?" in made["flips"]

@@ -32,10 +32,10 @@ def points(line) -> list[tuple[float, float]]:
 
 def test_training_curves_have_a_column_per_row_and_stage(write, outputs, tmp_path, drawn):
     for seed in range(2):
-        log(write("text", seed), "step,train/loss\n0,0.7\n10,0.5\n")
+        log(write("text", seed), "step,loss\n0,0.7\n10,0.5\n")
         both = write("both", seed)
-        log(both, "step,train/loss,train/margin_text\n0,0.7,0\n10,0.5,1\n")
-        log(both, "step,train/loss,train/reward_noise\n0,0.7,0.0\n10,0.5,-1\n", stage="stage_2")
+        log(both, "step,loss,rewards/margins\n0,0.7,0\n10,0.5,1\n")
+        log(both, "step,loss,rewards/rejected_noise\n0,0.7,0.0\n10,0.5,-1\n", stage="stage_2")
     file = figures.training_curves(find_runs(outputs), tmp_path / "curves.png")
     axes = drawn[0].axes
     assert [a.get_title() for a in axes if a.get_title()] == ["text, stage 1", "both, stage 1", "both, stage 2"]
@@ -46,26 +46,34 @@ def test_training_curves_have_a_column_per_row_and_stage(write, outputs, tmp_pat
 
 
 def test_rewards_of_any_response_are_drawn(write, outputs, tmp_path, drawn):
-    header = "step,train/reward_image,train/reward_text,train/reward_preferred,train/reward_caption"
-    log(write("text", 0), f"{header}\n0,1,2,3,4\n1,1,2,3,4\n")
+    names = ("rejected_image", "rejected_text", "chosen", "rejected_caption")
+    log(write("text", 0), f"step,{','.join(f'rewards/{name}' for name in names)}\n0,1,2,3,4\n1,1,2,3,4\n")
     figures.training_curves(find_runs(outputs), tmp_path / "curves.png")
     (axes,) = drawn[0].axes
     lines = {line.get_label(): (line.get_ydata()[0], line.get_color()) for line in axes.get_lines()}
-    assert {name: value for name, (value, _) in lines.items()} == {"preferred": 3, "text": 2, "caption": 4, "image": 1}
+    assert {name: value for name, (value, _) in lines.items()} == {"chosen": 3, "text": 2, "caption": 4, "image": 1}
     assert len({colour for _, colour in lines.values()}) == 4
 
 
 def test_blanks_in_metrics_are_not_drawn(write, outputs, tmp_path, drawn):
     """The later of two values of one step counts; without a step column, lines are counted."""
-    log(write("text", 0), "epoch,step,train/loss,note\n0,5,0.7,a\n0,9,,\n0,9,0.6,\n0,9,0.5,\n0,11,nan,\n", version="v0")
-    log(write("both", 0), "train/loss\n0.7\n0.5\n")
+    log(write("text", 0), "epoch,step,loss,note\n0,5,0.7,a\n0,9,,\n0,9,0.6,\n0,9,0.5,\n0,11,nan,\n", version="v0")
+    log(write("both", 0), "loss\n0.7\n0.5\n")
     figures.training_curves(find_runs(outputs), tmp_path / "curves.png")
     assert [points(axes.get_lines()[-1]) for axes in drawn[0].axes] == [[(5, 0.7), (9, 0.5)], [(0, 0.7), (1, 0.5)]]
 
 
+def test_of_an_earlier_version_the_loss_is_drawn_alone(write, outputs, tmp_path, drawn, caplog):
+    log(write("text", 0), "step,train/loss,train/reward_text\n0,0.7,1\n1,0.5,2\n")
+    figures.training_curves(find_runs(outputs), tmp_path / "curves.png")
+    (axes,) = drawn[0].axes
+    assert axes.get_ylabel() == "loss" and points(axes.get_lines()[-1]) == [(0, 0.7), (1, 0.5)]
+    assert "metrics.csv is of an earlier version" in caplog.text
+
+
 def test_long_curves_are_averaged_in_bins(write, outputs, tmp_path, drawn):
     """1000 points of value = step: bins of five, the first the mean of 0..4 = 2."""
-    log(write("text", 0), "step,train/loss\n" + "".join(f"{step},{step}\n" for step in range(1000)))
+    log(write("text", 0), "step,loss\n" + "".join(f"{step},{step}\n" for step in range(1000)))
     figures.training_curves(find_runs(outputs), tmp_path / "curves.png")
     found = points(drawn[0].axes[0].get_lines()[-1])
     assert len(found) == 200 and found[:2] == [(2.0, 2.0), (7.0, 7.0)]

@@ -156,7 +156,7 @@ def test_all_problems_are_reported_at_once():
         "data.format: found 'povld', needed a mapping",
         "noise.scheduler.beta_stat: diffusers.DDPMScheduler takes no such argument; did you mean 'beta_start'?",
         "benchmarks.chair.temperature: found '.nan', needed a number",
-        "logger.wandb.projcet: povid.run.loggers.wandb_logger takes no such argument; did you mean 'project'?",
+        "logger.wandb.projcet: povid.run.wandb_run.wandb_logger takes no such argument; did you mean 'project'?",
         "objective.1.alpha: found True, needed a number",
     ):
         assert part in report, f"{part!r} is missing in:\n{report}"

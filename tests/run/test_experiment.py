@@ -13,6 +13,8 @@ import pytest
 import tiny
 from forks import at_step, finish, settings, train
 
+from povid.internals import wandb_records
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
@@ -85,18 +87,62 @@ def test_a_requeue_signal_saves_and_requeues(world, tmp_path):
     assert json.loads((folder / "stage_1" / "stage.json").read_text())["steps"] == 10
 
 
-def test_a_resumed_stage_continues_its_wandb_run(world, tmp_path):
-    def offline(then: Callable[[], None] = lambda: None) -> Callable[[], None]:
-        return lambda: (os.environ.update(WANDB_MODE="offline"), then())
+def history(folder: Path) -> tuple[list[dict[str, object]], dict[str, object], set[str]]:
+    """The rows of a W&B run's history over all its files, its summary, and the types of its artifacts."""
+    (name,) = {file.stem for file in (folder / "wandb").glob("offline-run-*/*.wandb")}
+    rows, summary, artifacts = [], {}, set()
+    for file in sorted((folder / "wandb").glob(f"offline-run-*/{name}.wandb")):
+        for record in wandb_records(file):
+            kind = record.WhichOneof("record_type")
+            if kind == "history":
+                rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.history.item})
+            elif kind == "summary":
+                summary |= {"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in record.summary.update}
+            elif kind == "artifact":
+                artifacts.add(record.artifact.type)
+    return rows, summary, artifacts
 
-    folder = tmp_path / "run"
-    command = settings(world, "ablation=text", "logger=wandb")
-    assert finish(command, folder, offline(at_step(1, 3, signal.SIGTERM))) == 143
+
+def test_stages_and_evaluation_are_one_wandb_run_with_each_step_once(world, tmp_path):
+    """Killed in stage 2, a second after its checkpoint of step 6: W&B has lost what it had not written by then."""
+    home, folder = tmp_path / "home", tmp_path / "run"
+    home.mkdir()
+
+    def offline(then: Callable[[], None] = lambda: None) -> Callable[[], None]:
+        return lambda: (
+            os.environ.update(WANDB_MODE="offline", HOME=str(home)),
+            os.environ.pop("WANDB_SERVICE", None),  # of this process, which outlives the one that is killed
+            then(),
+        )
+
+    command = settings(world, "logger=wandb", "samples=2", "samples_every=4", "benchmarks=[chair,pope]")
+    assert finish(command, folder, offline(at_step(2, 7, signal.SIGKILL))) == -signal.SIGKILL
     assert finish([*command, "resume=true"], folder, offline()) == 0, folder.with_suffix(".log").read_text()
-    # offline-run-TIME-ID, with a number behind it where one second saw two of an id
-    runs = [place.name.split("-")[3] for place in (folder / "wandb").glob("offline-run-*")]
-    stage, evaluation = ((folder / "wandb_ids" / job).read_text() for job in ("stage_1", "evaluate"))
-    assert sorted(runs) == sorted([stage, stage, evaluation])
+
+    rows, summary, artifacts = history(folder)
+    assert [row["_step"] for row in rows if "stage_1/loss" in row or "stage_2/loss" in row] == list(range(20))
+    for stage in (1, 2):
+        with (folder / f"stage_{stage}" / "metrics.csv").open(newline="") as file:
+            for line in csv.DictReader(file):
+                (row,) = (row for row in rows if row.get(f"stage_{stage}/step") == int(line["step"]))
+                wanted = {f"stage_{stage}/{name}": float(value) for name, value in line.items()}
+                assert wanted == {name: row[name] for name in wanted}
+    one = {"loss", "lr", "grad_norm", "kl", "p_first_token", "tokens", "logps/chosen", "logps/rejected"}
+    one |= {f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies")}
+    assert {f"stage_1/{name}" for name in one} | {"stage_1/examples_per_second"} <= rows[1].keys()
+    two = {f"{name}_{kind}" for name in one if "rejected" in name or "margins" in name for kind in ("text", "noise")}
+    assert {f"stage_2/{name}" for name in two | {"noise_differs"}} <= rows[-2].keys()
+
+    results = json.loads((folder / "results.json").read_text())["benchmarks"]
+    assert summary["CHAIR_S"] == summary["eval/chair/CHAIR_S"] == results["chair"]["CHAIR_S"]
+    assert summary["POPE"] == results["pope"]["f1"]
+    assert summary["eval/pope/random/f1"] == results["pope"]["random"]["f1"]
+    assert (summary["Text disprefer"], summary["Image distortion"], summary["row"]) == ("✓", "✓", "both")
+    assert summary["stage_2/loss"].keys() == {"last", "min"} and {"model", "answers"} <= artifacts
+    tables = {file.name.partition("_")[0] for file in folder.rglob("*.table.json")}
+    assert tables == {"samples", "flipped"}
+    assert not list(home.rglob("*")), "everything lies in the run folder"
+    assert f"wandb sync {folder}/wandb/offline-run-" in folder.with_suffix(".log").read_text()
 
 
 def test_a_run_without_benchmarks(world, tmp_path):
@@ -150,8 +196,33 @@ def test_an_unreachable_wandb_costs_one_warning(world, tmp_path):
     folder = tmp_path / "run"
     assert finish(command, folder, lambda: os.environ.update(variables)) == 0, folder.with_suffix(".log").read_text()
     assert folder.with_suffix(".log").read_text().count("W&B cannot be reached") == 1
-    ids = {(folder / "wandb_ids" / job).read_text() for job in ("stage_1", "evaluate")}
-    assert {place.name.split("-")[3] for place in (folder / "wandb").glob("offline-run-*")} == ids
+    (place,) = (folder / "wandb").glob("offline-run-*")
+    assert place.name.split("-")[3] == (folder / "wandb_id").read_text()
+
+
+def test_wandb_that_fails_in_the_middle_goes_on_offline(tmp_path, monkeypatch, caplog):
+    from povid.run import wandb_run
+    from povid.run.context import RunContext
+
+    for name in ("WANDB_MODE", "WANDB_SERVICE", *wandb_run.PLACES):
+        monkeypatch.setenv(name, "offline" if name == "WANDB_MODE" else "")
+        monkeypatch.delenv(name)
+    logger = wandb_run.wandb_logger(RunContext(tmp_path, "stage_1", "g", ("t",), {}), mode="offline")
+    logger.log_metrics({"loss": 1.0}, step=0)
+    logger.log_metrics({"loss": 2.0}, step=1)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("the quota is used up")
+
+    monkeypatch.setattr(logger.experiment, "log", full)
+    logger.log_metrics({"loss": 3.0}, step=2)
+    logger.log_metrics({"train/mine": 4.0, "val/loss": 5.0}, step=3)
+    wandb_run.finish()
+    rows, _, _ = history(tmp_path)
+    assert [row.get("stage_1/loss") for row in rows] == [1.0, 2.0, 3.0, None]
+    assert (rows[3]["stage_1/mine"], rows[3]["val/loss"]) == (4.0, 5.0)
+    assert caplog.text.count("the quota is used up") == 1
+    assert wandb_run.sync_line(tmp_path).count("offline-run-") == 2
 
 
 def test_a_logger_that_fails_at_the_end_costs_no_results(world, tmp_path):
@@ -161,7 +232,7 @@ def test_a_logger_that_fails_at_the_end_costs_no_results(world, tmp_path):
         def fail(*_):
             raise ConnectionError("gone")
 
-        evaluation.show_evaluation = fail
+        evaluation.show_results = fail
 
     folder = tmp_path / "run"
     assert finish(settings(world, "ablation=none"), folder, broken) == 0

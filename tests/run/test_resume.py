@@ -125,13 +125,19 @@ def test_a_run_killed_everywhere_ends_as_if_nothing_had_happened(world, undistur
     assert (folder / "results.json").read_bytes() == before, "a finished run is left alone"
 
 
-def test_with_workers_and_with_accumulation(world, undisturbed):
-    more = ("data.workers=2", "stages.1.accumulate=2", "stages.2.accumulate=2")
+def test_with_workers_accumulation_and_means_over_three_steps(world, undisturbed):
+    """Kills fall between two logging steps, so that a mean is of steps before and after one."""
+    more = ("data.workers=2", "trainer.log_every_n_steps=3", "stages.1.accumulate=2", "stages.2.accumulate=2")
     folder = world / "killed_with_workers"
     assert finish(settings(world, *more), folder, at_step(1, 4, signal.SIGTERM)) == 143
     assert finish(settings(world, *more, "resume=true"), folder, at_step(2, 5, signal.SIGKILL)) == -9
     assert finish(settings(world, *more, "resume=true"), folder) == 0, folder.with_suffix(".log").read_text()
     assert outcome(folder) == undisturbed(*more[1:]), "workers change no number either"
+    means, steps = (undisturbed(*some)["losses of stage 1"] for some in (more[1:], more[2:]))
+    losses = [float(dict(row)["loss"]) for row in steps]
+    expected = {last: sum(losses[last - i] * n for i, n in enumerate((1, 2, 2))) / 5 for last in (2, 5)}
+    found = {int(dict(row)["step"]): float(dict(row)["loss"]) for row in means}
+    assert found == pytest.approx(expected), "the mean over an epoch's five batches"
 
 
 def test_a_loader_process_that_dies_costs_no_step(world, undisturbed):

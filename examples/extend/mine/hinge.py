@@ -27,6 +27,10 @@ class Hinge(Objective):
 
     alpha: Annotated[float, Field(gt=0)] = 0.1
 
+    @property
+    def scale(self) -> float:
+        return self.alpha
+
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         rewards = {"preferred": self.alpha * (policy.preferred - reference.preferred)}
         dispreferred = [name for name in ("text", "noise") if getattr(policy, name) is not None]

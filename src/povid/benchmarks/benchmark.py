@@ -33,8 +33,12 @@ class Column:
     subscript: str = ""
 
     @property
+    def name(self) -> str:
+        return self.title + (f"_{self.subscript}" if self.subscript else "")
+
+    @property
     def heading(self) -> str:
-        return self.title + (f"_{self.subscript}" if self.subscript else "") + self.arrow
+        return self.name + self.arrow
 
     @property
     def arrow(self) -> str:

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
-from povid.internals import adapter_switches, attention_name, ignore_adapter, trained_copies
+from povid.internals import (
+    adapter_switches,
+    attention_name,
+    ignore_adapter,
+    no_search_for_packing,
+    trained_copies,
+)
 from povid.model.architectures import lora_targets
 from povid.model.packing import Packed
 
@@ -168,8 +174,11 @@ class Policy(nn.Module):
             image = self.network.model.multi_modal_projector(seen)
         else:
             image = seen
-        place = (input_ids_BT == self.network.config.image_token_id)[..., None]
-        return embeds_BTD.masked_scatter(place, image.to(embeds_BTD.dtype))
+        # Not masked_scatter, in whose backward pass the host waits for the device to count the image tokens.
+        place_BT = input_ids_BT == self.network.config.image_token_id
+        row_BT = (place_BT.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids_BT)
+        image_BTD = image.to(embeds_BTD.dtype).flatten(0, -2)[row_BT]
+        return torch.where(place_BT[..., None], image_BTD, embeds_BTD)
 
     def predict(self, packed: Packed, seen: Any) -> Tensor:
         """Logits [U, V] at the positions that predict response tokens, and nowhere else.
@@ -183,7 +192,7 @@ class Policy(nn.Module):
         decoder, embeds_BTD = self.network.get_decoder(), self.embed(packed.input_ids_BT, seen)
         # Without a mask sdpa takes a faster kernel; other implementations may need the mask nevertheless.
         free = packed.causal and attention_name(self.network.config.get_text_config()) == "sdpa"
-        with predicting_rows(decoder, packed) as place_U:
+        with predicting_rows(decoder, packed) as place_U, no_search_for_packing():
             hidden_BUD = decoder(
                 inputs_embeds=embeds_BTD,
                 use_cache=False,

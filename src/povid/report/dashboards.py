@@ -82,18 +82,45 @@ def _between(text: str, words: Sequence[re.Match[str]]) -> str:
     return text[words[0].start() : words[-1].end()]
 
 
-def log_table(run: Any, table: tuple[Sequence[str], Sequence[Sequence[Any]]], name: str = "preferences") -> None:
-    """Log a table made by ``table_rows`` to a W&B ``run``: pictures as images, marked texts as HTML."""
+def sample_table(records: Sequence[Mapping[str, Any]], find: Finder | None = None) -> Any:
+    """A W&B table of samples: pictures as images, texts as HTML with their hallucinations marked.
+
+    ``records`` as for ``table_rows``; ``noise``, y_l^n as pieces of text with whether each differs from y_w, is a
+    column with the differing ones marked.
+    """
     import wandb
 
-    columns, rows = table
-    made = wandb.Table(columns=list(columns))
-    for row in rows:
-        made.add_data(*(_for_wandb(wandb, column, value) for column, value in zip(columns, row, strict=True)))
-    run.log({name: made})
+    columns, rows = table_rows(records, find)
+    place = columns.index("dispreferred") + 1
+    made = wandb.Table(columns=[*columns[:place], "noise dispreferred", *columns[place:]])
+    for record, row in zip(records, rows):
+        cells = [_for_wandb(column, value) for column, value in zip(columns, row, strict=True)]
+        noise = wandb.Html(_marked_pieces(record.get("noise") or ()), inject=False)
+        made.add_data(*cells[:place], noise, *cells[place:])
+    return made
 
 
-def _for_wandb(wandb: Any, column: str, value: Any) -> Any:
+def flip_table(records: Sequence[Mapping[str, Any]]) -> Any:
+    """A W&B table of yes/no questions whose answers changed: image, question, label, before and after."""
+    import wandb
+
+    made = wandb.Table(columns=["picture", "question", "label", "before", "after"])
+    for record in records:
+        texts = (str(record[key]) for key in ("question", "label", "before", "after"))
+        made.add_data(_for_wandb("picture", record["image"]), *texts)
+    return made
+
+
+def _marked_pieces(pieces: Sequence[tuple[str, bool]]) -> str:
+    return "".join(
+        f'<mark style="{STYLE}">{html.escape(text)}</mark>' if differs and text else html.escape(text)
+        for text, differs in pieces
+    )
+
+
+def _for_wandb(column: str, value: Any) -> Any:
+    import wandb
+
     if column in PICTURES:
         return None if value is None else wandb.Image(_picture(value))
     return wandb.Html(value, inject=False) if column in TEXTS else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,19 +18,23 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+log = logging.getLogger(__name__)
+
 COLORS = {"none": "#4d4d4d", "noise": "#1b6ca8", "text": "#c8553d", "both": "#2a7f4f"}
 MORE = ("#8e5aa8", "#b08800", "#00798c", "#a3416b", "#6b705c", "#5c4d7d")
 MARKERS = {"none": "s", "noise": "^", "text": "v", "both": "o"}
 
-# Panels from top to bottom: title and beginning of the names in metrics.csv, which end with the name of a response.
+# Panels from top to bottom: title and beginning of the names in metrics.csv. Where several responses are dispreferred
+# the name of each follows.
 PANELS = (
-    ("loss", "train/loss"),
-    ("reward", "train/reward_"),
-    ("margin over", "train/margin_"),
-    ("share with margin > 0", "train/accuracy_"),
+    ("loss", ("loss",)),
+    ("reward", ("rewards/chosen", "rewards/rejected")),
+    ("margin over", ("rewards/margins",)),
+    ("share with margin > 0", ("rewards/accuracies",)),
 )
-LOSS = "#1a1a1a"
-RESPONSES = {"preferred": "#2a7f4f", "text": "#c8553d", "noise": "#1b6ca8"}
+ALL = "#1a1a1a"
+RESPONSES = {"chosen": "#2a7f4f", "rejected": ALL, "text": "#c8553d", "noise": "#1b6ca8"}
+EARLIER = "train/"  # how the names in metrics.csv began in versions before 0.3
 SMOOTH = 200  # points of a curve; a longer one is averaged in bins to remove jitter
 
 
@@ -128,7 +133,7 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
         where = f"\n{row.world[0]}, {row.world[1]}" if several else ""
         columns += [(f"{row.label}, stage {stage}{where}", found) for stage, found in sorted(stages.items())]
     logged = {name for _, found in columns for series in found for name in series}
-    panels = [(title, names) for title, prefix in PANELS if (names := _lines(prefix, logged))]
+    panels = [(title, names) for title, prefixes in PANELS if (names := _lines(prefixes, logged))]
     if not panels:
         return None
     figure = _figure(max(3.3 * len(columns), 5.0), 2.15 * len(panels) + 0.7)
@@ -188,6 +193,14 @@ def _metrics(folder: Path) -> dict[str, list[tuple[float, float]]]:
                     value = _float(text) if name and name not in ("step", "epoch") else None
                     if value is not None:
                         series[name][number if step is None else step] = value
+    if earlier := [name for name in series if name.startswith(EARLIER)]:
+        log.warning(
+            "%s is of an earlier version: its loss is drawn, and its rewards, which stand on another scale, are not",
+            files[-1],
+        )
+        series["loss"] = series[f"{EARLIER}loss"]
+        for name in earlier:
+            del series[name]
     return {name: sorted(points.items()) for name, points in series.items()}
 
 
@@ -199,15 +212,20 @@ def _float(text: object) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _lines(prefix: str, logged: set[str]) -> dict[str, tuple[str, str]]:
+def _lines(prefixes: Sequence[str], logged: set[str]) -> dict[str, tuple[str, str]]:
     """Legend and colour of each logged name of a panel, those of the paper's responses first."""
-    if not prefix.endswith("_"):
-        return {prefix: ("", LOSS)} if prefix in logged else {}
-    found = sorted(name.removeprefix(prefix) for name in logged if name.startswith(prefix))
+    found = {}
+    for prefix in prefixes:
+        side = prefix.partition("/")[2] if len(prefixes) > 1 else ""
+        for name in logged:
+            if name == prefix:
+                found[name] = side
+            elif name.startswith(f"{prefix}_"):
+                found[name] = name.removeprefix(f"{prefix}_")
     others = iter(MORE * (len(found) + 1))
-    inks = {response: ink for response, ink in RESPONSES.items() if response in found}
-    inks |= {response: next(others) for response in found if response not in RESPONSES}
-    return {prefix + response: (response, ink) for response, ink in inks.items()}
+    order = [*RESPONSES, *sorted(set(found.values()) - {*RESPONSES})]
+    names = sorted(found, key=lambda name: order.index(found[name]))
+    return {name: (found[name], RESPONSES.get(found[name]) or (next(others) if found[name] else ALL)) for name in names}
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -19,10 +19,13 @@ from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.run.build import make
 from povid.run.content import names, of_run
+from povid.run.context import RunContext
 from povid.run.identity import Identity
-from povid.run.loggers import RunContext, close, make_loggers, show_evaluation
+from povid.run.loggers import close, make_loggers, show_results
 from povid.run.processes import device
+from povid.run.samples import flipped, noise_responses
 from povid.run.settings import Settings
+from povid.run.wandb_run import WandbRun
 
 log = logging.getLogger(__name__)
 
@@ -140,9 +143,38 @@ def show(
     A logger that fails is named in a warning: what it would show is in results.json already.
     """
     samples, before = sample_questions(triples, settings.plain.samples), captions_before(run) or after
+    records, find = sample_records(settings, triples, samples, before, after, noise_responses(run))
+    if records:
+        dashboards.write_page(dashboards.table_rows(records, find), run / "captions.html")
+    try:
+        loggers = make_loggers(settings.loggers, RunContext.of(settings, run, "eval"))
+        show_results(loggers, results)
+        for logger in loggers:
+            if isinstance(logger, WandbRun):
+                logger.log_tables(
+                    samples=lambda: dashboards.sample_table(records, find),
+                    flipped_answers=lambda: dashboards.flip_table(flipped(settings, run)),
+                )
+        close(loggers)
+    except Exception as error:  # whatever a logger raises
+        log.warning("a logger failed (%s: %s); all scores are in %s", type(error).__name__, error, run / "results.json")
+
+
+def sample_records(
+    settings: Settings,
+    triples: Sequence[Triple],
+    samples: Sequence[Question],
+    before: Sequence[str],
+    now: Sequence[str],
+    noise: Mapping[str, Any],
+) -> tuple[list[dict[str, Any]], dashboards.Finder | None]:
+    """The samples as :func:`povid.report.dashboards.table_rows` takes them, and what finds objects in a text.
+
+    ``before``, ``now``: captions; ``noise``: y_l^n by record.
+    """
     distortion = settings.distortion.among(Pictures([triple.image for triple in triples]))
     records = []
-    for sample, was, now in zip(samples, before, after):
+    for sample, was, says in zip(samples, before, now):
         number = sample.meta["record"]
         triple = triples[number]
         picture = open_picture(triple.image)
@@ -153,21 +185,14 @@ def show(
                 "image": picture,
                 "question": triple.question,
                 "before": was,
-                "after": now,
+                "after": says,
                 "noised": distort_picture(distortion, picture, source),
                 "preferred": triple.preferred[-1].text,
                 "dispreferred": triple.dispreferred[-1].text,
+                "noise": noise.get(triple.id),
                 "objects": triple.meta.get("objects"),
             }
         )
     synonyms = Path(settings.data.benchmarks or "") / "synonyms.txt"
     known = read_synonyms(synonyms) if synonyms.is_file() else None
-    table = dashboards.table_rows(records, (lambda text: objects(text, known)) if known else None)
-    if records:
-        dashboards.write_page(table, run / "captions.html")
-    try:
-        loggers = make_loggers(settings.loggers, RunContext.of(settings, run, "evaluate"))
-        show_evaluation(loggers, results["benchmarks"], table if records else None)
-        close(loggers)
-    except Exception as error:  # whatever a logger raises
-        log.warning("a logger failed (%s: %s); all scores are in %s", type(error).__name__, error, run / "results.json")
+    return records, (lambda text: objects(text, known)) if known else None

@@ -25,15 +25,18 @@ from povid.preferences.triple import Triple
 from povid.run import evaluation
 from povid.run.build import make
 from povid.run.content import Content, of_answers, of_stage
+from povid.run.context import RunContext
 from povid.run.data import check, load_triples
 from povid.run.guards import explain_full_disk, refuse
 from povid.run.lock import NAME, held
-from povid.run.loggers import RunContext, require_loggers
+from povid.run.loggers import require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
 from povid.run.resume import compare, in_sweep
+from povid.run.samples import ask_before
 from povid.run.settings import Settings, build, check_devices
 from povid.run.signals import Signals, requeue_signal
 from povid.run.stage import Stage, starting_adapters
+from povid.run.wandb_run import finish, sync_line
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +75,15 @@ def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
                 return files.read_json(
                     folder / "results.json", dict, "move it away and resume the run to write it again from what is kept"
                 )
-        return Experiment(settings, folder, signals).run(new)
+        try:
+            results = Experiment(settings, folder, signals).run(new)
+        except BaseException:
+            finish("failed")
+            raise
+        finish()
+        if first() and (line := sync_line(folder)):
+            log.info("upload the W&B run with: %s", line)
+        return results
 
 
 class Experiment:
@@ -170,11 +181,13 @@ class Experiment:
         self.signals.check()  # a signal after the last step waited for the stage to be saved
 
     def caption_before(self, policy: Policy, template: Template, triples: list[Triple]) -> None:
-        """Caption the samples with the policy as it is before the first stage; not where its weights are split."""
+        """What the policy says before the first stage, for the tables of samples; not where its weights are split."""
         if not self.settings.split:
             samples = evaluation.sample_questions(triples, self.settings.plain.samples)
             answers = Answers(policy, template, self.settings.generation.batch_size)
             evaluation.write_captions_before(self.folder, answers, samples)
+            if samples:
+                ask_before(self.settings, self.folder, answers)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
 
 from povid.fault import Fault
 from povid.preferences.check import Report, check
@@ -29,34 +28,25 @@ LISTED = 20  # unusable records that a message names
 class FiniteLoss(L.Callback):
     """Stops a stage at a loss that is NaN or infinite, naming the step, its records and the last good checkpoint.
 
-    On a GPU a step's loss is checked when the next step has ended, so that the host never waits for the device; before
-    a checkpoint is written the newest loss is checked too.
+    Losses are checked when the metrics are fetched: at a logging step, before a checkpoint and at the end, so that the
+    host waits for the device no more often than for the metrics.
     """
 
     def __init__(self, stage: int, checkpoints: Path) -> None:
         self.stage, self.checkpoints = stage, checkpoints
         self.step = 1
-        self.pending: tuple[int, list[str], Tensor, Any] | None = None
+        self.unchecked: list[tuple[int, list[str]]] = []
 
     def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
         self.step = trainer.global_step + 1
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        self.settle(trainer)
-        loss = trainer.callback_metrics["train/loss"].detach()  # the mean over devices: all of them stop together
-        event = None
-        if loss.is_cuda:
-            loss = torch.empty(loss.shape, dtype=loss.dtype, pin_memory=True).copy_(loss, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-        self.pending = self.step, batch.names, loss, event
-        if event is None:
-            self.settle(trainer)
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.unchecked.append((self.step, batch.names))
+        if module.logs_now:
+            self.settle(trainer, module)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        self.settle(trainer)
+    def on_save_checkpoint(self, trainer: L.Trainer, module: Any, checkpoint: dict[str, Any]) -> None:
+        self.settle(trainer, module)
         for name, weights in checkpoint["state_dict"].items():
             if not torch.isfinite(weights).all():
                 raise Fault(
@@ -64,20 +54,19 @@ class FiniteLoss(L.Callback):
                     f"though every loss was finite; lower stages.{self.stage}.lr. {self._good()}"
                 )
 
-    def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self.settle(trainer)
+    def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
+        self.settle(trainer, module)
 
-    def settle(self, trainer: L.Trainer) -> None:
-        """Check the pending loss, if there is one."""
-        if self.pending is None:
-            return
-        step, names, loss, event = self.pending
-        self.pending = None
-        if event is not None:
-            event.synchronize()
-        value = loss.item()
-        if math.isfinite(value):
-            return
+    def settle(self, trainer: L.Trainer, module: Any) -> None:
+        """Check the losses since the last check: means over the devices, so that all of them stop together."""
+        unchecked, self.unchecked = self.unchecked, []
+        module.settle()
+        losses = module.window.values.get("loss", [])[-len(unchecked) :] if unchecked else []
+        for (step, names), value in zip(unchecked, losses):
+            if not math.isfinite(value):
+                self._stop(trainer, step, names, value)
+
+    def _stop(self, trainer: L.Trainer, step: int, names: list[str], value: float) -> None:
         if trainer.world_size > 1:
             shares: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(shares, names)

@@ -53,6 +53,7 @@ FREE = (
     "outputs",
     "resume",
     "samples",
+    "samples_every",
     "trainer.enable_model_summary",
     "trainer.enable_progress_bar",
     "trainer.log_every_n_steps",

@@ -3,54 +3,79 @@
 from __future__ import annotations
 
 import csv
-import logging
-import os
 import pkgutil
-import secrets
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import Logger, WandbLogger
-from pydantic import AfterValidator
+import torch
+from lightning.pytorch.loggers import Logger
 
 from povid import files
 from povid.fault import Fault
-from povid.report import dashboards
 from povid.run.build import accepted, make
+from povid.run.context import RunContext
+from povid.run.identity import flat
 from povid.run.processes import first
-from povid.run.settings import Settings
-
-log = logging.getLogger(__name__)
+from povid.run.wandb_run import WandbRun
 
 
-class MetricsFile(L.Callback):
-    """Writes ``epoch, step`` and the training metrics, in order of their names, to a CSV file.
+class Metrics(L.Callback):
+    """Writes what a stage measures at its logging steps: to metrics.csv, and to every logger.
 
-    ``step`` counts optimiser steps from 0. Rows from step ``start`` on, which an interrupted run wrote after its last
-    checkpoint, are dropped because these steps are repeated. This is a callback and not a Lightning logger because a
-    logger receives a step's metrics only after the checkpoint of that step.
+    A row holds the means over the steps since the row before. ``step`` counts optimiser steps from 0. What another
+    callback logs under ``train/`` is a column too. Speed and memory, which a resumed run does not repeat, are given to
+    loggers alone. Rows from step ``start`` on, which an interrupted run wrote after its last checkpoint, are dropped
+    because these steps are repeated. This is a callback and not a Lightning logger because a logger receives a step's
+    metrics only after the checkpoint of that step.
     """
 
     def __init__(self, file: Path, start: int = 0) -> None:
-        self.file, self.start, self.last = file, start, start - 1
+        self.file, self.start = file, start
         self.columns: list[str] = []
+        self.since, self.examples = 0.0, 0
 
-    def on_train_batch_end(self, trainer: Any, module: L.LightningModule, *_: Any) -> None:
-        step = trainer.global_step - 1
-        if not trainer.is_global_zero or step <= self.last or trainer.global_step % trainer.log_every_n_steps:
+    def on_train_batch_start(self, trainer: Any, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self.since = self.since or time.monotonic()
+        self.examples += batch.pairs.examples * trainer.world_size
+
+    def on_train_batch_end(self, trainer: Any, module: Any, *_: Any) -> None:
+        if not module.logs_now:
             return
-        row = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        others = {name: value for name, value in trainer.callback_metrics.items() if name.startswith("train/")}
+        module.window.add({name.removeprefix("train/"): value for name, value in others.items()})
+        module.settle()
+        means = module.window.take() | module.rates
+        speed = self._speed(means)
+        module.latest = means | speed
+        module.log_dict(means, logger=False)  # for callbacks that watch a metric
+        if not trainer.is_global_zero:
+            return
+        step = trainer.global_step - 1
+        self._write({"epoch": trainer.current_epoch, "step": step}, means)
+        ours = {name: value for name, value in (means | speed).items() if f"train/{name}" not in others}
+        for logger in trainer.loggers:  # those of other callbacks receive from Lightning
+            logger.log_metrics(ours | {"epoch": trainer.current_epoch}, step=step)
+            logger.save()
+
+    def _speed(self, means: Mapping[str, float]) -> dict[str, float]:
+        """Examples and tokens a second, over all processes and all that happened since the last row; GiB in use."""
+        now = time.monotonic()
+        rate = self.examples / max(now - self.since, 1e-9)
+        self.since, self.examples = now, 0
+        found = {"examples_per_second": rate, "tokens_per_second": rate * means["tokens"]}
+        if torch.cuda.is_available():
+            found["memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return found
+
+    def _write(self, place: Mapping[str, int], means: Mapping[str, float]) -> None:
         if not self.columns:
-            self.columns = ["epoch", "step", *sorted(row)]
+            self.columns = ["epoch", "step", *sorted(means)]
             self._begin()
         with self.file.open("a", newline="", encoding="utf-8") as sink:
-            csv.DictWriter(sink, self.columns, extrasaction="ignore").writerow(
-                {**row, "epoch": trainer.current_epoch, "step": step}
-            )
-        self.last = step
+            csv.DictWriter(sink, self.columns, extrasaction="ignore").writerow({**means, **place})
 
     def force(self) -> None:
         """Force the written rows to disk."""
@@ -73,23 +98,6 @@ class MetricsFile(L.Callback):
             writer = csv.DictWriter(sink, self.columns, extrasaction="ignore")
             writer.writeheader()
             writer.writerows(rows)
-
-
-@dataclass(frozen=True)
-class RunContext:
-    """A run as loggers see it; ``job`` is stage_1, stage_2 or evaluate, ``group`` the name of its sweep."""
-
-    folder: Path
-    job: str
-    group: str
-    tags: tuple[str, ...]
-    config: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, settings: Settings, folder: Path, job: str) -> RunContext:
-        sweep = folder.parent.name if (folder.parent / "multirun.yaml").exists() else folder.name
-        tags = (settings.plain.row, settings.objective, settings.model.name, settings.data.name)
-        return cls(folder, job, sweep, tags, settings.tree)
 
 
 def make_loggers(nodes: Mapping[str, Mapping[str, Any]], run: RunContext) -> list[Logger]:
@@ -125,100 +133,24 @@ def _target(node: Mapping[str, Any]) -> Any:
     return pkgutil.resolve_name(node["_target_"])
 
 
-def _logged_in(mode: str) -> str:
-    """``online`` is for who has logged in: a run would stop at its first stage to ask for a key."""
-    if wandb_mode(mode) == "online":
-        import wandb
-
-        if not wandb.api.api_key:
-            raise ValueError("online needs a login: run `wandb login`, set WANDB_API_KEY, or use auto")
-    return mode
-
-
-Mode = Annotated[Literal["auto", "online", "offline", "disabled"], AfterValidator(_logged_in)]
-
-
-def wandb_logger(
-    run: RunContext, project: str = "povid", entity: str | None = None, mode: Mode = "auto"
-) -> WandbLogger:
-    """The W&B run of one job of a run folder, in the group of its sweep.
-
-    Its id is stored in ``folder/wandb_ids/JOB``, so that a resumed job continues the same W&B run, also offline.
-
-    Args:
-        run: the run and its job.
-        project, entity: W&B's project, and the user or team that owns it.
-        mode: online, offline, disabled, or auto: online if logged in, else offline.
-    """
-    place = run.folder / "wandb_ids" / run.job
-    if not place.exists():
-        files.write_text(place, secrets.token_hex(4))
-    arguments: dict[str, Any] = {
-        "project": project,
-        "entity": entity,
-        "name": f"{run.folder.name}-{run.job}",
-        "id": place.read_text(encoding="utf-8"),
-        "resume": "allow",
-        "group": run.group,
-        "job_type": run.job,
-        "save_dir": str(run.folder),
-        "tags": list(run.tags),
-        "config": dict(run.config),
-    }
-    logger = WandbLogger(**arguments, mode=(chosen := wandb_mode(mode)))
-    if chosen not in ("online", "shared"):
-        return logger
-    import wandb
-
-    try:
-        _ = logger.experiment  # connects
-    except (wandb.errors.Error, OSError) as error:
-        log.warning(
-            "W&B cannot be reached (%s); this run is logged offline below %s/wandb: upload it later with wandb sync",
-            str(error).splitlines()[0],
-            run.folder,
-        )
-        wandb.teardown()  # of the connection that failed
-        os.environ.pop("WANDB_SERVICE", None)  # a service that another process started still holds this run's id
-        os.environ["WANDB_MODE"] = "offline"  # for the other jobs of this process, which would wait as long again
-        return WandbLogger(**arguments, mode="offline")
-    return logger
-
-
-def wandb_mode(mode: str) -> str:
-    """Resolve ``auto``: online if logged in (with a key in the environment or in netrc), else offline."""
-    if os.environ.get("WANDB_MODE"):
-        return os.environ["WANDB_MODE"]
-    if mode != "auto":
-        return mode
-    import wandb
-
-    return "online" if wandb.api.api_key else "offline"
-
-
-def show_evaluation(loggers: Sequence[Logger], benchmarks: Mapping[str, Mapping[str, Any]], table: Any) -> None:
-    """Log benchmark scores to every logger, and the table of captions to those that show pictures (W&B)."""
+def show_results(loggers: Sequence[Logger], results: Mapping[str, Any]) -> None:
+    """Give every score in results.json to every logger: ``eval/BENCHMARK/SCORE``, with breakdowns one level deeper."""
     figures = {
-        f"{name}/{key}": value
-        for name, scores in benchmarks.items()
-        for key, value in scores.items()
-        if isinstance(value, (int, float))
+        f"eval/{key.replace('.', '/')}": value
+        for key, value in flat(results["benchmarks"])
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and ".decoding." not in key
     }
     for logger in loggers:
-        if isinstance(logger, WandbLogger):
-            logger.experiment.summary.update(figures)
-            if table is not None:
-                dashboards.log_table(logger.experiment, table)
+        if isinstance(logger, WandbRun):
+            logger.log_results(results, figures)
+            logger.log_files(results)
         else:
             logger.log_metrics(figures)
+            logger.save()
 
 
 def close(loggers: Sequence[Logger], status: str = "success") -> None:
-    """Finish the loggers' runs, since the next job of a sweep would otherwise continue the same W&B run."""
-    for logger in loggers:
-        if first():
+    """Finish a job's loggers; the W&B run stays open for the next job, until :func:`povid.run.wandb_run.finish`."""
+    if first():
+        for logger in loggers:
             logger.finalize(status)
-            if isinstance(logger, WandbLogger):
-                import wandb
-
-                wandb.finish(exit_code=0 if status == "success" else 1)

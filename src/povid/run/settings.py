@@ -71,7 +71,7 @@ class TrainerBounds(BaseModel):
     accelerator: str | Any = "auto"
     devices: Annotated[int, Field(ge=-1)] | Annotated[list[int], Field(min_length=1)] | str = "auto"
     num_nodes: Annotated[int, Field(ge=1)] = 1
-    log_every_n_steps: Annotated[int, Field(ge=1)] = 50
+    log_every_n_steps: Annotated[int, Field(ge=1)] | None = None
     limit_train_batches: Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, le=1)] | None = None
     reload_dataloaders_every_n_epochs: Literal[1] = 1
     use_distributed_sampler: Literal[False] = False
@@ -177,6 +177,7 @@ class Plain(_Settings):
     reference_cache: bool | None
     resume: bool
     samples: Annotated[int, Field(ge=0)]
+    samples_every: Annotated[int, Field(ge=1)] | None
 
 
 @dataclass(frozen=True)

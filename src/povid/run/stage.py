@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,17 +18,21 @@ from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar
 from povid import files
 from povid.fault import Fault
 from povid.model.adapters import adapter_chain, adapter_digest, check_adapter
+from povid.model.generation import Answers
 from povid.model.policy import Policy
 from povid.model.template import Template
 from povid.preferences.triple import Triple
 from povid.run import data as run_data
+from povid.run import evaluation
 from povid.run.build import make
 from povid.run.checkpoint import Checkpoints, batch_size_of, identity_of, loader_died, newest, step_of
 from povid.run.content import Content, of_stage
+from povid.run.context import RunContext
 from povid.run.guards import DataCheck, FiniteLoss
 from povid.run.identity import Identity
-from povid.run.loggers import MetricsFile, RunContext, close, make_loggers
+from povid.run.loggers import Metrics, close, make_loggers
 from povid.run.processes import device, end_children, first
+from povid.run.samples import Samples
 from povid.run.settings import Settings
 from povid.run.signals import Signals
 from povid.training.datamodule import PreferenceDataModule
@@ -37,6 +41,17 @@ from povid.training.module import POVIDModule
 from povid.training.sharding import whole_adapter
 
 log = logging.getLogger(__name__)
+
+LOG_EVERY = {False: 1, True: 10}  # steps, without and with a GPU, for which fetching the metrics means waiting
+
+
+class Bar(TQDMProgressBar):
+    """Shows what was logged last, so that it never waits for the device."""
+
+    def get_metrics(self, trainer: L.Trainer, module: Any) -> dict[str, Any]:
+        shown = {name: module.latest[name] for name in ("loss", "rewards/accuracies") if name in module.latest}
+        others = super().get_metrics(trainer, module)  # what callbacks log for the bar
+        return shown | {name: value for name, value in others.items() if name != "v_num"}
 
 
 @dataclass(frozen=True)
@@ -141,7 +156,7 @@ class Stage:
         if not settings.split:
             memory = str(estimate(module, data, data.batch_size))
         log.info("stage %d: batches of %d; %s", self.number, data.batch_size, memory)
-        steps = self._fit(module, data, signals)
+        steps = self._fit(module, data, template, signals)
         weights = whole_adapter(policy)
         if first():
             self._save(policy, weights, steps, len(triples), data.batch_size)
@@ -179,7 +194,25 @@ class Stage:
             group_by_length=settings.data.group_by_length,
         )
 
-    def _fit(self, module: POVIDModule, data: PreferenceDataModule, signals: Signals) -> int:
+    def _samples(self, policy: Policy, template: Template, triples: Sequence[Triple]) -> Samples:
+        settings = self.settings
+        samples = evaluation.sample_questions(triples, settings.plain.samples)
+        answers = Answers(policy, template, settings.generation.batch_size)
+        before = evaluation.captions_before(self.run)
+
+        def shown(captions: Sequence[str], noise: Mapping[str, Any]) -> tuple[list[dict[str, Any]], Any]:
+            return evaluation.sample_records(settings, triples, samples, before or captions, captions, noise)
+
+        return Samples(
+            self.home,
+            [sample.meta["record"] for sample in samples],
+            settings.plain.samples_every,
+            policy,
+            lambda: evaluation.caption(answers, samples),
+            shown,
+        )
+
+    def _fit(self, module: POVIDModule, data: PreferenceDataModule, template: Template, signals: Signals) -> int:
         """Returns the number of optimiser steps."""
         settings, stage = self.settings, self.settings.stages[self.number]
         checkpoint = newest(self.checkpoints)
@@ -192,15 +225,17 @@ class Stage:
         start = step_of(checkpoint) if checkpoint else 0
         if checkpoint:
             log.info("stage %d resumes after step %d: %s", self.number, start, checkpoint)
-        metrics = MetricsFile(self.home / "metrics.csv", start)
+        metrics = Metrics(self.home / "metrics.csv", start)
         callbacks: list[L.Callback] = [make(node) for node in settings.callbacks.values()]
         callbacks += [
-            metrics,
             FiniteLoss(self.number, self.checkpoints),
+            metrics,
             Checkpoints(self.checkpoints, settings.checkpoint, signals, metrics, self.identity),
         ]
+        if settings.plain.samples and not settings.split:
+            callbacks.append(self._samples(module.policy, template, data.dataset.triples))
         if not any(isinstance(callback, ProgressBar) for callback in callbacks):
-            callbacks.append(TQDMProgressBar(refresh_rate=1))
+            callbacks.append(Bar())
         if self.number == settings.run_stages[0] and not settings.data.skip_bad:
             data_check = DataCheck(
                 data.dataset.triples,
@@ -208,14 +243,15 @@ class Stage:
                 lambda triples: run_data.check(settings, triples),
             )
             callbacks.insert(0, data_check)
-        loggers = make_loggers(settings.loggers, RunContext.of(settings, self.run, f"stage_{self.number}"))
+        loggers = make_loggers(settings.loggers, RunContext.of(settings, self.run, self.home.name, start))
         trainer = make(
-            settings.trainer,
+            {name: value for name, value in settings.trainer.items() if name != "log_every_n_steps"},
             max_epochs=stage.epochs,
             max_steps=stage.max_steps,
             accumulate_grad_batches=stage.accumulate,
             gradient_clip_val=stage.max_grad_norm,
             logger=loggers,
+            log_every_n_steps=settings.trainer.get("log_every_n_steps") or LOG_EVERY[device().type == "cuda"],
             default_root_dir=str(self.home),
             enable_checkpointing=False,
             callbacks=callbacks,

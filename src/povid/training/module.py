@@ -1,4 +1,4 @@
-"""POVIDModule: one training step in the paper's words; the only place that logs."""
+"""POVIDModule: one training step in the paper's words."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from povid.method.objectives import Objective, Outcome, Terms
+from povid.model.packing import PADDING
 from povid.model.policy import Policy
 from povid.training.datamodule import PreferenceBatch, PreferenceDataModule
+from povid.training.metrics import Window, measure
 from povid.training.reference_cache import ReferenceCache, folder_key
 from povid.training.scoring import score
 from povid.training.sharding import FSDP2, shard
@@ -76,6 +79,12 @@ class POVIDModule(L.LightningModule):
         optimizer: takes parameter groups with their ``lr`` and ``weight_decay``.
         schedule: takes the optimiser, ``num_warmup_steps`` and ``num_training_steps``; stepped once per optimiser step.
         reference_cache: folder that keeps the reference log-probabilities of the pairs; None for no cache.
+
+    Attributes:
+        window: the metrics of the steps since the last logging step.
+        rates: the learning rates of the last optimiser step.
+        stepped: whether the last batch ended with an optimiser step.
+        latest: what was logged last, by name, for progress bars: reading it never waits for the device.
     """
 
     def __init__(
@@ -94,6 +103,11 @@ class POVIDModule(L.LightningModule):
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.reference_cache = reference_cache
         self._cache: ReferenceCache | None = None
+        self.window = Window()
+        self.rates: dict[str, float] = {}
+        self.latest: dict[str, float] = {}
+        self.stepped = False
+        self._steps = 0
         self.strict_loading = False  # a checkpoint contains the trained weights only
 
     def configure_model(self) -> None:
@@ -141,14 +155,44 @@ class POVIDModule(L.LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         known = self._cache.find(batch) if self._cache is not None else None
-        outcome, reference = self.outcome(batch, known)
+        outcome, reference, metrics = self.measured(batch, known)
         if self._cache is not None and known is None:
             self._cache.keep(batch, reference)
-        self._log(outcome, batch.pairs.examples)
+        self.stepped = False
+        tokens = (batch.pairs.segment_BT != PADDING).sum() / batch.pairs.examples  # both responses packed
+        self.window.add(metrics | {"tokens": tokens})
         return outcome.loss_B.mean()
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        gradients = [parameter.grad for parameter in self.parameters() if parameter.grad is not None]
+        norm: Any = torch.nn.utils.get_total_norm(gradients)
+        self.window.add({"grad_norm": norm.full_tensor() if isinstance(norm, DTensor) else norm})  # before clipping
+        rates = [group["lr"] for group in optimizer.param_groups]
+        self.rates = dict(zip(("lr", "lr_projector"), rates))
+        self.stepped = True
+
+    @property
+    def logs_now(self) -> bool:
+        """Whether the step that has just ended is a logging step: every ``log_every_n_steps``, and the last one."""
+        trainer: Any = self.trainer
+        step = trainer.global_step
+        last = step == self._steps or trainer.should_stop
+        return self.stepped and (last or step % trainer.log_every_n_steps == 0)
+
+    def settle(self) -> None:
+        """Fetch the window's metrics from the device; all processes call it together."""
+        self.window.settle(lambda values: self.trainer.strategy.reduce(values, reduce_op="mean"))
 
     def outcome(self, batch: PreferenceBatch, known_reference: Terms | None = None) -> tuple[Outcome, Terms | None]:
         """Loss and rewards of a batch, and the reference log-probabilities."""
+        outcome, reference, _ = self.measured(batch, known_reference)
+        return outcome, reference
+
+    def measured(
+        self, batch: PreferenceBatch, known_reference: Terms | None = None
+    ) -> tuple[Outcome, Terms | None, dict[str, Tensor]]:
+        """The outcome of a batch, the reference log-probabilities, and the metrics (scalars on the device)."""
+        observed: dict[str, Tensor] = {}
         policy, reference = score(
             self.policy,
             batch,
@@ -156,20 +200,11 @@ class POVIDModule(L.LightningModule):
             with_reference=self.objective.reference,
             known_reference=known_reference,
             differing_only=self.objective.differing_only,
+            observed=observed,
         )
-        return self.objective(policy, reference, batch.tokens), reference
-
-    def _log(self, outcome: Outcome, examples: int) -> None:
-        values: dict[str, Tensor] = {"loss": outcome.loss_B}
-        values |= {f"reward_{name}": reward_B for name, reward_B in outcome.rewards.items()}
-        preferred_B = outcome.rewards.get("preferred")
-        for name, reward_B in outcome.rewards.items():
-            if name != "preferred" and preferred_B is not None:
-                margin_B = preferred_B - reward_B
-                values |= {f"margin_{name}": margin_B, f"accuracy_{name}": (margin_B > 0).float()}
-        means = {f"train/{name}": value_B.detach().float().mean() for name, value_B in values.items()}
-        self.log_dict(means, batch_size=examples, on_step=True, on_epoch=False, sync_dist=True)
-        self.log("loss", means["train/loss"], prog_bar=True, logger=False, batch_size=examples)
+        outcome = self.objective(policy, reference, batch.tokens)
+        metrics = measure(outcome, policy, reference, batch.tokens, observed, self.objective.scale)
+        return outcome, reference, metrics
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """The configured optimiser, with a separate learning rate for the projector, and schedule."""
@@ -179,6 +214,7 @@ class POVIDModule(L.LightningModule):
             groups.append({**groups[0], "params": projector, "lr": self.stage.projector_lr})
         optimizer = self.make_optimizer(groups)
         steps = int(self.trainer.estimated_stepping_batches)
+        self._steps = steps
         warmup = round(self.stage.warmup_ratio * steps)
         schedule = self.make_schedule(optimizer=optimizer, num_warmup_steps=warmup, num_training_steps=steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
@@ -186,5 +222,10 @@ class POVIDModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self._cache is not None:  # a resumed run must find all values of this one
             self._cache.flush()
+        self.settle()
+        checkpoint["metrics"] = self.window.values  # so that the means after a resumption are those without one
         trained = {name for name, parameter in self.named_parameters() if parameter.requires_grad}
         checkpoint["state_dict"] = {k: v for k, v in checkpoint["state_dict"].items() if k in trained}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.window.values = {name: list(values) for name, values in checkpoint.get("metrics", {}).items()}

@@ -45,6 +45,23 @@ def sum_logps(
     return logps_N.new_zeros(examples).index_add(0, side.example_N, logps_N)
 
 
+def first_token(logits_UV: Tensor, side: Side, examples: int) -> Tensor:
+    """P [B] of a side's first response token; 0 for an example without response tokens."""
+    if not len(side.example_N):
+        return logits_UV.new_zeros(examples)
+    example_B = torch.arange(examples, device=side.example_N.device)
+    first_B = torch.searchsorted(side.example_N, example_B).clamp(max=len(side.example_N) - 1)
+    logps_B = token_logps(logits_UV[side.position_N[first_B]], side.token_N[first_B])
+    return logps_B.exp() * (side.example_N[first_B] == example_B)
+
+
+def differing(chosen_N: Tensor, side: Side, examples: int) -> Tensor:
+    """Share [B] of a side's response tokens in whose places others were chosen."""
+    counted_B = torch.zeros(2, examples, device=chosen_N.device)
+    counted_B.index_add_(1, side.example_N, torch.stack([chosen_N != side.token_N, chosen_N == chosen_N]).float())
+    return counted_B[0] / counted_B[1].clamp(min=1)
+
+
 def score(
     policy: Policy,
     batch: PreferenceBatch,
@@ -54,6 +71,7 @@ def score(
     noise_tokens_N: Tensor | None = None,
     known_reference: Terms | None = None,
     differing_only: bool = False,
+    observed: dict[str, Tensor] | None = None,
 ) -> tuple[Terms, Terms | None]:
     """Score ``terms`` under the policy (with gradient) and the reference (without).
 
@@ -64,6 +82,8 @@ def score(
         noise_tokens_N: fixes y_l^n, for comparisons of implementations, in which near ties could fall either way.
         known_reference: the reference log-probabilities of the responses on the clean image, which saves that pass.
         differing_only: leave out of y_l^n the positions where it is y_w's token.
+        observed: receives what is seen by the way, each [B] and without gradient: ``p_first_token``, the policy's P
+            of y_w's first token on x, and ``noise_differs``, the share of tokens in which y_l^n differs from y_w.
 
     Raises:
         ValueError: ``known_reference`` with ``noise_on_clean``, which reads the reference's logits.
@@ -87,6 +107,10 @@ def score(
         with torch.no_grad():
             distorted_UV = policy.predict(batch.preferred, seen_distorted)
     scored, clean_UV = _clean(policy, batch, seen)
+    side, examples = batch.pairs.preferred, batch.pairs.examples
+    if observed is not None:
+        with torch.no_grad():
+            observed["p_first_token"] = first_token(clean_UV, side, examples)
     if not distorted:
         return scored, reference
     if gradient:
@@ -95,6 +119,8 @@ def score(
     side, clean, examples = batch.preferred.preferred, batch.pairs.preferred, batch.pairs.examples
     found, found_reference = {}, {}
     chosen_N = most_likely(distorted_UV)[side.position_N] if noise_tokens_N is None else noise_tokens_N
+    if observed is not None and terms & {"noise", "noise_on_clean"}:
+        observed["noise_differs"] = differing(chosen_N, side, examples)
     if "noise" in terms:
         found["noise"] = sum_logps(distorted_UV, side, examples, chosen_N, differing_only=differing_only)
         if with_reference:  # the policy's tokens

@@ -97,6 +97,11 @@ class Objective(ABC):
             tokens: the number of tokens of each response [B], or the sum of their weights.
         """
 
+    @property
+    def scale(self) -> float:
+        """What log pi/ref is multiplied by in logged rewards, for all responses and stages alike: DPO's beta."""
+        return 1.0
+
     def terms(self, dispreferences: Set[str]) -> frozenset[str]:
         """What is scored in a stage that may use these ``dispreferences`` (of "text" and "noise").
 

@@ -28,6 +28,10 @@ class APOZero(Objective):
 
     beta: Annotated[float, Field(gt=0)] = 0.1
 
+    @property
+    def scale(self) -> float:
+        return self.beta
+
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         rewards = {"preferred": self.beta * (policy.preferred - reference.preferred)}
         lowered = []

@@ -42,6 +42,10 @@ class DDPO(Objective):
     shortest_match: Annotated[int, Field(ge=1)] = 1
     one_sided: bool = True
 
+    @property
+    def scale(self) -> float:
+        return self.beta
+
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         def reward(name: str) -> Tensor:
             ratio_B = self.beta * (getattr(policy, name) - getattr(reference, name))

@@ -23,6 +23,10 @@ class DPO(Objective):
 
     alpha: Annotated[float, Field(gt=0)] = 0.1
 
+    @property
+    def scale(self) -> float:
+        return self.alpha
+
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         reward_w = self.alpha * (policy.preferred - reference.preferred)
         reward_t = self.alpha * (policy.text - reference.text)

@@ -27,6 +27,10 @@ class IPO(Objective):
 
     beta: Annotated[float, Field(gt=0)] = 0.1
 
+    @property
+    def scale(self) -> float:
+        return self.beta
+
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         rewards = {"preferred": (policy.preferred - reference.preferred) / tokens.preferred}
         losses = []

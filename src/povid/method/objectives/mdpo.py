@@ -37,6 +37,10 @@ class MDPO(Objective):
     delta: Annotated[float, Field(ge=0)] = 0.0
     distorted_images: Literal[1, 2] = 1
 
+    @property
+    def scale(self) -> float:
+        return self.beta
+
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         rewards = {"preferred": self.beta * (policy.preferred - reference.preferred)}
         if policy.text is not None:

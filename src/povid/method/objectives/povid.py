@@ -32,6 +32,10 @@ class POVID(Objective):
     beta_noise: Annotated[float, Field(ge=0)] = 0.05
     differing_only: bool = False
 
+    @property
+    def scale(self) -> float:
+        return self.alpha
+
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         rewards = {"preferred": self.alpha * (policy.preferred - reference.preferred)}
         if policy.text is not None:

@@ -31,6 +31,10 @@ class Released(Objective):
     weight_text: Annotated[float, Field(gt=0)] = 0.5
     weight_noise: Annotated[float, Field(gt=0)] = 0.5
 
+    @property
+    def scale(self) -> float:
+        return self.beta
+
     def __call__(self, policy: Terms, reference: Terms, tokens: Terms) -> Outcome:
         rewards = {"preferred": self.beta * (policy.preferred - reference.preferred)}
         weights = {}

@@ -39,6 +39,10 @@ class RPO(Objective):
             object.__setattr__(self, name, getattr(inner, name))
         object.__setattr__(self, "needs", inner.needs | {"preferred"})
 
+    @property
+    def scale(self) -> float:
+        return self.objective.scale
+
     def terms(self, dispreferences: Set[str]) -> frozenset[str]:
         return self.objective.terms(dispreferences) | {"preferred"}
 
