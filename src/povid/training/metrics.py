@@ -131,7 +131,9 @@ class Window:
         if not self._waiting:
             return
         counts = {name: len(values) for name, values in self._waiting.items()}
-        flat = reduce(torch.stack([value for values in self._waiting.values() for value in values])).tolist()
+        every = [value for values in self._waiting.values() for value in values]
+        # the norm of gradients that are offloaded lies in the machine's memory
+        flat = reduce(torch.stack([value.to(every[0].device) for value in every])).tolist()
         self._waiting = {}
         for name, count in counts.items():
             self.values.setdefault(name, []).extend(flat[:count])
