@@ -208,9 +208,12 @@ def test_model_parallel_strategy_can_be_told_its_sizes_and_its_backend():
     assert "_get_process_group_backend()" in inspect.getsource(ModelParallelStrategy)
 
 
-def test_wandb_can_be_kept_from_saying_a_warning(capsys):
+def test_wandb_can_be_kept_from_saying_a_warning(capsys, monkeypatch):
     import wandb
+    from wandb.errors import term
 
+    monkeypatch.setattr(term, "_silent", False)  # whatever a test before this one said to W&B
+    monkeypatch.setattr(term, "_show_warnings", True)
     internals.keep_from_saying(["nobody can act on this"])
     for warning in ("nobody can act on this", "somebody can act on that"):
         wandb.termwarn(warning, repeat=False)

@@ -245,10 +245,11 @@ def test_the_radar_has_the_papers_axes_and_values(write, tmp_path, capsys):
 
 
 def test_strips_show_every_distortion(tmp_path, world, capsys):
-    image = min((world / "evaluation/images").iterdir())
-    assert main(["strips", str(image), "--out", str(tmp_path), "--steps", "0", "500", "999"]) == 0, (
-        capsys.readouterr().err
-    )
+    image, other = sorted((world / "evaluation/images").iterdir())[:2]
+    command = ["strips", str(image), "--out", str(tmp_path), "--steps", "0", "500", "999"]
+    assert main(command) == 0, capsys.readouterr().err
+    assert set(read(tmp_path / f"strips_{image.stem}.json")["left_out"]) == {"other_picture"}
+    assert main([*command, "--others", str(other)]) == 0, capsys.readouterr().err
     found = read(tmp_path / f"strips_{image.stem}.json")
     conf = Path(__file__).resolve().parents[2] / "conf/noise"
     assert sorted(found["distortions"]) == sorted(file.stem for file in conf.glob("*.yaml"))

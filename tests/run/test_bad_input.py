@@ -166,16 +166,17 @@ def test_one_bad_job_does_not_end_a_sweep(world, tmp_path, data):
 @pytest.mark.parametrize("value", ["nan", "inf"])
 def test_a_loss_that_is_not_finite_stops_the_run(value, world, tmp_path):
     def sabotage() -> None:
-        honest = POVIDModule.outcome
+        honest = POVIDModule.measured
 
         def sabotaged(self, batch, known_reference=None):
-            outcome, reference = honest(self, batch, known_reference)
+            outcome, reference, metrics = honest(self, batch, known_reference)
             if self._trainer is None or self.trainer.global_step < 4:
-                return outcome, reference
+                return outcome, reference, metrics
             print("batch", batch.names)
-            return outcome._replace(loss_B=outcome.loss_B * float(value)), reference
+            loss_B = outcome.loss_B * float(value)
+            return outcome._replace(loss_B=loss_B), reference, metrics | {"loss": loss_B.detach().mean()}
 
-        POVIDModule.outcome = sabotaged
+        POVIDModule.measured = sabotaged
 
     assert finish(settings(world), tmp_path / value, sabotage) == 2
     log = (tmp_path / f"{value}.log").read_text()

@@ -65,9 +65,15 @@ class RunContext:
 
 
 def _finished(folder: Path) -> Iterator[tuple[str, int]]:
-    """The finished stages in a run's folder, in order, and how many optimiser steps each took."""
+    """The finished stages in a run's folder, in order, and how many optimiser steps each took.
+
+    A damaged note is passed over, since the stage itself reports it.
+    """
     for note in sorted(folder.glob("stage_*/stage.json")):
-        yield note.parent.name, json.loads(note.read_text(encoding="utf-8"))["steps"]
+        try:
+            yield note.parent.name, int(json.loads(note.read_text(encoding="utf-8"))["steps"])
+        except (ValueError, KeyError, TypeError):
+            continue
 
 
 def _rows(file: Path) -> Iterator[dict[str, float]]:

@@ -413,6 +413,10 @@ def _unknown_options() -> Iterator[str]:
         group, _, name = override.lstrip("+").partition("=")
         group = group.partition("@")[0]
         known = loader.get_group_options(group) if re.fullmatch(r"[\w/]+", group) else []
+        added = (
+            Path(source.path) / group for source in HydraConfig.get().runtime.config_sources if source.schema == "file"
+        )
+        known += [file.stem for folder in added for file in folder.glob("*.yaml") if file.stem not in known]
         if known and re.fullmatch(r"[\w-]+", name) and name not in (*known, "null"):
             yield f"{group}: there is no {name!r}{did_you_mean(name, known, 'choices')}"
 

@@ -11,6 +11,7 @@ import logging
 import os
 import secrets
 import shlex
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -156,6 +157,7 @@ class WandbRun(WandbLogger):
         os.environ.pop("WANDB_SERVICE", None)  # a service that another process started still holds this run's id
         os.environ["WANDB_MODE"] = "offline"  # for the other runs of this process, which would wait as long again
         self._wandb_init["mode"] = "offline"
+        time.sleep(1)  # W&B names a run's folder by the second, and the one that failed may be as old
 
     def _define(self) -> None:
         """A stage's metrics over its own steps, and the best values in the summary."""
