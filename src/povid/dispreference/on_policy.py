@@ -27,6 +27,7 @@ from povid.run.build import make
 from povid.run.content import computing, weights_digest
 from povid.run.identity import Identity, flat, identity, is_free
 from povid.run.processes import device
+from povid.run.quiet import quiet_imported
 
 Place = Annotated[Path, Strict(False)]
 
@@ -192,6 +193,8 @@ class OnPolicy(BaseModel):
         decoding = Decoding(self.max_new_tokens, self.temperature)
 
         def answer(asked: Sequence[Question], how: Decoding) -> Iterator[tuple[int, str]]:
+            if self.model.trainable:
+                quiet_imported()
             ask = self.model.answerer(self.chain, batch_size=self.batch_size, seed=seed, device=device())
             yield from ask(asked, how)
 
