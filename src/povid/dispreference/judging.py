@@ -42,7 +42,7 @@ class Reading(NamedTuple):
 class Judge(Protocol):
     """Who says what is true."""
 
-    def identity(self, rows: Sequence[Row]) -> Mapping[str, Any]:
+    def identity(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What a judgement depends on besides picture and caption."""
 
     def read(
@@ -53,7 +53,7 @@ class Judge(Protocol):
         ``folder`` may keep what a further start needs.
         """
 
-    def figures(self) -> Mapping[str, Any]:
+    def figures(self) -> dict[str, Any]:
         """What stands in the report."""
 
 

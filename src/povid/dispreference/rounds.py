@@ -89,20 +89,22 @@ def training(
     Args:
         name: of the row in tables; the round's number is added.
         common: arguments that both commands share: the model, folders of configurations.
-        further: overrides of train.py, which come last.
+        further: overrides of train.py, which may replace ``data=povid_17k ablation=text`` and the row.
 
     Raises:
         Fault: training failed; its own message has been printed.
         SystemExit: it was stopped by a signal, and has saved what it was doing.
     """
-    options = [argument for argument in common if argument.startswith("--")]
+    options, last = [argument for argument in common if argument.startswith("--")], overrides(further)
+    usual = {"data": "povid_17k", "ablation": "text", "row": f"{name}_{number}"}
+    chosen = {override.partition("=")[0] for override in last}
     command = [
-        *("data=povid_17k", "ablation=text", f"row={name}_{number}"),
+        *(f"{key}={value}" for key, value in usual.items() if key not in chosen),
         *(argument for argument in common if argument not in options),
         f"data.preferences={quoted(pairs)}",
         f"data.images={quoted(images)}",
         f"adapters=[{','.join(quoted(adapter) for adapter in adapters)}]",
-        *overrides(further),
+        *last,
         f"hydra.run.dir={quoted(run)}",
         "resume=true",
     ]
