@@ -372,6 +372,7 @@ def test_overrides_of_a_round():
         "row=my row",
         "trainer=gpu",
     ]
+    assert rounds.quoted("it's") == r"'it\'s'"
     for given, sentence in (
         ("model.dtype=float32", "each round sets model.dtype itself"),
         ("resume=false", "each round sets resume itself"),
@@ -380,6 +381,18 @@ def test_overrides_of_a_round():
     ):
         with pytest.raises(Fault, match=re.escape(sentence)):
             rounds.overrides(given)
+
+
+def test_training_hears_of_a_signal_and_is_waited_for(tmp_path):
+    """The child tells its parent to end, is told itself, writes a file and leaves with a status of its own."""
+    script = """if True:
+        import os, pathlib, signal, sys
+        signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1]).touch(), sys.exit(143)))
+        os.kill(os.getppid(), signal.SIGTERM)
+        signal.pause()
+    """
+    assert rounds._call([sys.executable, "-c", script, str(tmp_path / "saved")]) == 143
+    assert (tmp_path / "saved").exists()
 
 
 def test_generators_without_a_policy_have_no_rounds(tmp_path):

@@ -82,12 +82,12 @@ def _rounds(config: DictConfig, generator: Any, out: Path, rows: Sequence[Row]) 
 
     if not isinstance(config.rounds, int) or isinstance(config.rounds, bool) or config.rounds < 1:
         raise Fault(f"rounds={config.rounds}: give a whole number of at least 1, or null to write pairs only")
-    rounds.overrides(config.train)
-    images = Path(config.images)
+    further, images = str(config.train or ""), Path(config.images)
+    rounds.overrides(further)
     train = functools.partial(
-        rounds.training, name=generator.name, images=images, common=_shared(config), further=config.train
+        rounds.training, name=generator.name, images=images, common=_shared(config), further=further
     )
-    whole = generator.identity(rows, config.seed) | {"rounds": config.rounds, "train": config.train}
+    whole = generator.identity(rows, config.seed) | {"rounds": config.rounds, "train": further}
     with claimed(out, identity(rows, **whole)) as folder:
         adapters = rounds.repeat(
             generator,
@@ -96,20 +96,20 @@ def _rounds(config: DictConfig, generator: Any, out: Path, rows: Sequence[Row]) 
             functools.partial(write, rows=rows, images=images, seed=config.seed),
             train,
         )
-        last = folder / f"round_{config.rounds}" / "pairs.json"
-        if last.exists():  # it does not after an estimate
-            write_bytes(out, last.read_bytes())
+        if adapters is not None:
+            write_bytes(out, (folder / f"round_{config.rounds}" / "pairs.json").read_bytes())
             print(f"{out}\nthe last policy: adapters=[{','.join(map(str, adapters))}]")
 
 
 def _shared(config: DictConfig) -> list[str]:
     """The arguments of this command that train.py takes too: the model, and where configurations are found."""
+    from povid.dispreference import rounds
     from povid.run.resume import config_dirs
 
     job: Any = HydraConfig.get()
     given = [argument for argument in job.overrides.task if argument.lstrip("+~").startswith("model.")]
     places = [f"--config-dir={place}" for place in config_dirs(job)]
-    return [*places, f"model={job.runtime.choices['model']}", f"outputs={config.outputs}", *given]
+    return [*places, f"model={job.runtime.choices['model']}", f"outputs={rounds.quoted(config.outputs)}", *given]
 
 
 def _generator(config: DictConfig) -> Any:

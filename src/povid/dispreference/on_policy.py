@@ -154,11 +154,13 @@ class OnPolicy(BaseModel):
             )
         captions = self._sample(described, folder / "captions", seed)
         judge: Judge = self.judge
-        judged = judge.read(described, captions, folder)
+        several = [place for place, said in enumerate(captions) if len({one for one in said if words(one)}) > 1]
+        judged = judge.read([described[place] for place in several], [captions[place] for place in several], folder)
         if judged is None:
             return None
         most = Tolerances(self.coverage_tolerance, self.length_tolerance)
-        verdicts = iter(zip(captions, judged, strict=True))
+        known = dict(zip(several, judged, strict=True))
+        verdicts = iter([(said, known.get(place, ALL_THE_SAME)) for place, said in enumerate(captions)])
         false: list[tuple[int, int]] = []
         for row in rows:
             if row.kind != "captioning":

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any
 
 from povid.fault import Fault
 from povid.files import write_json
@@ -24,27 +24,18 @@ from povid.run.experiment import release_memory
 OURS = ("adapters", "data.images", "data.preferences", "hydra.run.dir", "init_from", "model", "outputs", "resume")
 
 
-class Sampler(Protocol):
-    """Makes pairs from a policy."""
-
-    name: str
-    model: Any
-    chain: list[Path]
-
-    def trained_on(self, adapters: Sequence[Path]) -> Self:
-        """The same with another policy."""
-
-
 def repeat(
     sampler: Any,
     rounds: int,
     folder: Path,
     write: Callable[[Any, Path], bool],
     train: Callable[[int, Path, Sequence[Path], Path], None],
-) -> list[Path]:
-    """Sample and train ``rounds`` times; returns the adapters of the last policy, in order.
+) -> list[Path] | None:
+    """Sample and train ``rounds`` times; returns the adapters of the last policy, in order, None after an estimate.
 
     Args:
+        sampler: a generator with a policy: its ``model``, ``chain`` (the adapters) and ``trained_on(adapters)``, which
+            gives the same generator with another policy.
         write: writes a sampler's pairs to a file; false if it only made an estimate, which ends the rounds.
         train: trains in a run folder: (number of the round, pairs, adapters to begin with, run folder).
 
@@ -64,7 +55,7 @@ def repeat(
         pairs, run, adapters = place / "pairs.json", place / "run", sampler.chain
         print(f"round {number} of {rounds}", flush=True)
         if not write(sampler, pairs):
-            return adapters
+            return None
         release_memory()  # of the model that has sampled
         train(number, pairs, adapters, run)
         sampler = sampler.trained_on(adapter_chain(run))
@@ -138,21 +129,31 @@ def overrides(further: str) -> list[str]:
     return found
 
 
-def quoted(place: Path) -> str:
-    """A path as the value of an override."""
-    text = str(place.resolve()).replace("\\", "\\\\").replace("'", "\\'")
-    return f"'{text}'"
+def quoted(place: Path | str) -> str:
+    """A text as the value of an override, or a path, which becomes absolute."""
+    text = str(place.resolve() if isinstance(place, Path) else place)
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _call(command: Sequence[str]) -> int:
     """The exit status of a command, which hears of SIGTERM and Ctrl-C too and is waited for."""
-    with subprocess.Popen(command) as child:
-        before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
-        try:
+    child, told = None, False
+
+    def tell(*_: Any) -> None:
+        nonlocal told
+        told = True
+        if child is not None:
+            child.terminate()
+
+    before = signal.signal(signal.SIGTERM, tell)
+    try:
+        with subprocess.Popen(command) as child:
+            if told:  # while it was started
+                child.terminate()
             while True:
                 try:
                     return child.wait()
                 except KeyboardInterrupt:
                     child.terminate()
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    finally:
+        signal.signal(signal.SIGTERM, before)
