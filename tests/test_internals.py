@@ -102,6 +102,19 @@ def test_processors_are_found_and_do_without_video():
     assert set(Qwen2_5_VLProcessor.get_attributes()) - set(pictures_only.get_attributes()) == {"video_processor"}
 
 
+def test_a_decoder_does_not_look_for_several_sequences_in_a_row():
+    from transformers import LlamaModel
+
+    config = LlamaConfig(hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=9)
+    decoder, tokens = LlamaModel(config), {"input_ids": torch.arange(4)[None], "use_cache": False}
+    with torch.no_grad():
+        plain, two_rows = decoder(**tokens)[0], decoder(**tokens, position_ids=torch.tensor([[0, 1, 0, 1]]))[0]
+        with internals.no_search_for_packing():
+            assert torch.equal(decoder(**tokens)[0], plain)
+            one_row = decoder(**tokens, position_ids=torch.tensor([[0, 1, 0, 1]]))[0]
+    assert not torch.equal(one_row, two_rows), "the search has not been switched off"
+
+
 def test_forward_hooks_are_seen():
     layer = nn.Linear(2, 2)
     assert not internals.is_watched(layer)
@@ -193,3 +206,12 @@ def test_model_parallel_strategy_can_be_told_its_sizes_and_its_backend():
     assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == (6, 1)
     assert "self._data_parallel_size" in read and "self._tensor_parallel_size" in read
     assert "_get_process_group_backend()" in inspect.getsource(ModelParallelStrategy)
+
+
+def test_wandb_can_be_kept_from_saying_a_warning(capsys):
+    import wandb
+
+    internals.keep_from_saying(["nobody can act on this"])
+    for warning in ("nobody can act on this", "somebody can act on that"):
+        wandb.termwarn(warning, repeat=False)
+    assert "nobody" not in (printed := capsys.readouterr().err) and "somebody can act on that" in printed

@@ -130,13 +130,7 @@ def test_seeds_of_a_row_are_averaged_and_other_rows_are_not(write, tmp_path):
 
 def test_one_picture_and_a_model_from_the_command_line(world, adapter, tmp_path, capsys):
     image = min((world / "evaluation/images").iterdir())
-    chosen = [
-        f"adapters=[{adapter}]",
-        f"data.prepare.folder={world}",
-        "data.prepare.preferences=2",
-        "data.prepare.tuning=2",
-    ]
-    chosen += ["data.prepare.evaluation=8", "data.prepare.yes_no_share=0.25", "data.prepare.preference_partner=null"]
+    chosen = [f"adapters=[{adapter}]", f"outputs={tmp_path / 'none'}"]
     more = ["--image", str(image), "--out", str(tmp_path)]
     prefix = ["--prefix", "This image shows a knife and a", "--words", "spoon", "wine glass", "--steps", "0", "999"]
     assert main(["token_uncertainty", *chosen, *more, *prefix]) == 0, capsys.readouterr().err
@@ -147,6 +141,7 @@ def test_one_picture_and_a_model_from_the_command_line(world, adapter, tmp_path,
     found = read(tmp_path / f"attention_{image.stem}.json")
     assert found["run"]["row"] == "tuned" and found["texts"]["count"] == 1
     assert found["change"]["image"]["layers"]["mean"] != 0
+    assert not (tmp_path / "none").exists()  # the data's own pictures are not needed
 
 
 def test_a_damaged_run_is_refused_in_one_sentence(write, tmp_path, capsys):

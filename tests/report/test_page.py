@@ -234,9 +234,10 @@ def test_samples_come_back_as_they_were_written(tmp_path):
     (found,) = samples.read(tmp_path)
     assert found.before.pieces == [("A cat, a ", ""), ("dog", "bad"), (".", "")] and found.before.true == ("cat",)
     assert found.after.hallucinated == ("fork",) and found.picture is None and found.noised.startswith(b"\x89PNG")
-    samples.write(tmp_path, [record(1, "A dog.", "A fork.", objects=None)])
+    samples.write(tmp_path, [record(1, "A dog.", "A fork.", objects=None, noise=[(" A", False), (" cat", True)])])
     (found,) = samples.read(tmp_path)
     assert found.after.pieces == [("A fork.", "")] and found.after.hallucinated is None and found.objects is None
+    assert found.noise == [("A", ""), (" ", ""), ("cat", "other")]
     assert [card.entries[0].change for card in samples.cards([(0, "x", "", (), [found])])] == ["unknown"]
     (tmp_path / "samples" / "samples.json").write_text("[" * 100_000)
     with pytest.raises(Fault, match="is damaged"):

@@ -69,7 +69,7 @@ def measure(options: argparse.Namespace) -> list[Path]:
     befores: dict[str, Reading] = {}
     measured: list[tuple[Subject, dict[str, Any]]] = []
     written: list[Path] = []
-    models = subjects(options.places)
+    models = subjects(options.places, pictures=not options.image)
     for subject in models:
         questions = _questions(options, subject)
         how = _measure(options, questions)

@@ -166,15 +166,17 @@ class Subject:
         return self.pictures.questions()[:limit]
 
 
-def subjects(places: Sequence[str]) -> list[Subject]:
+def subjects(places: Sequence[str], *, pictures: bool = True) -> list[Subject]:
     """Every run below the folders of a command line or, without a folder, the model that it chooses.
+
+    ``pictures``: the data's own are wanted, so the data are made where the configuration makes them.
 
     Raises:
         Fault: there is no run, a run folder is damaged, or an override is not for runs.
     """
     folders, overrides = split(places)
     if not folders:
-        return [_chosen(compose(overrides))]
+        return [_chosen(compose(overrides), pictures)]
     for override in overrides:
         if re.split(r"[.@/=]", override.lstrip("+~"))[0] in OF_A_RUN:
             raise Fault(f"{override}: run folders say which model they hold; leave it out, or leave the folders out")
@@ -182,17 +184,17 @@ def subjects(places: Sequence[str]) -> list[Subject]:
     found = [of_run(run) for run in runs.values()]
     keys = {override.lstrip("+~").partition("=")[0] for override in overrides}
     if any(key.split(".")[0] in ("benchmarks", "data") for key in keys):
-        other = _chosen(compose(overrides))
+        other = _chosen(compose(overrides), pictures)
         found = [replace(subject, pictures=other.pictures, habits=other.habits) for subject in found]
     return found
 
 
-def _chosen(tree: Mapping[str, Any]) -> Subject:
-    """The model that a composed configuration chooses, with its data made where the configuration makes them."""
+def _chosen(tree: Mapping[str, Any], pictures: bool) -> Subject:
+    """The model that a composed configuration chooses; its data are made if ``pictures`` are wanted."""
     model = node(tree, "model")
     if not isinstance(model, LocalModel):
         raise Fault("model: only a model whose weights are loaded here can be looked into; choose another model=")
-    for maker in (model.prepare, (tree.get("data") or {}).get("prepare")):
+    for maker in (model.prepare, (tree.get("data") or {}).get("prepare") if pictures else None):
         if maker:
             build.make(maker)
     chair = node(tree, "benchmarks.chair") if (tree.get("benchmarks") or {}).get("chair") else None

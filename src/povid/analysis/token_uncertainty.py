@@ -95,7 +95,7 @@ def measure(options: argparse.Namespace) -> list[Path]:
     tree = compose(overrides)
     noise = Noise(tree["noise"], tuple(sorted(set(options.steps))))
     noise.at(noise.steps[0])
-    models = subjects(options.places)
+    models = subjects(options.places, pictures=not options.image)
     return _one_picture(options, models, noise) if options.image else _many_pictures(options, models, noise)
 
 

@@ -211,7 +211,8 @@ class _Watch:
     """
 
     def __init__(self) -> None:
-        self.late, self.timer = threading.Event(), None
+        self.late = threading.Event()
+        self.timer: threading.Timer | None = None
         self.sockets: list[socket.socket] = []
 
     def __enter__(self) -> _Watch:

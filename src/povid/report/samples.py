@@ -158,7 +158,11 @@ def _text(record: Mapping[str, Any]) -> Text:
 def _pieces(found: Any) -> Pieces | None:
     if found is None:
         return None
-    return [(_letters(text), "other" if differs else "") for text, differs in list(found)[:2000]]
+    pieces: Pieces = []
+    for text, differs in list(found)[:2000]:
+        word = _letters(text).lstrip()
+        pieces += [(text[: len(text) - len(word)] if pieces else "", ""), (word, "other" if differs else "")]
+    return [piece for piece in pieces if piece[0]]
 
 
 def _letters(text: Any) -> str:

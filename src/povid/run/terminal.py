@@ -72,7 +72,7 @@ class Pace:
 
     def figures(self) -> dict[str, str]:
         """What a bar shows, by name."""
-        found = {name: f"{value:.3f}" for name, value in self.metrics.items()}
+        found = {name: f"{value:z.3f}" for name, value in self.metrics.items()}
         if self.speed is not None:
             found["examples/s"] = f"{self.speed:.1f}"
         if self.left:
@@ -81,7 +81,7 @@ class Pace:
 
     def sentence(self) -> str:
         """``loss 0.412, margins 0.215, accuracies 0.844, 27.8 examples/s, about 44 s left``, as far as it is known."""
-        parts = [f"{name} {value:.3f}" for name, value in self.metrics.items()]
+        parts = [f"{name} {value:z.3f}" for name, value in self.metrics.items()]
         if self.speed is not None:
             parts.append(f"{self.speed:.1f} examples/s")
         if self.left:
@@ -121,7 +121,7 @@ class Bar(RichProgressBar):
         return self.pace.figures()
 
     def configure_columns(self, trainer: L.Trainer) -> list:
-        style = {"complete_style": "cyan", "finished_style": "cyan", "pulse_style": "cyan"}
+        style: Any = dict.fromkeys(("complete_style", "finished_style", "pulse_style"), "cyan")
         return [Where(self), CustomBarColumn(bar_width=12, **style), BatchesProcessedColumn(style="")]
 
 
