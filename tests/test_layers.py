@@ -19,7 +19,7 @@ GROUND = {
 ROOMS = ("method", "preferences", "server", "model", "benchmarks", "training", "report", "run")
 WINGS = {  # nothing in the rooms imports a wing
     "scenes": {"preferences", "model", "benchmarks", "dispreference"},
-    "dispreference": {"server", "preferences", "benchmarks"},
+    "dispreference": {"server", "preferences", "model", "benchmarks", "run"},
     "bench": set(ROOMS),
     "analysis": {*ROOMS, "dispreference"},
 }

@@ -40,7 +40,7 @@ def test_llava_instruct_by_first_question_or_by_each(folder):
     (row,) = read_rows(file, folder)
     assert (row.id, row.question, row.answer, row.kind) == ("000000000042", "What is it?", "A bus.", "reasoning")
     assert row.image == folder / "000000000042.jpg"
-    first, second = read_rows(file, folder, rounds="each")
+    first, second = read_rows(file, folder, questions="each")
     assert (first.id, second.id, second.kind) == ("000000000042-0", "000000000042-1", "captioning")
     triple = second.triple("It is red.", "It is blue.")
     assert [turn.text for turn in triple.dispreferred] == ["What is it?", "A bus.", "Describe it.", "It is blue."]

@@ -97,8 +97,8 @@ class CHAIR(Benchmark):
                 image=coco.picture(folder, name),
                 text=self.prompt,
                 meta={
-                    "objects": _true_objects(truth[key], synonyms, official_singular),
-                    "objects_corrected": _true_objects(truth[key], mended, singular),
+                    "objects": true_objects(truth[key], synonyms, official_singular),
+                    "objects_corrected": true_objects(truth[key], mended, singular),
                     "synonyms": synonyms,
                     "listed": len(listed) if listed is not None else None,
                 },
@@ -230,9 +230,7 @@ def _is_povids(file: Path) -> bool:
     )
 
 
-def _true_objects(
-    found: coco.Annotation, synonyms: Mapping[str, str], singular: Callable[[str], str]
-) -> frozenset[str]:
+def true_objects(found: coco.Annotation, synonyms: Mapping[str, str], singular: Callable[[str], str]) -> frozenset[str]:
     """Node words of the instance categories, and of everything read in the human captions."""
     if unknown := found.names - synonyms.keys():
         raise Fault(f"COCO's category {min(unknown)!r} is not a word of synonyms.txt; use CHAIR's own list")

@@ -16,7 +16,7 @@ from PIL import Image
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
 from povid.files import digest, read_json, write_bytes, write_json, write_text
-from povid.model.question import Answerer, Question
+from povid.model.question import Answerer, Decoding, Question
 from povid.terminal import counted
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,17 @@ def run(
             continue
         folder = Path(out) / name
         try:
-            answers = _answers(plan, answer, folder, model, _given(plan, answered))
+            benchmark = plan.benchmark
+            answers = kept_answers(
+                name,
+                plan.questions,
+                benchmark.decoding,
+                answer,
+                folder,
+                model,
+                _given(plan, answered),
+                benchmark.limited,
+            )
         except Fault as fault:
             cure = "fix that and run again; the answers so far are kept"
             results[name] = {"missing": str(fault), "cure": cure, "open": True}
@@ -166,41 +176,55 @@ def _given(plan: Plan, answered: Sequence[tuple[Plan, list[str]]]) -> dict[int, 
     return {i: known[key] for i, key in enumerate(keys) if key in known}
 
 
-def _answers(plan: Plan, answer: Answerer, folder: Path, model: str, given: Mapping[int, str]) -> list[str]:
+def kept_answers(
+    name: str,
+    questions: Sequence[Question],
+    decoding: Decoding,
+    answer: Answerer,
+    folder: Path,
+    model: str,
+    given: Mapping[int, str] | None = None,
+    limited: Mapping[str, int] | None = None,
+) -> list[str]:
     """Answers in the order of the questions: those on disk, those ``given`` already, then the others.
 
-    Each is written as it arrives.
+    Each is written to ``folder/answers.jsonl`` as it arrives. ``model`` identifies who answers, ``limited`` is a
+    benchmark's (:attr:`Benchmark.limited`).
+
+    Raises:
+        Fault: the folder holds answers of another model, to other questions or with other decoding settings, or a
+            question got no answer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "answers.jsonl"
-    _claim(plan, folder / "asked.json", file, model)
-    done = dict(_kept(plan, file, model))
-    if taken := {i: text for i, text in given.items() if i not in done}:
-        log.info("%s: answers that are scored again, without asking: %d", plan.name, len(taken))
+    _claim(questions, decoding, limited, folder / "asked.json", file, model)
+    done = dict(_kept(questions, file, model))
+    if taken := {i: text for i, text in (given or {}).items() if i not in done}:
+        log.info("%s: answers that are scored again, without asking: %d", name, len(taken))
         with file.open("a", encoding="utf-8") as sink:
-            sink.writelines(json.dumps(_row(plan.questions[i], text, model)) + "\n" for i, text in taken.items())
+            sink.writelines(json.dumps(_row(questions[i], text, model)) + "\n" for i, text in taken.items())
         done |= taken
-    unanswered = [i for i in range(len(plan.questions)) if i not in done]
-    asked = [plan.questions[i] for i in unanswered]
+    unanswered = [i for i in range(len(questions)) if i not in done]
+    asked = [questions[i] for i in unanswered]
     if asked:
         with (
             file.open("a", encoding="utf-8") as sink,
-            counted(log, plan.name, len(plan.questions), len(done)) as count,
+            counted(log, name, len(questions), len(done)) as count,
         ):
-            for position, text in answer(asked, plan.benchmark.decoding):
+            for position, text in answer(asked, decoding):
                 index = unanswered[position]
                 if index in done:
                     raise Fault(
-                        f"{plan.name} question {plan.questions[index].id!r} was answered twice in one run; an answerer "
+                        f"{name} question {questions[index].id!r} was answered twice in one run; an answerer "
                         "must yield each index once"
                     )
-                sink.write(json.dumps(_row(plan.questions[index], text, model)) + "\n")
+                sink.write(json.dumps(_row(questions[index], text, model)) + "\n")
                 sink.flush()
                 done[index] = text
                 count()
-    if len(done) < len(plan.questions):
-        raise Fault(f"{plan.name}: {len(done)} of {len(plan.questions)} questions are answered; run again to resume")
-    return [done[i] for i in range(len(plan.questions))]
+    if len(done) < len(questions):
+        raise Fault(f"{name}: {len(done)} of {len(questions)} questions are answered; run again to resume")
+    return [done[i] for i in range(len(questions))]
 
 
 def _row(question: Question, text: str, model: str) -> dict[str, Any]:
@@ -216,12 +240,19 @@ def _row(question: Question, text: str, model: str) -> dict[str, Any]:
     }
 
 
-def _claim(plan: Plan, note: Path, answers: Path, model: str) -> None:
+def _claim(
+    questions: Sequence[Question],
+    decoding: Decoding,
+    limited: Mapping[str, int] | None,
+    note: Path,
+    answers: Path,
+    model: str,
+) -> None:
     """Record what is asked, or refuse a folder whose answers belong to other questions, decoding or model."""
-    wanted = {"model": model, "decoding": asdict(plan.benchmark.decoding), "questions": len(plan.questions)}
-    if limited := plan.benchmark.limited:
+    wanted = {"model": model, "decoding": asdict(decoding), "questions": len(questions)}
+    if limited:
         wanted["limit"] = limited["limit"]
-    wanted |= content(plan.questions)
+    wanted |= content(questions)
     if not note.is_file():
         if answers.is_file() and answers.stat().st_size:
             raise Fault(f"{answers} exists without {note.name}, so it is unknown what was asked; move it away")
@@ -268,7 +299,7 @@ def _plain(value: Any) -> Any:
     return value.name if isinstance(value, Path) else str(value)
 
 
-def _kept(plan: Plan, file: Path, model: str) -> Iterator[tuple[int, str]]:
+def _kept(questions: Sequence[Question], file: Path, model: str) -> Iterator[tuple[int, str]]:
     """(index, answer) of what is on disk; a last line that was only partly written is removed from the file.
 
     An answer that no longer fits its ``answer_id`` was changed after it was given. It is moved to the file
@@ -281,7 +312,7 @@ def _kept(plan: Plan, file: Path, model: str) -> Iterator[tuple[int, str]]:
     if len(whole) < len(content):
         with file.open("r+b") as torn:
             torn.truncate(len(whole))
-    places = {json.dumps(question.id): i for i, question in enumerate(plan.questions)}
+    places = {json.dumps(question.id): i for i, question in enumerate(questions)}
     lines = whole.split(b"\n")[:-1]
     changed = []
     for number, line in enumerate(lines, 1):
@@ -289,7 +320,7 @@ def _kept(plan: Plan, file: Path, model: str) -> Iterator[tuple[int, str]]:
             row = json.loads(line.decode("utf-8"))
             place, text = json.dumps(row["question_id"]), row["text"]
             index = places[place]
-            if row.get("answer_id") != _row(plan.questions[index], text, model)["answer_id"]:
+            if row.get("answer_id") != _row(questions[index], text, model)["answer_id"]:
                 changed.append(line)
                 continue
             del places[place]

@@ -90,7 +90,7 @@ class CoOccurrence(Rewriting):
 
     # --- for python -m povid.dispreference ---
 
-    def identity(self, seed: int) -> dict[str, Any]:
+    def identity(self, rows: Sequence[Row], seed: int) -> dict[str, Any]:
         """What the result depends on besides the rows."""
         settings = self.model_dump(mode="json", exclude={"name", "objects", "synonyms"})
         known = json.dumps(self._annotated(), sort_keys=True).encode()

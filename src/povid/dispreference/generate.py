@@ -69,7 +69,7 @@ class VisionModel(BaseModel):
     give_up: bool = False
     estimate_only: bool = False
 
-    def identity(self, seed: int) -> dict[str, Any]:
+    def identity(self, rows: Sequence[Row], seed: int) -> dict[str, Any]:
         """What the result depends on besides the rows."""
         model = self.endpoint.model
         return {"model": model, "sampling": self.sampling.model_dump(), "gates": self.gates.model_dump()}

@@ -110,8 +110,9 @@ def summary(numbers: Mapping[str, Any]) -> str:
         f"{numbers['written']} records written, {numbers['set_aside']} set aside ({listed('set_aside_for')})",
         f"hallucinations: {listed('hallucinations')}",
         f"most injected: {listed('injected_objects')}",
-        f"replies refused: {listed('replies_refused')}",
     ]
+    if numbers["replies_refused"]:
+        lines.append(f"replies refused: {listed('replies_refused')}")
     if numbers["length_ratio"]:
         lines.append(
             "words of dispreferred per word of preferred: median {median}, 5 % below {p5}, 5 % above {p95}".format(

@@ -15,12 +15,14 @@ class Question:
     ``id`` is unique within the benchmark. ``image`` is a file, its encoded bytes, or None for a question without an
     image; equal values mean the same image, so its features and prefix may be shared. ``text`` is what the model
     is asked, suffix included, without an image marker. ``meta`` holds what scoring and the official answer format need.
+    ``sample`` numbers the samples where the same thing is asked several times, which a server must tell apart.
     """
 
     id: str | int
     image: Path | bytes | None
     text: str
     meta: Mapping[str, Any] = field(default_factory=dict)
+    sample: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

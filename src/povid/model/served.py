@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -38,7 +39,9 @@ class ServedModel(EndpointSettings):
     def answerer(
         self, adapters: Sequence[Path] = (), *, batch_size: int = 1, seed: int = 0, device: Any = None
     ) -> Answerer:
-        """An answerer that asks the server, which knows nothing of ``batch_size``, ``seed`` and ``device``.
+        """An answerer that asks the server, which knows nothing of ``batch_size`` and ``device``.
+
+        ``seed`` is that of questions that are numbered samples (``Question.sample``); no other request has one.
 
         Raises:
             Fault: adapters are given, which a server cannot load from here, or the key of the server is missing.
@@ -48,14 +51,14 @@ class ServedModel(EndpointSettings):
                 f"model {self.name!r} is served and cannot load the adapter {adapters[0]}; merge the adapter into the "
                 "weights, serve the result, and set model.model to its name"
             )
-        return ServedAnswers(Endpoint(self, self.cache), max_side=self.max_side, system=self.system)
+        return ServedAnswers(Endpoint(self, self.cache), max_side=self.max_side, system=self.system, seed=seed)
 
 
 class ServedAnswers:
     """Answers questions through ``endpoint``: the image first (longest side ``max_side`` pixels), then the text."""
 
-    def __init__(self, endpoint: Endpoint, *, max_side: int = 1024, system: str | None = None) -> None:
-        self.endpoint, self.max_side, self.system = endpoint, max_side, system
+    def __init__(self, endpoint: Endpoint, *, max_side: int = 1024, system: str | None = None, seed: int = 0) -> None:
+        self.endpoint, self.max_side, self.system, self.seed = endpoint, max_side, system, seed
 
     def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
         """Yield (index, answer) in the order in which the server replies.
@@ -83,9 +86,17 @@ class ServedAnswers:
             except Fault as fault:
                 raise Fault(f"question {question.id}: {fault}") from fault
         first = [{"role": "system", "content": self.system}] if self.system else []
+        numbered = question.sample is not None
         return Request(
             [*first, {"role": "user", "content": parts}],
             temperature=decoding.temperature,
             max_tokens=decoding.max_new_tokens,
+            sample=question.sample or 0,
             name=f"question {question.id}",
+            extra={"seed": self._seed(question)} if numbered else {},
         )
+
+    def _seed(self, question: Question) -> int:
+        """31 bits from seed, id, text and number of the sample."""
+        drawn = f"{self.seed} {question.id!r} {question.text} {question.sample}"
+        return int.from_bytes(hashlib.sha256(drawn.encode()).digest()[:4], "big") >> 1

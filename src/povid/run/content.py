@@ -128,7 +128,7 @@ def of_stage(settings: Settings, number: int, adapters: Sequence[Path], content:
         "trainer": settings.trainer,
     }
     parts = {key: value for key, value in flat(chosen) if not is_free(key) and key != "model.name"}
-    parts |= _shared(settings, content)
+    parts |= computing(content.weights)
     cached = settings.plain.reference_cache
     parts |= {"pictures": content.pictures, "reference_cache": stage.epochs > 1 if cached is None else cached}
     if isinstance(settings.data.validation, float):
@@ -151,7 +151,7 @@ def of_answers(settings: Settings, adapters: Sequence[Path], content: Content) -
     Where it computes in fewer than 32 bits its answers depend on how many questions are answered together.
     """
     parts = {key: value for key, value in flat({"model": settings.tree["model"]}) if not is_free(key)}
-    parts |= _shared(settings, content)
+    parts |= computing(content.weights)
     if getattr(settings.model, "answers_depend_on_batch", True):
         parts["generation.batch_size"] = settings.generation.batch_size
     below = [adapter_digest(adapter) for adapter in adapters]
@@ -195,10 +195,10 @@ def recorded_row(adapter: Path) -> str | None:
         return None
 
 
-def _shared(settings: Settings, content: Content) -> dict[str, Any]:
+def computing(weights: str | None) -> dict[str, Any]:
     """The parts of every identity: the frozen weights, what computes, and on what."""
     parts = {"device": device().type} | {f"versions.{name}": _version(name) for name in LIBRARIES}
-    return parts if content.weights is None else parts | {"weights": content.weights}
+    return parts if weights is None else parts | {"weights": weights}
 
 
 def _version(name: str) -> str | None:
