@@ -83,9 +83,10 @@ def run(jobs: Sequence[Job], outputs: Path, processes: int, say: Callable[[str],
                     process.send_signal(signal.SIGTERM)  # saves a checkpoint, from which the job resumes
             raise
     if failed:
-        log = failed[0].folder.with_name(f"{failed[0].folder.name}.log")
+        first = failed[0]
+        log = first.folder.with_name(f"{first.folder.name}.log")
         raise Fault(
-            f"{len(failed)} of {len(waiting)} jobs failed (first: {failed[0].arm} {failed[0].label}: {_last(log)}); see "
+            f"{len(failed)} of {len(waiting)} jobs failed (first: {first.arm} {first.label}: {_last(log)}); see "
             f"{log}, and run the arena again when the reason is gone: what is done is kept"
         )
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from povid.arena.plan import BASE, Job, Plan
 from povid.fault import Fault
 from povid.files import read_json
 from povid.report.compare import LEVEL, at_coverage, running
-from povid.report.runs import Row, group, read
+from povid.report.runs import Row, Run, group, read
 
 FIGURES = {  # title → benchmark, name among a record's sums
     "CHAIR_S": ("chair", "CHAIR_S"),
@@ -31,6 +30,7 @@ FIGURES = {  # title → benchmark, name among a record's sums
     "yes": ("pope", "yes_ratio"),
 }
 MATCHED = "CHAIR_I at equal coverage"
+SHARED = ("device", "versions", "weights")  # parts of an identity that are the same for all arms
 AGAIN = "move the run's results.json away and run the arena again: its answers are kept and scored again"
 
 
@@ -82,29 +82,30 @@ def rows(contests: Mapping[str, Sequence[Job]]) -> dict[str, Row]:
         Fault: results cannot be read, runs of an arm differ in something else, or arms were not run on the same
             software, weights or device.
     """
-    runs = []
-    for job in (job for jobs in contests.values() for job in jobs):
-        try:
-            runs.append(read(job.folder / "results.json"))
-        except (OSError, ValueError) as error:
-            raise Fault(f"{job.folder / 'results.json'}: {error}") from None
-    found: dict[str, list[Row]] = {}
-    for row in group(runs):
-        found.setdefault(row.name, []).append(row)
-    for arm, members in found.items():
-        if len(members) > 1 or len(members[0].runs) < len(contests[arm]):
-            apart = "; ".join(dict.fromkeys(row.difference or str(row.runs[0].folder) for row in members))
-            raise Fault(
-                f"the runs of {arm} differ in more than world and seed ({apart}), so they are not averaged; move those "
-                "that an earlier version made away, and run the arena again"
-            )
-    shared = ("device", "weights")
-    for key in sorted({key for run in runs for key in run.settings if key in shared or key.startswith("versions.")}):
-        kinds = {run.settings.get(key): run.folder for run in runs}
+    runs: dict[str, list[Run]] = {}
+    for arm, jobs in contests.items():
+        for file in (job.folder / "results.json" for job in jobs):
+            try:
+                runs.setdefault(arm, []).append(read(file))
+            except (OSError, ValueError) as error:
+                raise Fault(f"{file}: {error}") from None
+    every = [run for arm in runs.values() for run in arm]
+    for key in sorted({key for run in every for key in run.settings if key.partition(".")[0] in SHARED}):
+        kinds = {run.settings.get(key): run.folder for run in every}
         if len(kinds) > 1:
             listed = "; ".join(f"{value} in {folder}" for value, folder in kinds.items())
-            raise Fault(f"arms were run with different {key} ({listed}); move the older runs away and run again")
-    return {arm: members[0] for arm, members in found.items()}
+            raise Fault(f"the arms were run with different {key} ({listed}); move the older runs away and run again")
+    found = {}
+    for arm, members in runs.items():
+        alike = group(members)
+        if len(alike) > 1 or len(alike[0].runs) < len(members):
+            apart = "; ".join(row.difference or str(row.runs[0].folder) for row in alike)
+            raise Fault(
+                f"the runs of {arm} differ in more than world and seed ({apart}) and are not averaged; move those that "
+                "an earlier version made away, and run again"
+            )
+        found[arm] = alike[0]
+    return found
 
 
 def standings(

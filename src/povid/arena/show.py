@@ -59,9 +59,7 @@ def says_less(found: Sequence[Standing], drop: float = COLLAPSE) -> set[str]:
     return {one.arm for one in found if base.figures["coverage"].value - one.figures["coverage"].value > drop}
 
 
-def markdown(
-    plan: Plan, found: Sequence[Standing], tuned: Mapping[str, Any], less: set[str], resamples: int
-) -> str:
+def markdown(plan: Plan, found: Sequence[Standing], tuned: Mapping[str, Any], less: set[str], resamples: int) -> str:
     """One table, then what its figures mean."""
     head = ["arm", "setting", "steps", *(title + ARROWS.get(title, "") for title in FIGURES)]
     head.append(f"{MATCHED}, minus {plan.reference}{ARROWS[MATCHED]}")
@@ -78,12 +76,10 @@ def markdown(
         name = one.arm + (" †" if one.arm in less else "")
         lines.append([name, one.setting, str(one.steps), *cells, f"**{text}**" if won else text])
     table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return "\n\n".join([table, *(f"- {note}" for note in notes(plan, found, tuned, less, resamples))]) + "\n"
+    return table + "\n\n" + "".join(f"- {note}\n" for note in notes(plan, found, tuned, less, resamples))
 
 
-def notes(
-    plan: Plan, found: Sequence[Standing], tuned: Mapping[str, Any], less: set[str], resamples: int
-) -> list[str]:
+def notes(plan: Plan, found: Sequence[Standing], tuned: Mapping[str, Any], less: set[str], resamples: int) -> list[str]:
     """What the figures mean and where they come from, one sentence or two each."""
     evaluation, rule = plan.evaluation, plan.tuning.choice
     contested = [one for one in found if one.differences and one.arm != BASE]

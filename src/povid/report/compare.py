@@ -301,7 +301,7 @@ def running(hits: np.ndarray, longest: int) -> np.ndarray:
 
 
 def at_coverage(target: np.ndarray, coverage: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """``values`` where ``coverage`` [mentions, resample] reaches ``target`` [resample], interpolated between mentions."""
+    """``values`` where ``coverage`` [mentions, resample] reaches ``target`` [resample], interpolated."""
     return np.array([np.interp(t, coverage[:, i], values[:, i]) for i, t in enumerate(target)])
 
 
