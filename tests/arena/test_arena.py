@@ -284,6 +284,15 @@ def test_the_shipped_plan_composes_and_is_fair(tmp_path):
     assert plan.tuning.world not in plan.evaluation.worlds
 
 
+def test_the_plan_for_the_hallucinator_binds(tmp_path):
+    plan = read_plan(conf_folder().parent / "examples" / "arena" / "hallucinator.yaml")
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        for arm in (BASE, *plan.names):
+            settings = build(compose("config", overrides=list(trials(plan, tmp_path)[arm][-1].overrides)))
+            assert settings.dispreference_name == ("given" if arm == BASE else "cooccurrence")
+            assert settings.data.benchmarks.endswith("/tuning")
+
+
 @pytest.mark.slow
 def test_real_runs(tmp_path, capsys):
     """Two arms with the shipped base model and a few pictures; text alone is the first stage of both."""

@@ -255,7 +255,7 @@ def _difference(row: Row, against: Row, column: Column, says_less: bool) -> Cell
 
 
 def _within_worlds(row: Row, against: Row, key: str) -> tuple[float, float] | None:
-    """The mean over worlds of the difference within each, and its standard error; None without several common worlds."""
+    """The mean of the differences within each world, and its standard error; None unless both share several worlds."""
     own, other = row.by_world(), against.by_world()
     if len(own) < 2 or own.keys() != other.keys():
         return None
@@ -590,7 +590,7 @@ def _rank(lines: Sequence[Line], columns: Iterable[Column]) -> None:
 def _general(number: int) -> list[str]:
     return [
         "ours: mean ± standard deviation over n seeds; by the mean as shown, bold is best and underlined second best, "
-        "among our rows and among the paper's; the spread over seeds does not include the sampling of the pictures",
+        "among our rows and among the paper's; within one world, the spread leaves out the sampling of the pictures",
         *(
             (
                 "coverage: share of the true objects that the captions mention; words: mean length of a caption; "
