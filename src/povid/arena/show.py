@@ -82,17 +82,18 @@ def markdown(plan: Plan, found: Sequence[Standing], tuned: Mapping[str, Any], le
 def notes(plan: Plan, found: Sequence[Standing], tuned: Mapping[str, Any], less: set[str], resamples: int) -> list[str]:
     """What the figures mean and where they come from, one sentence or two each."""
     evaluation, rule = plan.evaluation, plan.tuning.choice
-    contested = [one for one in found if one.differences and one.arm != BASE]
+    contested = sum(bool(one.differences) and one.arm != BASE for one in found)
+    lucky = contested * (1 - LEVEL) / 2
     texts = [
         f"Means over {len(evaluation.worlds)} worlds (data.prepare.seed={_listed(evaluation.worlds)}) and "
         f"{len(evaluation.seeds)} seeds ({_listed(evaluation.seeds)}), in brackets {100 * LEVEL:.0f} % intervals from "
-        f"{resamples:,} resamples of worlds, seeds and pictures. All but steps are percentages.",
+        f"{resamples:,} resamples of worlds, seeds and pictures. All but steps are percent, and differences points.",
         f"Settings: every arm tried the same {len(plan.tuning.grid)} on the tuning pictures of world "
         f"{plan.tuning.world}. Of those with {rule.guard} at most {rule.within:g} points below the base's, the one "
         f"with the {'lowest' if rule.better == 'low' else 'highest'} {rule.score} was taken.",
         f"{MATCHED}: the captions of the run that names more true objects are cut, all after the same number of "
-        "mentions, until both name the same share. Bold: lower by more than chance, one arm at a time; of "
-        f"{len(contested)} arms that are no better, {len(contested) * (1 - LEVEL) / 2:.1f} would be bold.",
+        "mentions, until both name the same share. Bold: the interval lies below 0. If all "
+        f"{contested} arms were as good as {plan.reference}, {lucky:.1f} would be bold by chance.",
         "F1 of valid: without the answers that say neither yes nor no, which POPE's parser takes for yes. Repeats: "
         "mentions of an object that the caption has named before.",
     ]
@@ -127,7 +128,11 @@ def draw(plan: Plan, found: Sequence[Standing], file: Path) -> Path:
     figure = canvas(9.6, 6.2)
     axes = figure.add_subplot()
     inks = dict(zip(plan.arms, INKS * len(plan.arms)))
+    group = ""
     for number, one in enumerate(found):
+        if one.group != group:
+            group = one.group
+            axes.plot([], [], " ", label=group.replace("_", " "))  # a heading in the legend
         across, up = one.figures["coverage"], one.figures["CHAIR_I"]
         ink = inks.get(one.group, ALL)
         axes.errorbar(
