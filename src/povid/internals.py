@@ -175,8 +175,9 @@ def wandb_records(file: Path) -> Iterator[Any]:
     2: first, 3: middle, 4: last of a record), and the content.
     """
     from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto import wandb_internal_pb2
 
+    made: Any = wandb_internal_pb2  # its names are made when it is imported
     content, at, whole = file.read_bytes(), 7, b""
     while at + 7 <= len(content):
         left = 2**15 - at % 2**15
@@ -190,7 +191,7 @@ def wandb_records(file: Path) -> Iterator[Any]:
         at += 7 + size
         whole = part if kind in (1, 2) else whole + part
         if kind in (1, 4):
-            record = Record()
+            record = made.Record()
             try:
                 record.ParseFromString(whole)
             except DecodeError:

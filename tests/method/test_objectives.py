@@ -158,7 +158,7 @@ def test_rpo_adds_the_likelihood_to_any_objective():
     assert RPO(SimPO(), 0.2)(PAIR[0], None, PAIR[2]).rewards == SimPO()(PAIR[0], None, PAIR[2]).rewards
     for inside in (DPO(), POVID(differing_only=True), SimPO(), DDPO(), MDPO(distorted_images=2)):
         outside = RPO(inside)
-        for name in Objective.__annotations__:
+        for name in (*Objective.__annotations__, "scale"):
             assert getattr(outside, name) == getattr(inside, name), name
         assert outside.terms({"text", "noise"}) == inside.terms({"text", "noise"})
     with pytest.raises(ValueError, match="objective: found 3, needed the _target_ of an objective"):
@@ -182,8 +182,8 @@ def test_mdpo_by_hand():
 
 
 def test_ddpo_weights_changed_tokens():
-    """A red bus . / A blue big bus and dog . as 1 2 3 4 / 1 5 6 3 7 8 4: red and blue big are one segment in two wordings,
-    and dog a segment of one response alone.
+    """A red bus . / A blue big bus and dog . as 1 2 3 4 / 1 5 6 3 7 8 4: red and blue big are one segment in two
+    wordings, and dog is a segment of one response alone.
 
     With matches of at least two tokens there are none, and everything is one changed segment.
     """

@@ -114,13 +114,14 @@ def test_the_norm_of_offloaded_gradients_is_summed_in_the_machine(monkeypatch):
 @pytest.mark.parametrize("offload", [False, True])
 def test_split_weights_stop_and_resume(world, offload):
     command = settings(world, *COMMON, *TWO, f"trainer.strategy.offload={offload}", f"outputs={world}/{offload}")
-    status, printed = train(*command, f"hydra.run.dir={world}/{offload}/whole", log=world / "log")
+    whole, killed = world / f"{offload}_whole", world / f"{offload}_killed"  # outside of outputs: no stage is reused
+    status, printed = train(*command, f"hydra.run.dir={whole}", log=world / "log")
     assert status == 0, printed
     status, printed = train(
-        *command, f"hydra.run.dir={world}/{offload}/killed", log=world / "log", sabotage=at_step(1, 3, signal.SIGTERM)
+        *command, f"hydra.run.dir={killed}", log=world / "log", sabotage=at_step(1, 3, signal.SIGTERM)
     )
     assert status == 143, printed
-    status, printed = train(*command, f"hydra.run.dir={world}/{offload}/killed", "resume=true", log=world / "log")
+    status, printed = train(*command, f"hydra.run.dir={killed}", "resume=true", log=world / "log")
     assert status == 0, printed
     for stage in ("stage_1", "stage_2"):
-        assert losses(world / str(offload) / "killed" / stage) == losses(world / str(offload) / "whole" / stage)
+        assert losses(killed / stage) == losses(whole / stage)

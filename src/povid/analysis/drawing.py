@@ -143,6 +143,7 @@ def mean(values: Sequence[Sequence[float]]) -> list[float]:
 
 def spread(values: np.ndarray) -> dict[str, list[float]]:
     """Mean, standard deviation and standard error over the first axis [N, ...]; NaN does not occur for one value."""
+    values = np.asarray(values, dtype=float)
     count = len(values)
     sd = values.std(axis=0, ddof=1) if count > 1 else np.zeros(values.shape[1:])
     found = {"mean": values.mean(axis=0), "sd": sd, "se": sd / math.sqrt(count)}

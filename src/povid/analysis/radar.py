@@ -76,6 +76,12 @@ def measure(options: argparse.Namespace) -> list[Path]:
             "rows": {label: {key: values[key] for key in common} | more for label, _, values, more in shown},
         }
         drawn.append((name, shown, ends))
+    content["runs"] = [
+        {"row": run.row, "seed": run.seed, "digest": run.results["identity"]["digest"]}
+        for row in grouped
+        for run in row.runs
+        if "identity" in run.results
+    ]
     content["caption"] = _caption(content["panels"])
     figure = drawing.canvas(3.9 * -(-len(drawn) // 2) + 0.4)
     drawing.title(

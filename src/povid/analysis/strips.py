@@ -13,8 +13,9 @@ from PIL import Image
 from povid import files
 from povid.analysis import drawing
 from povid.analysis.subject import compose, node
+from povid.fault import Fault
 from povid.method.distortions import distort_picture, generator
-from povid.preferences.pictures import open_picture
+from povid.preferences.pictures import Pictures, open_picture
 from povid.run.overrides import options as options_of
 
 STEPS = (0, 250, 500, 750, 999)
@@ -24,6 +25,9 @@ SIDE = 320  # pixels of the longer side that is distorted and drawn
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", type=Path, metavar="IMAGE", help="the picture")
     parser.add_argument("noise", nargs="*", metavar="NAME", help="files of conf/noise (default: all of them)")
+    parser.add_argument(
+        "--others", type=Path, nargs="+", default=(), metavar="IMAGE", help="other records' pictures, for other_picture"
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="K", help="noise steps")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     parser.add_argument("--record", type=int, default=0, help="number of the picture's record (default: %(default)s)")
@@ -53,7 +57,13 @@ def measure(options: argparse.Namespace) -> list[Path]:
     strips = []
     for name in options.noise or options_of("noise"):
         settings = compose([f"noise={name}"])["noise"]
-        views = list(_views(settings, picture, options))
+        try:
+            views = list(_views(settings, picture, options))
+        except Fault as fault:
+            if options.noise:
+                raise
+            content.setdefault("left_out", {})[name] = str(fault)
+            continue
         strips.append((name, [(label, view) for label, view, _ in views]))
         content["distortions"][name] = {"settings": settings, "views": [numbers for _, _, numbers in views]}
     content["caption"] = (
@@ -61,6 +71,7 @@ def measure(options: argparse.Namespace) -> list[Path]:
         f"record {options.record}), added to colours in [0, 1]. In space=normalized, noise is added to colours divided "
         "by the standard deviation of the model's processor, so a model sees it weaker by that factor. The paper "
         "(section 3.2): a noised picture should remain easily recognizable; it uses step 500 of sigmoid."
+        + "".join(f" Left out: {name} ({reason})." for name, reason in content.get("left_out", {}).items())
     )
     return drawing.save(_figure(strips), options.out / f"strips_{options.image.stem}.png", content, noisy=True)
 
@@ -70,6 +81,7 @@ def _views(settings: Mapping[str, Any], picture: Image.Image, options: argparse.
     stepped = "step" in settings
     for epoch, step in enumerate(sorted(set(options.steps))):
         distortion = node({"noise": {**settings, "step": step} if stepped else settings}, "noise")
+        distortion = distortion.among(Pictures(options.others))
         source = generator(seed=options.seed, epoch=0 if stepped else epoch, record=options.record)
         view = distort_picture(distortion, picture, source)
         clean, other = (np.asarray(one, dtype=float).ravel() / 255 for one in (picture, view))

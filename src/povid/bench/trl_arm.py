@@ -26,8 +26,8 @@ def trl_dpo(
     """An arm and the parameters that it trains: a fresh peft model of TRL's making with the policy's adapter weights.
 
     TRL wraps the bare model itself, so that its reference is the model without adapter, as here. ``checkpoint``:
-    gradient checkpointing, which TRL uses by default. ``beta`` and ``loss_type`` are TRL's; by default those of stage 1's
-    objective.
+    gradient checkpointing, which TRL uses by default. ``beta`` and ``loss_type`` are TRL's; by default those of
+    stage 1's objective.
     """
     from datasets import Dataset
     from PIL import Image

@@ -13,7 +13,7 @@ from povid.fault import Fault, did_you_mean, sentences
 from povid.machine import conf_folder
 from povid.preferences.check import check
 from povid.preferences.formats import find, names
-from povid.preferences.show import write_page
+from povid.preferences.show import NOISE_STEPS, write_page
 from povid.preferences.triple import Triple
 
 if TYPE_CHECKING:
@@ -101,15 +101,14 @@ def _check(options: argparse.Namespace) -> int:
 def _show(options: argparse.Namespace) -> int:
     triples = _read(options)
     distortions = {" ".join(words): _distortion(*words) for words in options.noise}
-    steps = {"noise_steps": ()} if distortions else {}
     write_page(
         triples,
         options.out,
         title=str(options.data),
         count=options.count,
         seed=options.seed,
+        noise_steps=() if distortions else NOISE_STEPS,
         distortions=distortions,
-        **steps,
     )
     print(options.out)
     return 0

@@ -43,7 +43,8 @@ def write_page(outputs: Path, out: Path | None = None) -> Path:
     out = Path(out) if out else outputs / "report.html"
     rows = group(runs)
     several = len({row.world for row in rows}) > 1
-    labels = [f"{row.label} ({', '.join(row.world)})" if several else row.label for row in rows]
+    places = [[*(row.world if several else ()), *([row.limit] if row.limit else ())] for row in rows]
+    labels = [f"{row.label} ({', '.join(place)})" if place else row.label for row, place in zip(rows, places)]
     counted = sorted((run for row in rows for run in row.runs), key=lambda run: run.started, reverse=True)
     shown = counted[:MOST_RUNS]
     missing = [*_unread(skipped, outputs), *_unfinished(outputs, runs), *_earlier(rows, outputs)]

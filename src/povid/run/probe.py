@@ -128,7 +128,7 @@ class Probe(Watcher):
         if step in self.due and (self.latest is None or self.latest[0] != step):
             self.measure(trainer, module)
 
-    def measure(self, trainer: Any, module: L.LightningModule) -> None:
+    def measure(self, trainer: Any, module: Any) -> None:
         values: dict[str, float] = {}
         if trainer.is_global_zero:
             with undisturbed(module.policy):

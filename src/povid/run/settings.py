@@ -366,12 +366,12 @@ def build(cfg: DictConfig) -> Settings:
                     problems.append(f"objective: {error} (stage {number} of ablation={ablation.name})")
     if plain and data and checkpoint:
         validated = data.validation is not None
-        for number in run_stages:
+        for trained in run_stages:
             known = dict(_metrics(watchers))
-            if validated and number in terms:
-                found = directions(objectives[number], terms[number])
+            if validated and trained in terms:
+                found = directions(objectives[trained], terms[trained])
                 known |= {f"{VALIDATION}{name}": better for name, better in found.items()}
-            problems += _best_problems(checkpoint, known, number)
+            problems += _best_problems(checkpoint, known, trained)
         problems += _optimized_problems(plain, benchmarks, watchers, validated, run_stages)
     problems += _rules(plain, ablation, stages, model, distortion, trainer, terms)
     if problems:

@@ -93,7 +93,7 @@ def _sides(prefix: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     found = {f"{prefix}/chosen": values["preferred"]} if "preferred" in values else {}
     rejected = {label: value_B for label, value_B in values.items() if label != "preferred"}
     if rejected:
-        found[f"{prefix}/rejected"] = sum(rejected.values()) / len(rejected)
+        found[f"{prefix}/rejected"] = torch.stack([*rejected.values()]).mean(0)
     if len(rejected) > 1:
         found |= {f"{prefix}/rejected_{label}": value_B for label, value_B in rejected.items()}
     return found
@@ -131,7 +131,9 @@ class Window:
         if not self._waiting:
             return
         counts = {name: len(values) for name, values in self._waiting.items()}
-        flat = reduce(torch.stack([value for values in self._waiting.values() for value in values])).tolist()
+        every = [value for values in self._waiting.values() for value in values]
+        # the norm of gradients that are offloaded lies in the machine's memory
+        flat = reduce(torch.stack([value.to(every[0].device) for value in every])).tolist()
         self._waiting = {}
         for name, count in counts.items():
             self.values.setdefault(name, []).extend(flat[:count])

@@ -59,9 +59,10 @@ class Diffusion(Distortion):
             keeps, adds = self._factors(self.level)
             grows = self._factors(levels[:1])[1] < self._factors(levels[-1:])[1]
         except Exception as error:  # whatever a scheduler for something else makes of a picture
+            reason = " ".join(str(error).split()) or type(error).__name__
             raise ValueError(
-                f"scheduler: {type(scheduler).__name__} cannot add noise to a picture ({' '.join(str(error).split())}); "
-                "choose one that can, such as diffusers.DDPMScheduler"
+                f"scheduler: {type(scheduler).__name__} cannot add noise to a picture ({reason}); choose one that can, "
+                "such as diffusers.DDPMScheduler"
             ) from None
         if not grows:
             raise ValueError(f"scheduler: the noise of {type(scheduler).__name__} does not grow with its steps")

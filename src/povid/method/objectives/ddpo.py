@@ -13,6 +13,8 @@ from torch.nn.functional import logsigmoid
 
 from povid.method.objectives import Objective, Outcome, Terms, mean_of_pairs
 
+Span = tuple[int, int]
+
 
 @dataclass(frozen=True)
 class DDPO(Objective):
@@ -61,7 +63,7 @@ class DDPO(Objective):
                 side[start:end] = [self.weight] * (end - start)
         return weights
 
-    def _changed(self, preferred: Sequence[int], dispreferred: Sequence[int]) -> list[tuple[tuple[int, int], ...]]:
+    def _changed(self, preferred: Sequence[int], dispreferred: Sequence[int]) -> list[tuple[Span, Span]]:
         """(start, end) in both responses of every changed segment."""
         matcher = SequenceMatcher(None, preferred, dispreferred, autojunk=False)
         *blocks, end = matcher.get_matching_blocks()

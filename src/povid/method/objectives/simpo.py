@@ -30,6 +30,10 @@ class SimPO(Objective):
     beta: Annotated[float, Field(gt=0)] = 10.0
     gamma_beta_ratio: Annotated[float, Field(ge=0)] = 0.3
 
+    @property
+    def scale(self) -> float:
+        return self.beta
+
     def __call__(self, policy: Terms, reference: Terms | None, tokens: Terms) -> Outcome:
         gamma = self.gamma_beta_ratio * self.beta
         rewards = {"preferred": self.beta * policy.preferred / tokens.preferred}
