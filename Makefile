@@ -6,7 +6,7 @@ DONE   := $(VENV)/.installed
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table3 report test test-slow world bench lint format docs clean
+.PHONY: help setup demo table3 arena report test test-slow world bench lint format docs clean
 
 help:  ## print this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,13 +27,17 @@ $(VENV)/.extra-%: $(DONE)
 demo: $(DONE)  ## make Table 3 on the embedded world: four runs, one seed
 	$(BIN)/python train.py -m ablation=none,text,noise,both
 
-table3: $(DONE)  ## the same over five seeds, with the controls
-	$(BIN)/python train.py -m ablation=none hydra.sweep.dir=outputs/table3/none
-	$(BIN)/python train.py -m ablation=text,noise,both seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/ablations
-	$(BIN)/python train.py -m experiment=preferred_only ablation=text,noise,both seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/preferred_only
-	$(BIN)/python train.py -m experiment=swaps_only seed=0,1,2,3,4 hydra.sweep.dir=outputs/table3/swaps_only
+FIVE := seed=0,1,2,3,4 'data.prepare.seed=$${seed}' resume=true
+
+table3: $(DONE)  ## the same over five seeds, each in a world of its own, with the controls
+	$(BIN)/python train.py -m ablation=none,text,noise,both $(FIVE) hydra.sweep.dir=outputs/table3/ablations
+	$(BIN)/python train.py -m experiment=preferred_only ablation=text,noise,both $(FIVE) hydra.sweep.dir=outputs/table3/preferred_only
+	$(BIN)/python train.py -m experiment=swaps_only $(FIVE) hydra.sweep.dir=outputs/table3/swaps_only
 	$(BIN)/python -m povid.report outputs/table3
 	$(BIN)/python -m povid.report page outputs/table3
+
+arena: $(DONE)  ## compare objectives and distortions in three worlds, as conf/arena.yaml says
+	$(BIN)/python -m povid.arena
 
 test: $(VENV)/.extra-browser  ## run the tests, except the slow ones
 	$(BIN)/python -m pytest -q --numprocesses auto --dist worksteal

@@ -22,6 +22,7 @@ WINGS = {  # nothing in the rooms imports a wing
     "dispreference": {"server", "preferences", "model", "benchmarks", "run"},
     "bench": set(ROOMS),
     "analysis": {*ROOMS, "dispreference"},
+    "arena": {"report", "run"},
 }
 DOORS = ("adapters", "__main__", "__init__")  # command lines, which only call what stands in a room
 NO_TORCH = ("benchmarks", "report", "server")

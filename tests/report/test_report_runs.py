@@ -10,6 +10,7 @@ import pytest
 
 from povid.fault import Fault
 from povid.report.runs import find_runs, group, summarise
+from povid.report.tables import table
 
 
 def test_mean_and_spread_over_seeds(write, outputs):
@@ -307,6 +308,9 @@ def test_worlds_are_averaged_where_every_row_was_run_in_the_same_ones(write, out
     assert (len(none.runs), summarise(none, "chair.CHAIR_S").mean, none.label) == (4, 73.5, "none")
     assert none.remarks == text.remarks
     assert none.remarks == ["mean and spread over seeds and over 2 worlds (data.prepare.seed=0, 1)"]
+    (block,) = (block for block in table(3, find_runs(outputs)).blocks if "over worlds, each" in block.title)
+    difference = block.lines[0].cells["chair.CHAIR_S"].summary
+    assert (difference.mean, difference.se) == (-22, 0)  # the worlds differ by two points, the rows alike in both
 
     run("text", 1, 1, **{"model.lora.r": 8})  # a row of its own, in one world
     rows = group(find_runs(outputs))

@@ -18,7 +18,7 @@ from povid.run.identity import flat
 from povid.run.settings import build
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
-COMMANDS = {"config", "dispreference"}  # files that are a command's whole configuration, not an option
+COMMANDS = {"config", "dispreference", "arena"}  # files that are a command's whole configuration, not an option
 GENERATORS = {"endpoint", "on_policy", "on_policy_judged"}  # they write a file first
 GROUP_OF = {"stages": "stages@stages.1"}
 

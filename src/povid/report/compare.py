@@ -270,12 +270,12 @@ def _matched(entries: Sequence[tuple[Mapping, Mapping]], where: np.ndarray) -> S
         for pair, picture in zip(entries, where):
             sums = pair[side]["sums"]
             letters = np.array(list(pair[side]["mentions"]))
-            wrong = _running(letters == "h", longest)
+            wrong = running(letters == "h", longest)
             table[0, :, picture] += wrong > 0
             table[1, :, picture] += sums["CHAIR_S"][1]
             table[2, :, picture] += wrong
-            table[3, :, picture] += _running(letters != "", longest)
-            table[4, :, picture] += _running(letters == "n", longest)
+            table[3, :, picture] += running(letters != "", longest)
+            table[4, :, picture] += running(letters == "n", longest)
             table[5, :, picture] += sums["coverage"][1]
         curves.append(table)
 
@@ -286,7 +286,7 @@ def _matched(entries: Sequence[tuple[Mapping, Mapping]], where: np.ndarray) -> S
             sides.append((_percent(s[4], s[5]), _percent(s[0], s[1]), _percent(s[2], s[3])))
         target = np.minimum(sides[0][0][-1], sides[1][0][-1])
         a, b = (
-            np.array([_at(target, coverage, values) for values in (chair_s, chair_i)])
+            np.array([at_coverage(target, coverage, values) for values in (chair_s, chair_i)])
             for coverage, chair_s, chair_i in sides
         )
         return np.concatenate([target[None], a, b, b - a])
@@ -294,14 +294,14 @@ def _matched(entries: Sequence[tuple[Mapping, Mapping]], where: np.ndarray) -> S
     return statistic
 
 
-def _running(hits: np.ndarray, longest: int) -> np.ndarray:
+def running(hits: np.ndarray, longest: int) -> np.ndarray:
     """How many hits are among the first 0, 1 ... ``longest`` mentions."""
     counts = np.concatenate([[0], np.cumsum(hits)])
     return np.concatenate([counts, np.full(longest + 1 - len(counts), counts[-1])])
 
 
-def _at(target: np.ndarray, coverage: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """``values`` where ``coverage`` [mentions, resample] reaches ``target`` [resample]."""
+def at_coverage(target: np.ndarray, coverage: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """``values`` where ``coverage`` [mentions, resample] reaches ``target`` [resample], interpolated."""
     return np.array([np.interp(t, coverage[:, i], values[:, i]) for i, t in enumerate(target)])
 
 

@@ -51,7 +51,7 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
     worlds = [world for world in every if sum((*row.world, row.limit) == world for row in shown) > 1] or every
     across = min(2, len(worlds))
     down = -(-len(worlds) // across)
-    figure = _figure(7.2 * across, 5.2 * down + 0.3)
+    figure = canvas(7.2 * across, 5.2 * down + 0.3)
     for place, world in enumerate(worlds, 1):
         axes = figure.add_subplot(down, across, place)
         rows = [row for row in shown if (*row.world, row.limit) == world]
@@ -85,7 +85,7 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
     if any(way(run.folder) for row in shown for run in row.runs):
         title += "\nthin lines: while it trained, on the probe's pictures"
     figure.suptitle(title, fontsize=12)
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def _draw_row(axes: Axes, row: Row, ink: str) -> None:
@@ -157,7 +157,7 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
     panels = [(title, names) for title, prefixes in PANELS if (names := _lines(prefixes, logged))]
     if not panels:
         return None
-    figure = _figure(max(3.3 * len(columns), 5.0), 2.15 * len(panels) + 0.7)
+    figure = canvas(max(3.3 * len(columns), 5.0), 2.15 * len(panels) + 0.7)
     grid = figure.subplots(len(panels), len(columns), squeeze=False, sharey="row", sharex="col")
     for down, (title, names) in enumerate(panels):
         for across, (heading, found) in enumerate(columns):
@@ -177,7 +177,7 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
             if any(legend for legend, _ in names.values()):
                 axes.legend(fontsize=8, frameon=False)
             axes.grid(alpha=0.25)
-    return _save(figure, file)
+    return save(figure, file)
 
 
 def _draw_series(axes: Axes, seeds: list[list[tuple[float, float]]], legend: str, ink: str) -> None:
@@ -229,7 +229,7 @@ def colors(rows: Sequence[Row]) -> list[str]:
     return inks
 
 
-def _figure(width: float, height: float) -> Figure:
+def canvas(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -238,7 +238,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _save(figure: Figure, file: Path) -> Path:
+def save(figure: Figure, file: Path) -> Path:
     with draft(file) as beside:
         figure.savefig(beside, format="png", facecolor="white")
     return file

@@ -143,6 +143,13 @@ class Row:
         found = [stage.get("steps") for stage in stages.values()] if isinstance(stages, dict) else []
         return sum(steps for steps in found if isinstance(steps, int))
 
+    def by_world(self) -> dict[str | None, Row]:
+        """Its runs in each world by themselves."""
+        found: dict[str | None, Row] = {}
+        for run in self.runs:
+            found.setdefault(run.prepared, Row(self.name, [], self.settings)).runs.append(run)
+        return found
+
     @property
     def whole(self) -> bool:
         """Whether its runs trained all stages of the ablation that names the row, and started from no other adapter."""

@@ -214,11 +214,13 @@ def _comparable(rows: Sequence[Row]) -> list[str]:
 def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list[Block]:
     """Every row minus the base, and minus the control that is fine-tuned on the preferred responses alone.
 
-    The standard error of a difference is the root of the sum of both rows' squared standard errors. A row is marked as
+    The standard error of a difference is the root of the sum of both rows' squared standard errors; for rows over
+    several worlds, that of the differences within each world, since both rows share its pictures. A row is marked as
     better if the difference exceeds two of its standard errors.
     """
     blocks = []
     bases = _bases(rows)
+    over = "worlds, each world by itself" if all(len(row.by_world()) > 1 for row in rows) else "seeds"
     for name in ("none", "preferred_only"):
         candidates = [row for row in rows if row.name == name and row.whole]
         lines = []
@@ -231,7 +233,7 @@ def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list
         if lines:
             blocks.append(
                 Block(
-                    f"difference from {name} ± its standard error over seeds (bold: better by more than "
+                    f"difference from {name} ± its standard error over {over} (bold: better by more than "
                     f"two standard errors): {title}",
                     lines,
                 )
@@ -244,10 +246,25 @@ def _difference(row: Row, against: Row, column: Column, says_less: bool) -> Cell
     if own.mean is None or other.mean is None:
         return Cell(Summary(None))
     gap, error = own.mean - other.mean, math.hypot(own.se, other.se)
+    if (within := _within_worlds(row, against, column.key)) is not None:
+        gap, error = within
     better = {"low": -gap, "high": gap, None: -math.inf}[column.better]
     # the error of a single run is NaN, which compares false, so one run is never shown to be better
     won = better > 2 * error and not (says_less and column.key in CHAIR)
     return Cell(Summary(gap, se=error, n=min(own.n, other.n)), place=int(won), difference=True)
+
+
+def _within_worlds(row: Row, against: Row, key: str) -> tuple[float, float] | None:
+    """The mean of the differences within each world, and its standard error; None unless both share several worlds."""
+    own, other = row.by_world(), against.by_world()
+    if len(own) < 2 or own.keys() != other.keys():
+        return None
+    pairs = [(summarise(own[world], key).mean, summarise(other[world], key).mean) for world in own]
+    gaps = [mine - theirs for mine, theirs in pairs if mine is not None and theirs is not None]
+    if len(gaps) < len(pairs):
+        return None
+    mean = math.fsum(gaps) / len(gaps)
+    return mean, math.sqrt(math.fsum((gap - mean) ** 2 for gap in gaps) / (len(gaps) - 1) / len(gaps))
 
 
 def _order(lines: list[tuple[Row, Line]]) -> list[str]:
@@ -573,7 +590,7 @@ def _rank(lines: Sequence[Line], columns: Iterable[Column]) -> None:
 def _general(number: int) -> list[str]:
     return [
         "ours: mean ± standard deviation over n seeds; by the mean as shown, bold is best and underlined second best, "
-        "among our rows and among the paper's; the spread over seeds does not include the sampling of the pictures",
+        "among our rows and among the paper's; within one world, the spread leaves out the sampling of the pictures",
         *(
             (
                 "coverage: share of the true objects that the captions mention; words: mean length of a caption; "
