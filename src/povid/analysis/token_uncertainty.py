@@ -1,7 +1,7 @@
 """Figure 4: how probable true and habitual words are after a prompt, while noise hides the picture.
 
 Over a set of pictures, the words are the objects that are there (*true*) and the absent object that most often
-accompanies the one just mentioned (the *partner*). The probability of a word is that the response goes on with it: the
+accompanies the one just mentioned (the *partner*). The probability of a word is that the response continues with it: the
 product over its tokens. That of an object is the sum over its names, each with its article.
 
 Shape suffixes: V = views of a picture (noise steps), W = words, N = pictures, K = steps.
@@ -131,7 +131,7 @@ def probabilities(
     views: Sequence[Mapping[str, Tensor]],
     batch_size: int = 32,
 ) -> tuple[Tensor, Tensor]:
-    """P(the response goes on with the word | view, question, prefix) [V, W], and P(next token) [V, vocabulary].
+    """P(the response continues with the word | view, question, prefix) [V, W], and P(next token) [V, vocabulary].
 
     Raises:
         Fault: a word is empty, or its tokens do not begin where the prefix ends.
@@ -337,7 +337,7 @@ def _overtakes(curves: Mapping[str, Any], steps: Sequence[int]) -> int | None:
 def _caption(found: Mapping[str, Any]) -> str:
     how, tuned = found["measure"], found["after"] != found["before"]
     said = (
-        f"Probability that a response beginning with {how['prefix'].format('(object)')!r} goes on with another object "
+        f"Probability that a response beginning with {how['prefix'].format('(object)')!r} continues with another object "
         f"that is in the picture (true, summed), or with the absent object that usually accompanies the mentioned one "
         f"(partner), over {how['pictures']} pictures (mean and standard error), by noise step. "
     )
@@ -516,7 +516,7 @@ def _one_picture(options: argparse.Namespace, models: Sequence[Subject], noise: 
     }
     rows = drawing.rows(measured)
     content["caption"] = (
-        f"Probability that the response goes on with a word after {options.prefix!r}, for {image.name}, by noise step "
+        f"Probability that the response continues with a word after {options.prefix!r}, for {image.name}, by noise step "
         f"(one picture, one draw of noise, {drawing.seeds(rows)}). {CLAIM}"
     )
     return drawing.save(

@@ -42,7 +42,7 @@ class CheckpointSettings(BaseModel):
     ``keep``: how many checkpoints stay on disk while a stage trains; all are removed when it is finished.
 
     ``best``: a metric of the validation or of a callback such as the probe; the adapter with which it was best is kept
-    beside the last one, and the run goes on with it. null keeps the last one alone. ``guard``: a metric that must not
+    beside the last one, and the run continues with it. null keeps the last one alone. ``guard``: a metric that must not
     fall by more than ``max_fall`` from its value at the start, or an adapter is not kept; null for none.
     """
 

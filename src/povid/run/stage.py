@@ -307,7 +307,7 @@ class Stage:
         if best is None:
             return Fitted(steps, latest)
         if best.kept:
-            log.info("stage %d goes on with the adapter of step %d of %d", self.number, best.kept["step"], steps)
+            log.info("stage %d continues with the adapter of step %d of %d", self.number, best.kept["step"], steps)
         return Fitted(steps, best.kept["measured"] if best.kept else latest, best.record(), best.adapter)
 
     def _start_of_guard(self) -> float | None:

@@ -2,7 +2,7 @@
 
 All jobs of a run (its stages and its evaluation) log to the same W&B run: names begin with the job (``stage_1/loss``,
 ``eval/chair/CHAIR_S``), and W&B's own step counts the optimiser steps of all stages. What is logged under ``val/`` and
-``probe/`` keeps its name, and goes on from one stage to the next.
+``probe/`` keeps its name and continues from one stage to the next.
 """
 
 from __future__ import annotations
