@@ -1,8 +1,8 @@
 """Figure 4: how probable true and habitual words are after a prompt, while noise hides the picture.
 
 Over a set of pictures, the words are the objects that are there (*true*) and the absent object that most often
-accompanies the one just mentioned (the *partner*). The probability of a word is that the response continues with it: the
-product over its tokens. That of an object is the sum over its names, each with its article.
+accompanies the one just mentioned (the *partner*). The probability of a word is that the response continues with it:
+the product over its tokens. That of an object is the sum over its names, each with its article.
 
 Shape suffixes: V = views of a picture (noise steps), W = words, N = pictures, K = steps.
 """
@@ -337,9 +337,9 @@ def _overtakes(curves: Mapping[str, Any], steps: Sequence[int]) -> int | None:
 def _caption(found: Mapping[str, Any]) -> str:
     how, tuned = found["measure"], found["after"] != found["before"]
     said = (
-        f"Probability that a response beginning with {how['prefix'].format('(object)')!r} continues with another object "
-        f"that is in the picture (true, summed), or with the absent object that usually accompanies the mentioned one "
-        f"(partner), over {how['pictures']} pictures (mean and standard error), by noise step. "
+        f"Probability that a response beginning with {how['prefix'].format('(object)')!r} continues with another "
+        f"object that is in the picture (true, summed), or with the absent object that usually accompanies the mentioned "
+        f"one (partner), over {how['pictures']} pictures (mean and standard error), by noise step. "
     )
     said += f"{CLAIM} Here, before tuning, {_outcome(found['before'], found['overtakes']['before'], how['steps'])}."
     if tuned:
@@ -516,8 +516,8 @@ def _one_picture(options: argparse.Namespace, models: Sequence[Subject], noise: 
     }
     rows = drawing.rows(measured)
     content["caption"] = (
-        f"Probability that the response continues with a word after {options.prefix!r}, for {image.name}, by noise step "
-        f"(one picture, one draw of noise, {drawing.seeds(rows)}). {CLAIM}"
+        f"Probability that the response continues with a word after {options.prefix!r}, for {image.name}, by noise "
+        f"step (one picture, one draw of noise, {drawing.seeds(rows)}). {CLAIM}"
     )
     return drawing.save(
         _words(rows, content, shown), out_folder(options) / f"{NAME}_{image.stem}.png", content, noisy=True
