@@ -338,8 +338,8 @@ def _caption(found: Mapping[str, Any]) -> str:
     how, tuned = found["measure"], found["after"] != found["before"]
     said = (
         f"Probability that a response beginning with {how['prefix'].format('(object)')!r} continues with another "
-        f"object that is in the picture (true, summed), or with the absent object that usually accompanies the mentioned "
-        f"one (partner), over {how['pictures']} pictures (mean and standard error), by noise step. "
+        "object that is in the picture (true, summed), or with the absent object that usually accompanies the "
+        f"mentioned one (partner), over {how['pictures']} pictures (mean and standard error), by noise step. "
     )
     said += f"{CLAIM} Here, before tuning, {_outcome(found['before'], found['overtakes']['before'], how['steps'])}."
     if tuned:
