@@ -120,8 +120,8 @@ class WandbRun(WandbLogger):
                 _places[name] = os.environ[name] = str(self.context.folder / "wandb" / name.split("_")[1].lower())
         run = self._init()
         _opened.append(run)
-        if url := getattr(run, "url", None):  # online
-            log.info("W&B: %s", url)
+        if self._wandb_init.get("mode") == "online":
+            log.info("W&B: %s", run.url)
         resumed = run.step - 1 if getattr(run, "resumed", False) else _last_step(self.context.folder, run.id)
         _recorded[run.id] = resumed
         for section, row, step in self.context.earlier_rows():
