@@ -222,7 +222,8 @@ def test_wandb_that_fails_in_the_middle_goes_on_offline(tmp_path, monkeypatch, c
     assert [row.get("stage_1/loss") for row in rows] == [1.0, 2.0, 3.0, None]
     assert (rows[3]["stage_1/mine"], rows[3]["val/loss"]) == (4.0, 5.0)
     assert caplog.text.count("the quota is used up") == 1
-    assert wandb_run.sync_line(tmp_path).count("offline-run-") == 2
+    assert wandb_run.sync_line(tmp_path) == f"wandb sync {tmp_path}/wandb/offline-run-*"
+    assert len([*tmp_path.glob("wandb/offline-run-*")]) == 2
 
 
 def test_a_logger_that_fails_at_the_end_costs_no_results(world, tmp_path):

@@ -70,7 +70,7 @@ def test_a_file_gets_plain_lines_of_ours_alone(world, tmp_path, monkeypatch):
     panel = printed[printed.index("finished in") : printed.index("Table 3")]
     assert re.search(rf"POPE ↑.*\n.* {f1:.2f}\b", panel)
     assert "benchmarks.limit=1: pope " in panel and str(run) in panel
-    assert re.search(r"wandb sync\s+\S+/wandb/offline-run-\S+\n", panel)
+    assert re.search(r"wandb sync \S+/wandb/offline-run-\*\n", panel)
     assert "stage_1/adapter" in panel
     saved = next(run.glob("povid.log")).read_text()
     assert "stage 1: step 10 of 10" in saved and "][povid.run.stage][INFO] - stage 1 of text" in saved

@@ -237,9 +237,10 @@ def finish(status: str = "success") -> None:
 
 
 def sync_line(folder: Path) -> str | None:
-    """The command that uploads what a run logged offline; None if it logged nothing offline."""
-    places = sorted((folder / "wandb").glob("offline-run-*"))
-    return shlex.join(["wandb", "sync", *map(str, places)]) if places else None
+    """The shell command that uploads what a run logged offline, in all attempts; None if it logged nothing offline."""
+    if not any((folder / "wandb").glob("offline-run-*")):
+        return None
+    return f"wandb sync {shlex.quote(str(folder / 'wandb'))}/offline-run-*"
 
 
 def table_3(results: Mapping[str, Any]) -> dict[str, Any]:
