@@ -125,6 +125,20 @@ def correct_logged_step(trainer: Any) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = trainer.global_step
 
 
+def begin_next_epoch(trainer: Any) -> None:
+    """Let a fit that resumes from the end of an epoch go on with the next one (lightning >=2.6,<2.7).
+
+    With ``max_steps`` Lightning takes the finished epoch for an unfinished one and counts it twice, so that the last
+    epoch is never trained. To be called in ``on_train_start``.
+    """
+    loop = trainer.fit_loop
+    if loop.restarted_on_epoch_end:
+        loop.epoch_progress.increment_completed()
+        loop.reset_restart_stage()
+        loop._restarting = False
+        loop.epoch_loop.restarting = False
+
+
 def validates_next(trainer: Any) -> bool:
     """Whether the validation loop runs after the batch that is just ending (lightning >=2.6,<2.7)."""
     loop = trainer.fit_loop

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
-from povid.internals import correct_logged_step, script_launcher, validates_next
+from povid.internals import begin_next_epoch, correct_logged_step, script_launcher, validates_next
 from povid.run.identity import Identity
 from povid.run.signals import Signals
 
@@ -86,6 +86,7 @@ class Checkpoints(L.Callback):
     # --- saving -----------------------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        begin_next_epoch(trainer)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
         self.signals.launcher = script_launcher(trainer)
         self.signals.training = True
