@@ -51,8 +51,10 @@ OURS = (
 
 
 def test_a_file_gets_plain_lines_of_ours_alone(world, tmp_path, monkeypatch):
-    """With W&B offline, forked loader processes, a stop in the middle of an epoch and a resumption."""
-    monkeypatch.setenv("WANDB_MODE", "offline")
+    """Without a W&B login, with forked loader processes, a stop in the middle of an epoch and a resumption."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_SERVICE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     command = settings(world, f"outputs={tmp_path}", "logger=wandb", "data.workers=2", "data.prepare.evaluation=3")
     command = ["-m", *command, "ablation=text", "benchmarks.limit=1"]
     status, stopped = train(*command, log=tmp_path / "log", sabotage=at_step(1, 2, signal.SIGTERM))

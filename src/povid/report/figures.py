@@ -174,7 +174,7 @@ def training_curves(runs: Sequence[Run], file: Path) -> Path | None:
                 axes.text(0.5, 0.5, "not in this stage", transform=axes.transAxes, ha="center", color="#757575")
                 axes.grid(False)
                 continue
-            if any(legend for legend, _ in names.values()):
+            if any(axes.get_legend_handles_labels()[1]):
                 axes.legend(fontsize=8, frameon=False)
             axes.grid(alpha=0.25)
     return save(figure, file)

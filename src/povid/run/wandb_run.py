@@ -114,10 +114,13 @@ class WandbRun(WandbLogger):
         return next((run for run in _opened if run.id == self._id), None)
 
     def _opened(self) -> Any:
+        import wandb
 
         for name in PLACES:
             if os.environ.get(name) in (None, _places.get(name)):
                 _places[name] = os.environ[name] = str(self.context.folder / "wandb" / name.split("_")[1].lower())
+        if wandb.run is None:
+            wandb.teardown()  # of a session that began with other places, as asking for the login begins one
         run = self._init()
         _opened.append(run)
         if self._wandb_init.get("mode") == "online":
