@@ -60,7 +60,8 @@ def _generator(config: DictConfig) -> Any:
 @hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="dispreference")
 def main(config: DictConfig) -> None:
     """Run; an error is one sentence and exit status 2."""
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for client in ("httpx", "httpx2"):  # of openai 2 and 3
+        logging.getLogger(client).setLevel(logging.WARNING)
     try:
         run(config)
     except Fault as fault:
