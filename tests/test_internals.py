@@ -197,6 +197,51 @@ def test_a_child_that_ends_is_no_longer_watched(monkeypatch):
     assert not observer.is_alive() and not ended.is_set()
 
 
+@pytest.mark.parametrize(("most", "steps"), [(-1, 9), (8, 8), (100, 9)])
+@pytest.mark.parametrize("ended", [1, 2])
+def test_a_fit_resumed_from_the_end_of_an_epoch_trains_the_others(tmp_path, ended, most, steps):
+    """Three epochs of three steps, at most so many; saved when the first or the second has ended."""
+
+    class Model(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.trained = nn.Linear(1, 1), []
+
+        def training_step(self, batch, index):
+            self.trained.append((self.trainer.current_epoch, index))
+            return self.layer(batch).sum()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    class Save(L.Callback):
+        def on_train_start(self, trainer, module):
+            internals.begin_next_epoch(trainer)
+
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.current_epoch == ended - 1:
+                trainer.save_checkpoint(tmp_path / "saved.ckpt")
+
+    def fit(**more):
+        model = Model()
+        trainer = L.Trainer(
+            max_epochs=3,
+            max_steps=most,
+            callbacks=[Save()],
+            accelerator="cpu",
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, torch.ones(3, 1), **more)
+        return model.trained, trainer.global_step
+
+    whole, count = fit()
+    assert count == len(whole) == steps
+    assert fit(ckpt_path=tmp_path / "saved.ckpt") == (whole[3 * ended :], steps)
+
+
 def test_model_parallel_strategy_can_be_told_its_sizes_and_its_backend():
     from lightning.pytorch.strategies import ModelParallelStrategy
 

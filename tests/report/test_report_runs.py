@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 
 import pytest
 
 from povid.fault import Fault
+from povid.report.curves import metrics
 from povid.report.runs import find_runs, group, summarise
 from povid.report.tables import table
 
@@ -145,11 +147,27 @@ def test_overrides_that_change_nothing_do_not_split(write, outputs):
 
 
 def test_a_seed_run_twice_counts_once_by_its_newest_run(write, outputs):
-    write("text", 0, started="2026-01-01", folder="old")
-    write("text", 0, 3.0, started="2026-02-01", folder="new")
+    columns = [COLUMN | {"key": "chair.CHAIR_S"}]
+    write("text", 0, started="2026-01-01", folder="old", columns=columns)
+    write("text", 0, 3.0, started="2026-02-01", folder="new", columns=columns)
     (row,) = group(find_runs(outputs))
     assert summarise(row, "chair.CHAIR_S").mean == 53.0
-    assert row.remarks == ["1 older run with the same seed and settings not counted"]
+    remark = "1 older run with the same seed and settings not counted"
+    assert row.remarks == [f"{remark}, although their scores differ"]
+    write("text", 0, started="2026-02-01", folder="new", columns=columns)
+    assert group(find_runs(outputs))[0].remarks == [remark]
+
+
+def test_what_is_no_file_is_not_waited_for(write, outputs, capsys):
+    """A pipe that nobody writes to, in place of a run's results and of its metrics."""
+    write("text", 0)
+    (outputs / "pipe" / "stage_1").mkdir(parents=True)
+    for name in ("results.json", "stage_1/metrics.csv"):
+        os.mkfifo(outputs / "pipe" / name)
+    assert len(find_runs(outputs)) == 1
+    assert "it is not a file" in capsys.readouterr().err
+    series, problem = metrics(outputs / "pipe" / "stage_1")
+    assert not series and "metrics.csv is not a file" in problem
 
 
 COLUMN = {"key": "mine.score", "title": "Mine", "better": "high", "decimals": 1, "subscript": ""}

@@ -12,6 +12,10 @@ from forks import at_step, finish, settings
 
 from povid.fault import Fault
 from povid.run.resume import expand
+from povid.run.samples import noise_responses
+from povid.run.watch import Rows
+
+NOTES = ("results.json", "stage.json")  # an empty mapping is damage too
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +39,7 @@ def test_every_damaged_file_of_a_run_is_named(world, tmp_path):
         "benchmarks/pope/answers.jsonl": "remove that line",
     }
     for number, (name, cure) in enumerate(cases.items()):
-        for content in (b"", b"[1", b"3", b"\xff\xfe\x00\n"):
+        for content in (b"", b"[1", b"3", b"\xff\xfe\x00\n", *([b"{}"] if name.endswith(NOTES) else [])):
             if name.endswith("answers.jsonl") and not content.endswith(b"\n"):
                 continue  # an empty file and a torn last line are what a kill leaves
             folder = tmp_path / f"case_{number}"
@@ -56,9 +60,54 @@ def test_every_damaged_file_of_a_run_is_named(world, tmp_path):
 def test_damaged_metrics_are_named(world, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "run.log"
     assert finish(settings(world, "ablation=text"), folder, at_step(1, 5, signal.SIGTERM)) == 143
-    (folder / "stage_1" / "metrics.csv").write_bytes(b"epoch,step\n0,\xff\n")
-    assert finish(settings(world, "ablation=text", "resume=true"), folder) == 2
-    assert f"error: {folder}/stage_1/metrics.csv is damaged" in log.read_text()
+    file = folder / "stage_1" / "metrics.csv"
+    head, first, *others = file.read_text().splitlines()
+    cut, long = ["\n".join([head, line, *others]) + "\n" for line in (first[:9], f"{first},7")]
+    for content in (b"epoch,step\n0,\xff\n", cut.encode(), long.encode()):
+        file.write_bytes(content)
+        log.unlink()
+        assert finish(settings(world, "ablation=text", "resume=true"), folder) == 2
+        assert f"error: {folder}/stage_1/metrics.csv is damaged" in log.read_text()
+        assert file.read_bytes() == content
+
+
+@pytest.mark.parametrize("line", ["0,2", "0,2,0.5,0.5", "0,2,half"])
+def test_damaged_rows_of_a_validation_are_named(tmp_path, line):
+    file = tmp_path / "validation.csv"
+    Rows(file).add(1, 0, {"val/loss": 0.6})
+    file.write_text(f"{file.read_text()}{line}\n")
+    with pytest.raises(Fault, match="validation.csv is damaged"):
+        Rows(file, start=2).add(3, 0, {"val/loss": 0.4})
+
+
+def test_damaged_responses_are_named(tmp_path):
+    (tmp_path / "stage_2").mkdir()
+    file = tmp_path / "stage_2" / "noise_responses.json"
+    file.write_text('{"a": [["A dog", true]]}')
+    assert noise_responses(tmp_path) == {"a": [("A dog", True)]}
+    for content in ('{"a": [3]}', '{"a": [["A dog"]]}', '{"a": 3}'):
+        file.write_text(content)
+        with pytest.raises(Fault, match="noise_responses.json is damaged"):
+            noise_responses(tmp_path)
+
+
+def test_a_finished_run_is_asked_nothing_new_unseen(world, tmp_path):
+    """What is the same question is answered from the folder; where the files lie makes no difference."""
+    command = settings(world, "ablation=none", "resume=true")
+    folder, log = tmp_path / "run", tmp_path / "run.log"
+    assert finish(command, folder) == 0, log.read_text()
+    before = (folder / "results.json").read_bytes()
+    assert finish([*command, "benchmarks.pope.images=/elsewhere"], folder) == 0, log.read_text()
+    for more, said in (
+        ("benchmarks=[pope,chair]", "is finished and has no answers to chair; move its results.json away and resume"),
+        (
+            "benchmarks.pope.max_new_tokens=3",
+            "is finished, and benchmarks.pope.max_new_tokens was 128 there and is now 3",
+        ),
+    ):
+        assert finish([*command, more], folder) == 2
+        assert said in log.read_text()
+    assert (folder / "results.json").read_bytes() == before
 
 
 def test_a_damaged_record_of_the_command_is_named(tmp_path):

@@ -233,7 +233,8 @@ class FakePolicy:
 
     def save_adapter(self, folder: Path, weights: object) -> None:
         folder.mkdir()
-        (folder / "adapter").write_text("")
+        (folder / "adapter_config.json").write_text("{}")
+        (folder / "adapter_model.safetensors").write_text("")
 
 
 def choose(folder: Path, losses: dict[int, float], coverages: dict[int, float], **changes) -> BestAdapter:
@@ -259,7 +260,7 @@ def test_the_best_adapter_is_kept_unless_it_lost_coverage(tmp_path):
     losses = {1: 0.6, 2: 0.5, 3: 0.1, 4: 0.55, 5: float("nan")}
     best = choose(tmp_path / "best", losses, {0: 80.0, 1: 80.0, 2: 70.0, 3: 69.9})
     assert best.kept["step"] == 2 and best.refused == 1
-    assert best.adapter == tmp_path / "best" / "step_00000002" and (best.adapter / "adapter").exists()
+    assert best.adapter == tmp_path / "best" / "step_00000002" and best.adapter.is_dir()
     assert best.record() == {
         "metric": "val/loss",
         "adapter": "best",
@@ -289,6 +290,18 @@ def test_adapters_that_no_checkpoint_names_are_removed(tmp_path):
     resumed.load_state_dict(best.state_dict())
     resumed.on_fit_start(SimpleNamespace(is_global_zero=True), None)
     assert resumed.adapter == best.adapter and resumed.adapter.exists()
+
+
+def test_a_best_adapter_that_was_changed_or_removed_is_not_handed_on(tmp_path):
+    best = choose(tmp_path / "best", {1: 0.6, 2: 0.7}, {0: 80.0, 1: 80.0})
+    resumed = BestAdapter(tmp_path / "best", best.settings, best.watchers)
+    resumed.load_state_dict(best.state_dict())
+    (best.adapter / "adapter_model.safetensors").write_text("another's")
+    with pytest.raises(Fault, match="step_00000001, the best adapter so far, was changed since the last checkpoint"):
+        resumed.load_state_dict(best.state_dict())
+    shutil.rmtree(best.adapter)
+    with pytest.raises(Fault, match="step_00000001, the best adapter so far, is missing"):
+        resumed.load_state_dict(best.state_dict())
 
 
 def test_a_run_goes_on_with_its_best_adapter_and_train_py_returns_its_score(world, tmp_path):

@@ -526,3 +526,14 @@ def test_broken_absent_and_enormous_pictures_are_named(tmp_path, monkeypatch):
     file.write_bytes(whole)
     with pytest.raises(Fault, match="cat.jpg: the image is too large"):
         image_part(file)
+
+
+def test_two_servers_that_know_a_model_by_one_name_are_not_taken_for_each_other(tmp_path):
+    with (
+        ChatServer(lambda body, number: Say("of the first")) as one,
+        ChatServer(lambda body, number: Say("of the second")) as two,
+    ):
+        assert endpoint(one, tmp_path).ask(ask_for("a")).text == "of the first"
+        assert endpoint(two, tmp_path).ask(ask_for("a")).text == "of the second"
+        again = endpoint(one, tmp_path).ask(ask_for("a"))
+    assert again.text == "of the first" and again.cached

@@ -126,7 +126,6 @@ def _generator(config: DictConfig) -> Any:
 def main(config: DictConfig) -> None:
     """Run; an error is one sentence and exit status 2."""
     quiet()
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     for name in ("povid.benchmarks", "povid.dispreference"):  # how far sampling and judging are
         logging.getLogger(name).setLevel(logging.INFO)
     logging.getLogger("povid").addHandler(Lines())

@@ -83,8 +83,11 @@ def _placed(run: Path, entry: str, written_in: str | None) -> Path:
 def check_adapter(adapter: Path) -> None:
     """Raise a Fault if an adapter is not the one that its stage saved: its weights or settings were changed."""
     note = adapter.parent / "stage.json"
-    saved = json.loads(note.read_text(encoding="utf-8")).get("adapter_digest")
-    if saved is not None and saved != adapter_digest(adapter):
+    cure = "restore it from a copy, or name the adapter folders themselves"
+    stage = read_json(note, dict, cure)
+    if "identity" not in stage:  # an earlier version wrote it
+        return
+    if stage.get("adapter_digest") != adapter_digest(adapter):
         raise Fault(
             f"{adapter} was changed after {note} was written; put back the adapter that the stage saved, or train the "
             "stage again in another folder"

@@ -62,6 +62,8 @@ def read_series(file: Path) -> tuple[dict[str, Points], str]:
     problem = ""
     series: dict[str, dict[float, float]] = defaultdict(dict)
     try:
+        if not file.is_file():
+            return {}, f"{file} is not a file and was not read"
         if file.stat().st_size > MOST_BYTES:
             return {}, f"{file} has more than {MOST_BYTES:,} bytes and was not read"
         with file.open(newline="", encoding="utf-8", errors="replace") as lines:

@@ -185,6 +185,8 @@ def find_runs(outputs: Path, skipped: list[str] | None = None) -> list[Run]:
 
 def read(file: Path) -> Run:
     """The run of a results.json. Raises ValueError for one that no finished run wrote, with the reason."""
+    if not file.is_file():
+        raise ValueError("it is not a file; start that run again")
     try:
         results = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -371,14 +373,16 @@ def _only_some(key: str, run: Run, runs: list[Run]) -> bool:
 
 def _row(name: str, runs: list[Run], settings: dict[str, str]) -> Row:
     newest: dict[Any, Run] = {}
-    older = 0
+    older, apart = 0, False
     for run in sorted(runs, key=lambda run: (run.started, str(run.file))):
         key = run.file if run.seed is None else str(run.seed)
         older += key in newest
+        apart |= key in newest and _contradict(newest[key], run)
         newest[key] = run
     row = Row(name, sorted(newest.values(), key=lambda run: (str(run.seed).zfill(12), str(run.file))), settings)
     if older:
-        row.remarks.append(f"{older} older run{'s' * (older > 1)} with the same seed and settings not counted")
+        differ = ", although their scores differ" if apart else ""
+        row.remarks.append(f"{older} older run{'s' * (older > 1)} with the same seed and settings not counted{differ}")
     versions: dict[str, set[str]] = defaultdict(set)
     for run in row.runs:
         found = run.results.get("versions")
@@ -390,6 +394,12 @@ def _row(name: str, runs: list[Run], settings: dict[str, str]) -> Row:
     if mixed:
         row.remarks.append(f"its runs were made with different versions: {', '.join(mixed)}")
     return row
+
+
+def _contradict(one: Run, other: Run) -> bool:
+    """Whether two runs have different values of a score that tables show."""
+    both = [[lookup(run.benchmarks, column.key) for run in (one, other)] for column in one.columns]
+    return any(a != b for a, b in both if a is not None and b is not None)
 
 
 def _label(rows: list[Row], ignore: tuple[str, ...]) -> None:

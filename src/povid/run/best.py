@@ -12,7 +12,10 @@ from typing import Any
 import lightning as L
 
 from povid import files
+from povid.fault import Fault
+from povid.model.adapters import adapter_digest
 from povid.run.checkpoint import CheckpointSettings
+from povid.run.processes import first
 from povid.run.watch import Watcher
 from povid.training.sharding import whole_adapter
 
@@ -76,11 +79,12 @@ class BestAdapter(L.Callback):
             if self.guard.latest[1][self.settings.guard] < self.start - self.settings.max_fall:
                 self.refused += 1
                 return
-        weights = whole_adapter(module.policy)
+        weights, saved = whole_adapter(module.policy), None
         if trainer.is_global_zero:
             with files.draft(self._place(step)) as draft:
                 module.policy.save_adapter(draft, weights)
-        self.kept = {"step": step, "value": value, "measured": measured(self.watchers, step)}
+            saved = adapter_digest(self._place(step))
+        self.kept = {"step": step, "value": value, "measured": measured(self.watchers, step), "adapter_digest": saved}
         self._tidy(trainer)
 
     def _place(self, step: int) -> Path:
@@ -98,6 +102,17 @@ class BestAdapter(L.Callback):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.start, self.kept, self.refused, self.seen = (state[k] for k in ("start", "kept", "refused", "seen"))
+        if first() and self.kept is not None:
+            self._check()
+
+    def _check(self) -> None:
+        """Raise a Fault unless the best adapter is the one that was kept: no later checkpoint can restore it."""
+        place = self._place(self.kept["step"])
+        if not place.is_dir() or adapter_digest(place) != self.kept["adapter_digest"]:
+            raise Fault(
+                f"{place}, the best adapter so far, {'was changed' if place.is_dir() else 'is missing'} since the last "
+                "checkpoint; put it back to resume, or start in another folder"
+            )
 
     @property
     def adapter(self) -> Path | None:

@@ -183,10 +183,16 @@ class Checkpoints(L.Callback):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
             remove(draft)
-        trainer.save_checkpoint(draft)
+        try:
+            trainer.save_checkpoint(draft)
+            if trainer.is_global_zero:
+                for file in files_in(draft):
+                    sync(file)
+        except BaseException:
+            if trainer.is_global_zero:
+                remove(draft)  # it may be what fills the disk
+            raise
         if trainer.is_global_zero:
-            for file in files_in(draft):
-                sync(file)
             place = self.folder / f"step_{trainer.global_step:08d}.{checksum(draft):08x}.ckpt"
             os.replace(draft, place)
             sync(self.folder)

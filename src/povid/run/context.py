@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 
+from povid import files
 from povid.run.settings import Settings
 
 
@@ -67,13 +67,12 @@ class RunContext:
 def _finished(folder: Path) -> Iterator[tuple[str, int]]:
     """The finished stages in a run's folder, in order, and how many optimiser steps each took.
 
-    A damaged note is passed over, since the stage itself reports it.
+    Raises:
+        Fault: a stage.json is damaged.
     """
     for note in sorted(folder.glob("stage_*/stage.json")):
-        try:
-            yield note.parent.name, int(json.loads(note.read_text(encoding="utf-8"))["steps"])
-        except (ValueError, KeyError, TypeError):
-            continue
+        cure = f"restore it from a copy, or move {note.parent} away to train the stage again"
+        yield note.parent.name, files.read_json(note, dict, cure, ("steps",))["steps"]
 
 
 def _rows(file: Path) -> Iterator[dict[str, float]]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -30,6 +31,7 @@ from povid.run.content import Content, of_answers, of_stage
 from povid.run.context import RunContext
 from povid.run.data import check, held_out_source, load_triples, split
 from povid.run.guards import explain_full_disk, refuse
+from povid.run.identity import flat
 from povid.run.lock import NAME, held
 from povid.run.loggers import require_loggers
 from povid.run.processes import first, leave_group, one_job, wait_for
@@ -72,9 +74,11 @@ def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
             claim(folder, settings)
             if (folder / "results.json").exists():
                 log.info("finished already: %s", folder)
+                cure = "move it away and resume the run to write it again from what is kept"
                 results = files.read_json(
-                    folder / "results.json", dict, "move it away and resume the run to write it again from what is kept"
+                    folder / "results.json", dict, cure, ("benchmarks", "row", "stages", "identity")
                 )
+                _same_questions(settings, folder)
                 finished(folder)
                 return results
         try:
@@ -86,6 +90,25 @@ def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
         if first():
             finished(folder, time.monotonic() - began)
         return results
+
+
+def _same_questions(settings: Settings, folder: Path) -> None:
+    """Raise a Fault if a finished run was not asked what this command asks; where its files lie makes no difference."""
+    then = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")).get("benchmarks") or {}
+    now = settings.tree["benchmarks"]
+    if new := [name for name in settings.benchmarks if name not in then]:
+        raise Fault(
+            f"{folder} is finished and has no answers to {', '.join(new)}; move its results.json away and resume it to "
+            "add them"
+        )
+    for name in settings.benchmarks:
+        there, wanted = dict(flat(then[name])), dict(flat(now[name]))
+        for key in sorted({*there} & {*wanted} - {"data", "images"}):
+            if there[key] != wanted[key]:
+                raise Fault(
+                    f"{folder} is finished, and benchmarks.{name}.{key} was {there[key]!r} there and is now "
+                    f"{wanted[key]!r}; restore it, or start in another folder"
+                )
 
 
 class Experiment:

@@ -20,6 +20,7 @@ from povid.run.context import RunContext
 from povid.run.identity import flat
 from povid.run.processes import first
 from povid.run.wandb_run import WandbRun
+from povid.run.watch import numbers
 
 
 class Metrics(L.Callback):
@@ -89,7 +90,8 @@ class Metrics(L.Callback):
             try:
                 with self.file.open(newline="", encoding="utf-8") as source:
                     rows = [row for row in csv.DictReader(source) if row["step"] and int(row["step"]) < self.start]
-            except (ValueError, KeyError, TypeError, csv.Error) as error:
+                rows = [numbers(row) for row in rows]  # later ones may be torn, and are written again
+            except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
                 raise Fault(
                     f"{self.file} is damaged ({error}); restore it from a copy, or move it away to resume without the "
                     f"metrics of the first {self.start} steps"

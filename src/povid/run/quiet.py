@@ -21,7 +21,8 @@ WANDB_WARNINGS = (
 )
 LOGGERS = (  # whose information is not about a run
     "hydra._internal.core_plugins.basic_launcher",  # lists the jobs of a sweep; each says so itself
-    "httpx",  # a line for each request to a judge
+    "httpx",  # a line for each request to a server, by openai 2
+    "httpx2",  # by openai 3
     "lightning.pytorch",
     "lightning.pytorch.utilities.rank_zero",
 )

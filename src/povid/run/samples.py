@@ -97,7 +97,12 @@ NOISE = "noise_responses.json"
 def noise_responses(run: Path) -> dict[str, list[tuple[str, bool]]]:
     """y_l^n of the samples at the end of the last stage that has them, by record."""
     for file in sorted(run.glob(f"stage_*/{NOISE}"), reverse=True):
-        return files.read_json(file, dict, "move it away to leave out these responses")
+        cure = "move it away to leave out these responses"
+        found = files.read_json(file, dict, cure)
+        try:
+            return {name: [(str(text), bool(differs)) for text, differs in pieces] for name, pieces in found.items()}
+        except (TypeError, ValueError):
+            raise Fault(f"{file} is damaged: it holds no pieces of text with their marks; {cure}") from None
     return {}
 
 

@@ -92,7 +92,7 @@ class Stage:
         if not self.note.exists():
             return None
         cure = f"restore it from a copy, or move {self.home} away to train the stage again"
-        found = files.read_json(self.note, dict, cure, ("steps", "adapter"))
+        found = files.read_json(self.note, dict, cure, ("steps", "adapter", "adapter_digest"))
         files.read_json(self.adapter / "adapter_config.json", dict, cure)
         self.identity.check(
             found.get("identity"), f"the stage in {self.home}", "restore that to resume, or start in another folder"

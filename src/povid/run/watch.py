@@ -112,11 +112,20 @@ class Rows:
             return []
         try:
             with self.file.open(newline="", encoding="utf-8") as source:
-                rows: list[dict[str, Any]] = list(csv.DictReader(source))
+                rows = [numbers(row) for row in csv.DictReader(source)]
             for row in rows:
                 int(row["steps"])
-        except (ValueError, KeyError, TypeError, csv.Error) as error:
+        except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
             raise Fault(
                 f"{self.file} is damaged ({error}); restore it from a copy, or move it away to resume without its rows"
             ) from None
         return rows
+
+
+def numbers(row: dict[str, Any]) -> dict[str, Any]:
+    """A row of a CSV file as it was read. Raises ValueError if it is cut, too long, or holds what is no number."""
+    if None in row or None in row.values():
+        raise ValueError(f"a row has {'more' if None in row else 'fewer'} values than there are columns")
+    for text in row.values():
+        float(text or 0)  # an empty value: a metric that was not measured at that step
+    return row

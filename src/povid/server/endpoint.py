@@ -270,8 +270,12 @@ class Endpoint:
         return self._file.get(self.key(request))
 
     def key(self, request: Request) -> str:
-        """sha256 of everything that determines the reply: images by their bytes, but not the server's address."""
+        """sha256 of everything that determines the reply: images by their bytes, and the server's address.
+
+        Two servers may know different models by the same name. Without an address the server is OpenAI's own.
+        """
         whole = {
+            **({"base_url": self.base_url.rstrip("/")} if self.base_url else {}),
             "model": self.model,
             "messages": list(request.messages),
             "temperature": request.temperature,
