@@ -85,7 +85,7 @@ def check_adapter(adapter: Path) -> None:
     note = adapter.parent / "stage.json"
     cure = "restore it from a copy, or name the adapter folders themselves"
     stage = read_json(note, dict, cure)
-    if "identity" not in stage:  # an earlier version wrote it
+    if not {"identity", "adapter_digest"} & {*stage}:  # an earlier version wrote it
         return
     if stage.get("adapter_digest") != adapter_digest(adapter):
         raise Fault(
