@@ -13,6 +13,7 @@ import secrets
 import shlex
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -120,7 +121,8 @@ class WandbRun(WandbLogger):
             if os.environ.get(name) in (None, _places.get(name)):
                 _places[name] = os.environ[name] = str(self.context.folder / "wandb" / name.split("_")[1].lower())
         if wandb.run is None:
-            wandb.teardown()  # of a session that began with other places, as asking for the login begins one
+            with suppress(Exception):  # what a forked process raises, whose parent's session it is
+                wandb.teardown()  # of a session that began with other places, as asking for the login begins one
         run = self._init()
         _opened.append(run)
         if self._wandb_init.get("mode") == "online":
