@@ -126,7 +126,7 @@ def correct_logged_step(trainer: Any) -> None:
 
 
 def begin_next_epoch(trainer: Any) -> None:
-    """Let a fit that resumes from the end of an epoch go on with the next one (lightning >=2.6,<2.7).
+    """Let a fit that resumes from the end of an epoch continue with the next one (lightning >=2.6,<2.7).
 
     With ``max_steps`` Lightning takes the finished epoch for an unfinished one and counts it twice, so that the last
     epoch is never trained. To be called in ``on_train_start``.

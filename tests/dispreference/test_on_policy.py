@@ -21,6 +21,7 @@ from povid.dispreference.on_policy import ALL_THE_SAME, EQUALLY_FALSE, NOT_COMPA
 from povid.dispreference.rows import Row, read_rows
 from povid.fault import Fault
 from povid.machine import conf_folder
+from povid.model.adapters import adapter_digest
 from povid.model.generation import Answers
 from povid.preferences.check import check
 from povid.preferences.formats import povid
@@ -350,7 +351,7 @@ def test_each_round_samples_from_what_the_round_before_has_trained(tmp_path):
         adapter = run / f"stage_{number}" / "adapter"
         adapter.mkdir(parents=True)
         (adapter / "adapter_config.json").write_text("{}")
-        chain = {"init_from": [str(each) for each in adapters], "adapter_digest": None}
+        chain = {"init_from": [str(each) for each in adapters], "adapter_digest": adapter_digest(adapter)}
         (adapter.parent / "stage.json").write_text(json.dumps(chain))
 
     sampler = OnPolicy(model=tiny.settings(tmp_path), judge=None)
