@@ -23,6 +23,7 @@ WINGS = {  # nothing in the rooms imports a wing
     "bench": set(ROOMS),
     "analysis": {*ROOMS, "dispreference"},
     "arena": {"report", "run"},
+    "publish": {"model", "report"},
 }
 DOORS = ("adapters", "__main__", "__init__")  # command lines, which only call what stands in a room
 NO_TORCH = ("benchmarks", "report", "server")

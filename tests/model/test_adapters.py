@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from test_models import whole
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlavaForConditionalGeneration
 
+from povid.adapters import main
 from povid.fault import Fault
-from povid.model.adapters import main, tensors, transformers_name
+from povid.model.adapters import tensors, transformers_name
 from povid.model.policy import Policy
 
 PROJECTIONS = (
@@ -90,6 +91,11 @@ def test_merged_checkpoint_gives_the_same_logits(base, tmp_path, example, capsys
     assert not torch.allclose(once, twice, atol=1e-2)
     processor = AutoProcessor.from_pretrained(tmp_path / "m2")
     assert processor.image_token_id == merged.config.image_token_id
+    for file in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):  # whatever reads base reads this
+        assert (tmp_path / "m2" / file).read_bytes() == (base / file).read_bytes()
+    assert (tmp_path / "m2" / "generation_config.json").exists()
+    config = json.loads((tmp_path / "m2" / "config.json").read_text())
+    assert config["dtype"] == "float32" and str(tmp_path) not in json.dumps(config)
     on_disk = load_file(tmp_path / "m2" / "model.safetensors")  # llava-hf's own naming
     assert {"language_model.model.embed_tokens.weight", "multi_modal_projector.linear_1.weight"} <= set(on_disk)
     assert capsys.readouterr().out.splitlines() == [str(tmp_path / "m1"), str(tmp_path / "m2")]
@@ -196,6 +202,31 @@ def test_released_checkpoints_are_converted(base, tmp_path, released, example):
         torch.testing.assert_close(logits(merged, example), logits(policy.network, example), rtol=1e-4, atol=1e-4)
         with policy.reference():
             assert not torch.allclose(logits(merged, example), logits(policy.network, example), atol=1e-2)
+
+
+def test_a_lora_on_the_vision_tower_is_dropped_where_it_does_nothing(base, tmp_path, released, example, capsys):
+    """Applying LoRA twice leaves new ones on the vision tower, with zeros in B: dropped with a word, if really zeros."""
+    assert convert(base, released, tmp_path / "plain") == 0
+    assert "dropped" not in capsys.readouterr().err
+    file = released[1] / "adapter_model.bin"
+    lora = torch.load(file)
+    for layer in range(3):
+        for name in ("self_attn.q_proj", "mlp.fc1"):
+            key = f"base_model.model.model.vision_tower.vision_tower.vision_model.encoder.layers.{layer}.{name}"
+            lora |= {f"{key}.lora_A.weight": torch.randn(4, 24), f"{key}.lora_B.weight": torch.zeros(24, 4)}
+    torch.save(lora, file)
+    assert convert(base, released, tmp_path / "dropped") == 0
+    assert "note: dropped the LoRA of 6 layers outside the language model, such as model.vision_tower.encoder.layers.0." in (
+        capsys.readouterr().err
+    )
+    one, two = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("plain", "dropped"))
+    assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
+
+    lora[f"{key}.lora_B.weight"][3, 1] = 2e-4
+    torch.save(lora, file)
+    assert convert(base, released, tmp_path / "refused") == 2
+    said = capsys.readouterr().err
+    assert "trained on 1 layers outside the language model" in said and "encoder.layers.2.mlp.fc1 (B up to 2.0e-04)" in said
 
 
 def test_tokens_that_the_original_llava_does_not_have_keep_their_embeddings(base, tmp_path, released):

@@ -1,25 +1,12 @@
-"""Merge adapters into full checkpoints, and convert the original LLaVA's checkpoints.
-
-    python -m povid.adapters merge outputs/runs/RUN --out FOLDER       a full checkpoint, for transformers, vLLM, llava
-    python -m povid.adapters convert STAGE_ONE --lora STAGE_TWO --base llava-hf/llava-1.5-7b-hf --out FOLDER
-
-``merge`` writes model and processor. Training at a rate of 1e-7 adds little to the weights: float32 keeps all of it,
-float16 (the default) all but a few per cent, and bfloat16 rounds a good part of it away. The policy itself merges in
-float32 only.
-
-``convert`` reads checkpoints that use the original LLaVA's names, such as those that the paper's authors released. It
-writes FOLDER/model, a full checkpoint in llava-hf's format, and with ``--lora`` FOLDER/adapter in peft's format. Use
-them with ``model.path=FOLDER/model adapters=[FOLDER/adapter]``.
-"""
+"""The adapters that make up a policy: found, checked, merged into a full checkpoint, and converted from the original
+LLaVA's names."""
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +30,8 @@ RENAMED = (
     (r"^model\.vision_tower\.vision_tower\.(vision_model\.)?", "model.vision_tower."),
     (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
 )
+
+SHARD = "5GB"  # of a checkpoint's files: one at a time in memory, and in a broken upload
 
 
 def adapter_chain(place: Path) -> list[Path]:
@@ -151,6 +140,9 @@ def _read(file: Path) -> Mapping[str, Tensor]:
 def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype: Dtype = "float16") -> None:
     """Write a full checkpoint (model and processor) of a base model with adapters merged into it, in their order.
 
+    Training at a rate of 1e-7 adds little to the weights: float32 keeps all of it, float16 all but a few per cent, and
+    bfloat16 rounds a good part of it away. The policy itself merges in float32 only.
+
     Args:
         base: folder or hub id; None for the model that the first adapter's adapter_config.json names.
         dtype: of the weights that are written.
@@ -166,12 +158,14 @@ def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype
     if not base:
         raise Fault(f"{config} does not say which model it was trained on; name it with --base")
     settings = LocalModel(name=base, path=base, dtype=dtype)
-    with _new_folder(out) as folder:
-        settings.load_model(adapters, merged=True).save_pretrained(folder)
-        settings.load_processor().save_pretrained(folder)
+    with new_folder(out) as folder:
+        settings.load_model(adapters, merged=True).save_pretrained(folder, max_shard_size=SHARD)
+        settings.copy_processor(folder)
 
 
-def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: Dtype = "float16") -> None:
+def convert(
+    checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: Dtype = "float16"
+) -> list[str]:
     """Convert the original LLaVA's checkpoint to ``out/model`` and, if given, its LoRA to ``out/adapter``.
 
     Args:
@@ -182,12 +176,17 @@ def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None,
             non_lora_trainables.bin.
         dtype: of the weights that are written.
 
+    Returns:
+        The layers outside the language model whose LoRA was left out. Its B is zero there: applying LoRA a second time
+        makes new ones for the vision tower too, which the authors' scripts do not train.
+
     Raises:
-        Fault: a tensor is unknown, missing or of another shape, or ``out`` exists or cannot be written.
+        Fault: a tensor is unknown, missing or of another shape, the LoRA changes layers outside the language model, or
+            ``out`` exists or cannot be written.
     """
     settings = LocalModel(name=base, path=base, dtype=dtype)
-    with _new_folder(out) as folder:
-        model, processor = settings.load_model(), settings.load_processor()
+    with new_folder(out) as folder:
+        model = settings.load_model()
         filled = set()
         for key, tensor in tensors(checkpoint):
             if not key.endswith(("rotary_emb.inv_freq", "position_ids")):
@@ -198,14 +197,17 @@ def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None,
                 f"{checkpoint}: {len(needed - filled)} of the model's tensors are missing, the first is "
                 f"{min(needed - filled)}; name a folder of full weights and give a LoRA with --lora"
             )
-        model.save_pretrained(folder / "model")
-        processor.save_pretrained(folder / "model")
+        model.save_pretrained(folder / "model", max_shard_size=SHARD)
+        settings.copy_processor(folder / "model")
+        dropped: list[str] = []
         if lora is not None:
-            _convert_lora(model, lora, str(out / "model")).save_pretrained(folder / "adapter")
+            adapted, dropped = _convert_lora(model, lora, str(out / "model"))
+            adapted.save_pretrained(folder / "adapter")
+    return dropped
 
 
-def _convert_lora(model: Any, lora: Path, base: str) -> Any:
-    """``model``, known as ``base``, with the LoRA of a folder on it, in peft's format."""
+def _convert_lora(model: Any, lora: Path, base: str) -> tuple[Any, list[str]]:
+    """``model``, known as ``base``, with the LoRA of a folder on it, in peft's format, and the layers left out."""
     file, projector = lora / "adapter_config.json", lora / "non_lora_trainables.bin"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
@@ -214,10 +216,15 @@ def _convert_lora(model: Any, lora: Path, base: str) -> Any:
         raise Fault(f"{file} cannot be read ({error!r}); name the folder of an adapter with --lora") from error
     model.name_or_path = base
     adapted = add_lora(model, settings, "multi_modal_projector" if projector.exists() else None)
+    found = {
+        re.sub(r"\.(lora_[AB])\.(default\.)?weight$", r".\1.default.weight", transformers_name(key)): (key, tensor)
+        for key, tensor in tensors(lora)
+    }
+    dropped = _without_effect(adapted, {name: tensor for name, (_, tensor) in found.items()})
     filled = set()
-    for key, tensor in tensors(lora):
-        name = re.sub(r"\.(lora_[AB])\.(default\.)?weight$", r".\1.default.weight", transformers_name(key))
-        filled.add(_fill(adapted, f"base_model.model.{name}", tensor, f"{lora}: {key}"))
+    for name, (key, tensor) in found.items():
+        if name.rpartition(".lora_")[0] not in dropped:
+            filled.add(_fill(adapted, f"base_model.model.{name}", tensor, f"{lora}: {key}"))
     for key, tensor in (_read(projector) if projector.exists() else {}).items():
         name = transformers_name(key).replace("projector.linear", "projector.modules_to_save.default.linear")
         filled.add(_fill(adapted, f"base_model.model.{name}", tensor, f"{projector}: {key}"))
@@ -227,7 +234,28 @@ def _convert_lora(model: Any, lora: Path, base: str) -> Any:
             f"{lora}: {len(missing)} of the adapter's tensors are missing, the first is {min(missing)}; the adapter "
             "must cover every linear layer of the language model"
         )
-    return adapted
+    return adapted, sorted(dropped)
+
+
+def _without_effect(adapted: Any, lora: Mapping[str, Tensor]) -> set[str]:
+    """Layers that a LoRA covers and ``adapted`` does not, and where B is zero, so that nothing is lost with them.
+
+    Raises:
+        Fault: B is not zero in such a layer.
+    """
+    covered = {name.removeprefix("base_model.model.") for name in adapted.state_dict()}
+    found = {}
+    for name, tensor in lora.items():
+        layer, _, end = name.rpartition(".lora_")
+        if layer and name not in covered and end == "B.default.weight":
+            found[layer] = float(tensor.abs().max())
+    if trained := {layer: size for layer, size in found.items() if size != 0}:
+        layer, size = max(trained.items(), key=lambda item: item[1])
+        raise Fault(
+            f"the LoRA was trained on {len(trained)} layers outside the language model, such as {layer} (B up to "
+            f"{size:.1e}); only a LoRA that leaves these alone can be converted"
+        )
+    return set(found)
 
 
 def _fill(model: nn.Module, name: str, tensor: Tensor, source: str) -> str:
@@ -250,46 +278,22 @@ def _fill(model: nn.Module, name: str, tensor: Tensor, source: str) -> str:
 
 
 @contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``out`` when the block ends without an exception."""
+def new_place(out: Path) -> Iterator[Path]:
+    """A path for a file or folder that becomes ``out`` when the block ends without an exception."""
     if out.exists():
         raise Fault(f"{out} exists; name a new folder with --out")
     try:
-        with draft(out) as folder:
-            folder.mkdir()
-            yield folder
+        with draft(out) as place:
+            yield place
     except OSError as error:
         raise Fault(
             f"{out} cannot be written ({error.strerror or error}); free space or choose another --out"
         ) from error
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m povid.adapters", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
-    merging = commands.add_parser("merge", help="a full checkpoint from adapters")
-    merging.add_argument("adapters", type=Path, nargs="+", help="a run folder, or adapter folders in order")
-    merging.add_argument("--base", help="the base model; default: the one that the first adapter names")
-    converting = commands.add_parser("convert", help="a checkpoint with the original LLaVA's names")
-    converting.add_argument("checkpoint", type=Path)
-    converting.add_argument("--lora", type=Path, help="a LoRA on that checkpoint, with the original LLaVA's names")
-    converting.add_argument("--base", default="llava-hf/llava-1.5-7b-hf", help="llava-hf's model of the same size")
-    for command in (merging, converting):
-        command.add_argument("--out", type=Path, required=True)
-        command.add_argument("--dtype", choices=sorted(DTYPES), default="float16")
-    chosen = parser.parse_args(arguments)
-    try:
-        if chosen.command == "merge":
-            chain = [adapter for place in chosen.adapters for adapter in adapter_chain(place)]
-            merge(list(dict.fromkeys(chain)), chosen.out, base=chosen.base, dtype=chosen.dtype)
-        else:
-            convert(chosen.checkpoint, chosen.out, base=chosen.base, lora=chosen.lora, dtype=chosen.dtype)
-    except Fault as fault:
-        print(f"error: {fault}", file=sys.stderr)
-        return 2
-    print(chosen.out)
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``out`` when the block ends without an exception."""
+    with new_place(out) as folder:
+        folder.mkdir()
+        yield folder

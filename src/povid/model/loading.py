@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import pkgutil
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,16 @@ from povid.model.template import Template
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKAGE = Path(__file__).parents[1]
+PROCESSOR_FILES = (
+    "*processor_config.json",
+    "*token*.json",
+    "vocab*",
+    "merges.txt",
+    "*.model",
+    "chat_template*",
+    "additional_chat_templates/*",
+    "qformer_tokenizer/*",
+)
 
 
 class LoraSettings(BaseModel):
@@ -203,6 +214,29 @@ class LocalModel(BaseModel):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         return processor
+
+    def copy_processor(self, folder: Path) -> None:
+        """Copy the processor's files into a folder as they are, so that whatever reads the model there reads this one.
+
+        transformers would write them anew for its own version, with this machine's choices in them.
+
+        Raises:
+            Fault: see ``load_processor``.
+        """
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import IncompleteSnapshotError
+
+        self.load_processor()
+        source = Path(self.source)
+        if not source.is_dir():
+            with self._loading():
+                try:
+                    source = Path(snapshot_download(self.source, allow_patterns=list(PROCESSOR_FILES)))
+                except IncompleteSnapshotError as error:  # offline; what has just been loaded is there
+                    source = Path(error.snapshot_path)
+        for file in sorted({file for pattern in PROCESSOR_FILES for file in source.glob(pattern)}):
+            (folder / file.relative_to(source).parent).mkdir(exist_ok=True)
+            shutil.copyfile(file, folder / file.relative_to(source))
 
     def architecture_for(self, model_type: str) -> Architecture:
         """The architecture of these settings, or else the known one of the model's type."""

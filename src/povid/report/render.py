@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from povid.report.tables import Cell, Column, Line, Table
 
@@ -57,6 +57,19 @@ def markdown(table: Table) -> str:
     if marked := [f"- {mark if mark == DAGGER else f'<sup>{mark}</sup>'} {_md(text)}" for mark, text in notes]:
         parts.append("\n".join(marked))
     return "\n\n".join(parts) + "\n"
+
+
+def markdown_row(scores: Sequence[tuple[Column, Cell]]) -> str:
+    """The scores of a single run (``tables.row_of``) as a Markdown table of one row, then their footnotes."""
+    notes = list(dict.fromkeys(note for _, cell in scores for note in cell.notes))
+    marks = {note: _letters(place) for place, note in enumerate(notes)}
+    rows = [
+        [_md_heading(column) for column, _ in scores],
+        ["---:"] * len(scores),
+        [cell.text(column.decimals) + _sup(",".join(marks[note] for note in cell.notes)) for column, cell in scores],
+    ]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n\n".join([table, *(f"<sup>{marks[note]}</sup> {_md(note)}" for note in notes)])
 
 
 def _md(text: str) -> str:
