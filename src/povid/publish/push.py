@@ -111,7 +111,8 @@ def _sentence(repo: str, error: OfflineModeIsEnabled | HfHubHTTPError) -> str:
     if not isinstance(error, HfHubHTTPError):
         return "HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set, so nothing can be uploaded; unset it"
     owner, status = repo.rpartition("/")[0] or "your account", error.response.status_code
-    said = f": {error.server_message.rstrip('.')}" if error.server_message else ""
+    said = "; ".join(line.strip().rstrip(".") for line in (error.server_message or "").splitlines() if line.strip())
+    said = f": {said}" if said else ""
     sentences = {
         400: f"the hub finds the upload invalid (400{said}); mend what it names",
         401: f"the hub does not know the token (401{said}); log in again with hf auth login, or renew HF_TOKEN",
