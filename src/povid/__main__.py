@@ -14,7 +14,7 @@ COMMANDS = {  # each can also be run as python -m MODULE
     "benchmarks": ("povid.benchmarks", "score anybody's answers, or fetch a benchmark's files"),
     "preferences": ("povid.preferences", "check, show or convert preference data"),
     "dispreference": ("povid.dispreference", "generate dispreferred responses"),
-    "adapters": ("povid.adapters", "merge adapters into a checkpoint, or convert the authors' checkpoints"),
+    "adapters": ("povid.adapters", "publish, combine or merge adapters, or convert the authors' checkpoints"),
     "scenes": ("povid.scenes", "write the embedded world, or train its base model again"),
     "arena": ("povid.arena", "compare methods at settings that one rule chose for each of them"),
     "bench": ("povid.bench", "measure what a training step costs"),

@@ -1,7 +1,7 @@
 """``python -m povid.adapters``: what becomes of adapters after training.
 
     python -m povid.adapters card RUN --out FOLDER          the adapter of a run as one LoRA, with a model card
-    python -m povid.adapters push RUN --repo OWNER/NAME     the same folder on the Hugging Face hub, private unless --public
+    python -m povid.adapters push RUN --repo OWNER/NAME     the same folder on the Hugging Face hub
     python -m povid.adapters combine RUN --out FOLDER       both stages as one LoRA of twice the rank
     python -m povid.adapters merge RUN --out FOLDER         a full checkpoint, for transformers, vLLM, llava
     python -m povid.adapters convert STAGE_ONE --lora STAGE_TWO --base llava-hf/llava-1.5-7b-hf --out FOLDER
@@ -61,7 +61,9 @@ def _parser() -> argparse.ArgumentParser:
     for command in (carding, combining, merging, converting):
         command.add_argument("--out", type=Path, required=True, help="a new folder")
     for command in (carding, pushing, merging, converting):
-        command.add_argument("--dtype", choices=sorted(DTYPES), default="float16", help="of a full checkpoint's weights")
+        command.add_argument(
+            "--dtype", choices=sorted(DTYPES), default="float16", help="of a full checkpoint's weights"
+        )
     return parser
 
 

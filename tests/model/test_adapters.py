@@ -205,7 +205,7 @@ def test_released_checkpoints_are_converted(base, tmp_path, released, example):
 
 
 def test_a_lora_on_the_vision_tower_is_dropped_where_it_does_nothing(base, tmp_path, released, example, capsys):
-    """Applying LoRA twice leaves new ones on the vision tower, with zeros in B: dropped with a word, if really zeros."""
+    """Applying LoRA twice leaves new ones on the vision tower, with zeros in B: dropped with a word, if all zero."""
     assert convert(base, released, tmp_path / "plain") == 0
     assert "dropped" not in capsys.readouterr().err
     file = released[1] / "adapter_model.bin"
@@ -216,8 +216,9 @@ def test_a_lora_on_the_vision_tower_is_dropped_where_it_does_nothing(base, tmp_p
             lora |= {f"{key}.lora_A.weight": torch.randn(4, 24), f"{key}.lora_B.weight": torch.zeros(24, 4)}
     torch.save(lora, file)
     assert convert(base, released, tmp_path / "dropped") == 0
-    assert "note: dropped the LoRA of 6 layers outside the language model, such as model.vision_tower.encoder.layers.0." in (
-        capsys.readouterr().err
+    assert (
+        "note: dropped the LoRA of 6 layers outside the language model, such as model.vision_tower.encoder.layers.0."
+        in (capsys.readouterr().err)
     )
     one, two = (load_file(tmp_path / name / "adapter/adapter_model.safetensors") for name in ("plain", "dropped"))
     assert one.keys() == two.keys() and all(torch.equal(one[key], two[key]) for key in one)
@@ -226,7 +227,10 @@ def test_a_lora_on_the_vision_tower_is_dropped_where_it_does_nothing(base, tmp_p
     torch.save(lora, file)
     assert convert(base, released, tmp_path / "refused") == 2
     said = capsys.readouterr().err
-    assert "trained on 1 layers outside the language model" in said and "encoder.layers.2.mlp.fc1 (B up to 2.0e-04)" in said
+    assert (
+        "trained on 1 layers outside the language model" in said
+        and "encoder.layers.2.mlp.fc1 (B up to 2.0e-04)" in said
+    )
 
 
 def test_tokens_that_the_original_llava_does_not_have_keep_their_embeddings(base, tmp_path, released):

@@ -10,7 +10,7 @@ import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_adapters import example, logits  # noqa: F401
+from test_adapters import logits
 from transformers import AutoModelForImageTextToText
 
 from povid.adapters import main
@@ -24,6 +24,15 @@ PREFIX = "base_model.model."
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     return tiny_models.save("llava_vicuna", tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture
+def example(base, tmp_path):
+    """An encoded conversation and its image."""
+    _, template = tiny.load(base, adapted=False)
+    record = tiny.triples(tmp_path)[1]
+    (preferred, _), images = template.encode((record.preferred, record.dispreferred), record.image, record.id)
+    return images, preferred
 
 
 def plain(base):
@@ -59,7 +68,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_sum_is_exact(kind, base, tmp_path, example, capsys):  # noqa: F811
+def test_the_sum_is_exact(kind, base, tmp_path, example, capsys):
     """Against the stages as a run computes with them, one merged after the other: loaded by peft and transformers."""
     chain = []
     for number, lora in enumerate(KINDS[kind]):
@@ -71,7 +80,9 @@ def test_the_sum_is_exact(kind, base, tmp_path, example, capsys):  # noqa: F811
 
     by_stage = logits(tiny.settings(base).load_model(chain), example)
     close = {"rtol": 1e-4, "atol": 1e-4}
-    torch.testing.assert_close(logits(PeftModel.from_pretrained(plain(base), str(together)), example), by_stage, **close)
+    torch.testing.assert_close(
+        logits(PeftModel.from_pretrained(plain(base), str(together)), example), by_stage, **close
+    )
     model = plain(base)
     found = model.load_adapter(str(together))
     assert not found.missing_keys and not found.unexpected_keys
@@ -103,8 +114,9 @@ def test_alike_stages_keep_their_numbers(base, tmp_path):
     lora = {"r": 3, "lora_alpha": 4, "target_modules": r"model\.language_model\..*\.q_proj"}
     chain = [trained(plain(base), tmp_path / str(number), number, **lora) for number in (1, 2)]
     combine(chain, tmp_path / "sum")
-    config, sums = read_json(tmp_path / "sum/adapter_config.json", dict, ""), load_file(
-        tmp_path / "sum/adapter_model.safetensors"
+    config, sums = (
+        read_json(tmp_path / "sum/adapter_config.json", dict, ""),
+        load_file(tmp_path / "sum/adapter_model.safetensors"),
     )
     assert (config["r"], config["lora_alpha"]) == (6, 8) and config["target_modules"] == lora["target_modules"]
     one, two = (load_file(folder / "adapter_model.safetensors") for folder in chain)
@@ -137,13 +149,30 @@ def test_what_is_no_sum_of_loras_is_refused_in_a_sentence(pair, tmp_path):
     cases = [
         ({"use_dora": True}, {}, r"cannot hold use_dora=True; write a full checkpoint with `merge`"),
         ({"bias": "all", "peft_type": "LOHA"}, {}, r"cannot hold peft_type='LOHA', bias='all'"),
-        ({"rank_pattern": {"l": 1}, "init_lora_weights": "pissa"}, {}, r"rank_pattern=\{'l': 1\}, init_lora_weights='pissa'"),
+        (
+            {"rank_pattern": {"l": 1}, "init_lora_weights": "pissa"},
+            {},
+            r"rank_pattern=\{'l': 1\}, init_lora_weights='pissa'",
+        ),
         ({"r": 4}, {}, r"is damaged: its rank is 4, and not that of base_model.model.l"),
         ({"base_model_name_or_path": "c/d"}, {}, r"trained on different models \(a/b, c/d\); .* with --base"),
-        ({}, {f"{PREFIX}l.lora_magnitude_vector": torch.ones(3)}, r"cannot hold base_model.model.l.lora_magnitude_vector"),
+        (
+            {},
+            {f"{PREFIX}l.lora_magnitude_vector": torch.ones(3)},
+            r"cannot hold base_model.model.l.lora_magnitude_vector",
+        ),
         ({}, {a: torch.ones(2, 6)}, r"base_model.model.l has other sizes in one adapter than in another"),
         ({}, {b: None}, r"is damaged: A or B of base_model.model.l is missing"),
-        ({}, {a: None, b: None, f"{PREFIX}l.weight": torch.ones(3, 5)}, r"a LoRA on base_model.model.l, which another"),
+        (
+            {"modules_to_save": ["p", "p.q"]},
+            {f"{PREFIX}p.q.weight": torch.ones(3)},
+            r"modules inside each other as a whole \(base_model.model.p.q.weight\)",
+        ),
+        (
+            {},
+            {a: None, b: None, f"{PREFIX}l.weight": torch.ones(3, 5)},
+            r"has a LoRA on base_model.model.l and another one trained it as a whole",
+        ),
     ]
     for settings, tensors, said in cases:
         write_json(second / "adapter_config.json", config | settings)

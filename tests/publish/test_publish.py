@@ -63,7 +63,11 @@ def on_hub(results: dict[str, Any], name: str = "llava-hf/llava-1.5-7b-hf") -> N
 def test_a_card_says_what_the_run_recorded_and_how_to_load_it(run, tmp_path, capsys):
     out = tmp_path / "out"
     assert main(["card", str(run), *BASE, "--repo", "me/mine", "--out", str(out)]) == 0
-    assert sorted(file.name for file in out.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(file.name for file in out.iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
     results = read_json(run / "results.json", dict, "")
     card = ModelCard.load(out / "README.md")
     assert (card.data.base_model, card.data.license, card.data.library_name) == ("somebody/tiny", "llama2", "peft")
@@ -90,7 +94,10 @@ def test_a_card_says_what_the_run_recorded_and_how_to_load_it(run, tmp_path, cap
         assert not any(private in file.read_text(errors="replace") for file in out.iterdir()), private
 
     base = str(run.parents[1] / "tiny")
-    load = lambda: AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()  # noqa: E731
+
+    def load():
+        return AutoModelForImageTextToText.from_pretrained(base, dtype=torch.float32).eval()
+
     whole = tiny.settings(base).load_model(adapter_chain(run))
     ids = torch.arange(5, 25)[None]
     with torch.no_grad():
@@ -173,10 +180,11 @@ def test_a_single_stage_is_published_as_it_is_and_says_so(copy, tmp_path, capsys
 
 
 class Hub:
-    """A stand-in for the hub: repositories in memory, and refusals by the beginning of "METHOD path"."""
+    """A stand-in for the hub: repositories in memory, large files beside them; it refuses "METHOD path..." as told."""
 
     def __init__(self) -> None:
         self.repos: dict[str, dict[str, bytes]] = {}
+        self.large: dict[str, bytes] = {}  # by sha256, as Git LFS stores them
         self.private: dict[str, bool] = {}
         self.refuse: dict[str, tuple[int, dict[str, str]]] = {}
         self.asked: list[str] = []
@@ -195,16 +203,43 @@ class Hub:
             return 200, {}, {"url": f"{constants.ENDPOINT}/{name}"}
         if path == "/api/validate-yaml":
             return 200, {}, {"errors": [], "warnings": []}
+        if path.endswith("/resolve/main/README.md"):
+            card = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LINK\n---\n# Base\n"
+            return 200, {"ETag": '"1"', "X-Repo-Commit": COMMIT}, card
+        if path.endswith(".git/info/lfs/objects/batch"):
+            wanted = [
+                file
+                | (
+                    {}
+                    if file["oid"] in self.large
+                    else {"actions": {"upload": {"href": f"{constants.ENDPOINT}/{file['oid']}"}}}
+                )
+                for file in json.loads(body)["objects"]
+            ]
+            return 200, {}, {"objects": wanted}
+        if method == "PUT":
+            self.large[path[1:]] = body
+            return 200, {}, {}
         name = "/".join(path.split("/")[3:5])
         if name not in self.repos:
             return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "no such repository"}
         if "/preupload/" in path:
-            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False} for file in json.loads(body)["files"]]
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
             return 200, {}, {"files": files}
         if "/commit/" in path:
             for line in map(json.loads, body.splitlines()):
+                value = line["value"]
                 if line["key"] == "file":
-                    self.repos[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    self.repos[name][value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    self.repos[name][value["path"]] = self.large[value["oid"]]
             return 200, {}, {"commitOid": COMMIT, "commitUrl": f"{constants.ENDPOINT}/{name}/commit/{COMMIT}"}
         siblings = [{"rfilename": file} for file in (".gitattributes", *self.repos[name])]
         return 200, {}, {"id": name, "private": self.private[name], "sha": COMMIT, "siblings": siblings, "tags": []}
@@ -217,16 +252,17 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
     class Handler(BaseHTTPRequestHandler):
         def reply(self) -> None:
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            assert self.headers["Authorization"] == "Bearer hf_secret"
+            assert self.command == "PUT" or self.headers["Authorization"] == "Bearer hf_secret"
             status, headers, found = stand_in.answer(self.command, self.path.partition("?")[0], body)
-            data = json.dumps(found).encode()
+            data = found.encode() if isinstance(found, str) else json.dumps(found).encode()
             self.send_response(status)
             for key, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
                 self.send_header(key, value)
             self.end_headers()
-            self.wfile.write(data)
+            if self.command != "HEAD":
+                self.wfile.write(data)
 
-        do_GET = do_POST = reply
+        do_GET = do_HEAD = do_POST = do_PUT = reply
 
         def log_message(self, *_: Any) -> None:
             pass
@@ -234,8 +270,11 @@ def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    template = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in stores no large files
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in stores large files as Git LFS does
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
     yield stand_in
@@ -262,6 +301,13 @@ def test_a_push_uploads_the_folder_of_card_privately_unless_told(run, hub, tmp_p
     assert "me/mine holds other files (pytorch_model.bin)" in capsys.readouterr().err
 
 
+def test_the_licence_is_what_the_base_models_card_says(copy, hub, tmp_path):
+    assert main(["card", str(copy(on_hub)), "--out", str(tmp_path / "out")]) == 0
+    data = ModelCard.load(tmp_path / "out" / "README.md").data
+    assert (data.license, data.license_name, data.license_link) == ("other", "llama2", "LINK")
+    assert hub.asked == [f"{verb} /llava-hf/llava-1.5-7b-hf/resolve/main/README.md" for verb in ("HEAD", "GET")]
+
+
 def test_every_refusal_of_the_hub_is_a_sentence_with_a_cure(run, hub, monkeypatch, capsys):
     repository, create, commit = "GET /api/models/", "POST /api/repos/create", "POST /api/models/me/mine/commit/"
 
@@ -271,7 +317,12 @@ def test_every_refusal_of_the_hub_is_a_sentence_with_a_cure(run, hub, monkeypatc
         return sentence
 
     for place, status, headers, cure in (
-        (repository, 401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "hf auth login, or renew"),
+        (
+            repository,
+            401,
+            {"X-Error-Message": "Invalid credentials in Authorization header"},
+            "hf auth login, or renew",
+        ),
         (create, 403, {}, "the token may not write to me/mine (403: as the test wants it); use one with write access"),
         (create, 404, {}, "check the spelling of --repo"),
         (create, 409, {}, "is being changed by somebody else"),
@@ -289,6 +340,8 @@ def test_every_refusal_of_the_hub_is_a_sentence_with_a_cure(run, hub, monkeypatc
     hub.refuse = {}
     assert main(["push", str(run), *BASE, "--repo", "me/mine"]) == 0  # what broke off is taken up again
     capsys.readouterr()
+    assert "adapter_model.safetensors" in hub.repos["me/mine"]
+    assert sum(asked.startswith("PUT ") for asked in hub.asked) == 1  # and the weights were sent once
 
     assert "--repo a/b/c: " in said("a/b/c") and "name it OWNER/NAME" in said("me/..bad")
     with monkeypatch.context() as changed:

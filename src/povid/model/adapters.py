@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from povid.fault import Fault
 from povid.files import digest, draft, read_json
-from povid.model.loading import DTYPES, Dtype, LocalModel, LoraSettings
+from povid.model.loading import Dtype, LocalModel, LoraSettings
 from povid.model.policy import add_lora
 
 # From the original LLaVA's names to transformers' (convert_llava_weights_to_hf.py, and llava/model/builder.py for the
@@ -163,9 +163,7 @@ def merge(adapters: Sequence[Path], out: Path, *, base: str | None = None, dtype
         settings.copy_processor(folder)
 
 
-def convert(
-    checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: Dtype = "float16"
-) -> list[str]:
+def convert(checkpoint: Path, out: Path, *, base: str, lora: Path | None = None, dtype: Dtype = "float16") -> list[str]:
     """Convert the original LLaVA's checkpoint to ``out/model`` and, if given, its LoRA to ``out/adapter``.
 
     Args:

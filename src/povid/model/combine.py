@@ -65,8 +65,8 @@ def combine(adapters: Sequence[Path], out: Path, *, base: str | None = None) -> 
     configs = [_config(adapter) for adapter in adapters]
     if rounded := [adapter for adapter in adapters[1:] if _rounds(adapter)]:
         raise Fault(
-            f"{rounded[0]} was trained with model.merge={_rounds(rounded[0])}, on weights into which the adapter before "
-            f"it was rounded, and a sum does not round: {INSTEAD}"
+            f"{rounded[0]} was trained with model.merge={_rounds(rounded[0])}, on weights into which the adapter "
+            f"before it was rounded, and a sum does not round; {INSTEAD}"
         )
     names = list(dict.fromkeys(config.get("base_model_name_or_path") for config in configs))
     if base is None and len(names) > 1:
@@ -74,35 +74,35 @@ def combine(adapters: Sequence[Path], out: Path, *, base: str | None = None) -> 
             f"the adapters were trained on different models ({', '.join(map(str, names))}); name the one that they "
             "build on with --base"
         )
-    parts = [_parts(adapter, config["r"]) for adapter, config in zip(adapters, configs)]
-    whole = _whole([full for _, full in parts], adapters)
-    layers = sorted({layer for pairs, _ in parts for layer in pairs})
-    for adapter, (pairs, _) in zip(adapters, parts):
-        if both := sorted(layer for layer in pairs if f"{layer}.weight" in whole):
-            raise Fault(
-                f"{adapter} has a LoRA on {both[0]}, which another of the adapters trained as a whole; their sum is no "
-                f"LoRA: {INSTEAD}"
-            )
+    loras, wholes = zip(*(_parts(adapter, config["r"]) for adapter, config in zip(adapters, configs)))
+    whole = {name: tensor for found in wholes for name, tensor in found.items()}
+    saved = sorted({name for config in configs for name in config.get("modules_to_save") or ()})
+    if nested := sorted(name for name in whole if sum(f".{module}." in name for module in saved) > 1):
+        raise Fault(
+            f"the adapters trained modules inside each other as a whole ({nested[0]}), which peft cannot load as one "
+            f"adapter; {INSTEAD}"
+        )
+    layers = sorted({layer for lora in loras for layer in lora})
     for layer in layers:
-        if len({(a.shape[1:], b.shape[0]) for a, b in (pairs[layer] for pairs, _ in parts if layer in pairs)}) > 1:
-            raise Fault(f"{layer} has other sizes in one adapter than in another; name adapters of the same base model")
-    equal = _scaling(configs)
+        _check(layer, [lora[layer] for lora in loras if layer in lora], f"{layer}.weight" in whole)
+    alpha, ranks = _common_alpha(configs), [config["r"] for config in configs]
+    factors = [1.0 if alpha else _factor(config) for config in configs]
     combined: dict[str, Tensor] = dict(whole)
-    ranks = [config["r"] for config in configs]
     for layer in layers:
-        pairs = [pairs.get(layer) for pairs, _ in parts]
-        a, b = _stacked(pairs, ranks, [1.0] * len(configs) if equal else [_factor(config) for config in configs])
-        combined |= {f"{layer}{SIDES[0]}": a, f"{layer}{SIDES[1]}": b}
+        sides = _stacked([lora.get(layer) for lora in loras], ranks, factors)
+        combined |= {f"{layer}{end}": side for end, side in zip(SIDES, sides)}
     config = configs[-1] | {
         "base_model_name_or_path": base or names[0],
         "inference_mode": True,
-        "lora_alpha": equal or sum(ranks),
-        "modules_to_save": sorted({name for one in configs for name in one.get("modules_to_save") or ()}) or None,
+        "lora_alpha": alpha or sum(ranks),
+        "modules_to_save": saved or None,
         "r": sum(ranks),
         "use_rslora": False,
     }
     if any(one.get(key) != configs[0].get(key) for one in configs for key in WHERE):
-        config |= dict.fromkeys(WHERE) | {"target_modules": [layer.removeprefix("base_model.model.") for layer in layers]}
+        config |= dict.fromkeys(WHERE) | {
+            "target_modules": [layer.removeprefix("base_model.model.") for layer in layers]
+        }
     with new_folder(out) as folder:
         save_file(combined, folder / "adapter_model.safetensors", metadata={"format": "pt"})
         write_json(folder / "adapter_config.json", config)
@@ -131,7 +131,9 @@ def _config(adapter: Path) -> dict[str, Any]:
 def _rounds(adapter: Path) -> str | None:
     """The setting model.merge that a stage's adapter was trained with; None where nothing says so."""
     try:
-        return json.loads((adapter.parent / "stage.json").read_text(encoding="utf-8"))["identity"]["parts"]["model.merge"]
+        return json.loads((adapter.parent / "stage.json").read_text(encoding="utf-8"))["identity"]["parts"][
+            "model.merge"
+        ]
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -156,21 +158,19 @@ def _parts(adapter: Path, rank: int) -> tuple[dict[str, tuple[Tensor, Tensor]], 
     return {layer: (a, sides[1][layer]) for layer, a in sides[0].items()}, full
 
 
-def _whole(found: Sequence[Mapping[str, Tensor]], adapters: Sequence[Path]) -> dict[str, Tensor]:
-    """The final weights of the modules that were trained as a whole."""
-    whole: dict[str, Tensor] = {}
-    for adapter, full in zip(adapters, found):
-        if differing := sorted(name for name in full if name in whole and full[name].shape != whole[name].shape):
-            raise Fault(
-                f"{adapter}: {differing[0]} has another shape than in the adapter before it; name adapters of the same "
-                "base model"
-            )
-        whole |= full
-    return whole
+def _check(layer: str, pairs: Sequence[tuple[Tensor, Tensor]], whole: bool) -> None:
+    """Raise a Fault if the LoRAs on a layer do not fit together, or the layer was also trained as a ``whole``."""
+    if whole:
+        raise Fault(
+            f"one of the adapters has a LoRA on {layer} and another one trained it as a whole; their sum is no LoRA; "
+            f"{INSTEAD}"
+        )
+    if len({(a.shape[1:], b.shape[0]) for a, b in pairs}) > 1:
+        raise Fault(f"{layer} has other sizes in one adapter than in another; name adapters of the same base model")
 
 
-def _scaling(configs: Sequence[Mapping[str, Any]]) -> float | int | None:
-    """The combined alpha if all adapters scale alike, so that B need not change; else None."""
+def _common_alpha(configs: Sequence[Mapping[str, Any]]) -> float | int | None:
+    """The alpha of the sum if all adapters scale alike, so that B need not change; else None."""
     if any(config.get("use_rslora") for config in configs):
         return None
     alphas = [config["lora_alpha"] for config in configs]

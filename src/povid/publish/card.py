@@ -87,7 +87,13 @@ def card(
         base_model=base.name,
         library_name="transformers" if adapter is None else "peft",
         pipeline_tag=TASK,
-        tags=["povid", "preference-tuning", "hallucination", f"arxiv:{PAPER}", *(["embedded-world"] if run.painted else [])],
+        tags=[
+            "povid",
+            "preference-tuning",
+            "hallucination",
+            f"arxiv:{PAPER}",
+            *(["embedded-world"] if run.painted else []),
+        ],
         model_name=repo.rpartition("/")[2],
         eval_results=[_score(run, column, cell) for column, cell in scores] or None,
     )

@@ -53,9 +53,13 @@ def publishable(folder: Path, *, base: str | None = None, license: str | None = 
     identity = run.results.get("identity")
     parts, named = (identity.get(key) if isinstance(identity, dict) else None for key in ("parts", "named"))
     if not isinstance(parts, dict) or not isinstance(named, dict):
-        raise Fault(f"{folder} is of an earlier version, which did not record what it ran on; run it again to publish it")
+        raise Fault(
+            f"{folder} is of an earlier version, which did not record what it ran on; run it again to publish it"
+        )
     if not run.results.get("stages"):
-        raise Fault(f"{folder} trained nothing (ablation={run.results.get('ablation')}), so there is nothing to publish")
+        raise Fault(
+            f"{folder} trained nothing (ablation={run.results.get('ablation')}), so there is nothing to publish"
+        )
     chain = tuple(adapter_chain(folder))
     if [adapter_digest(adapter) for adapter in chain] != parts.get("adapters"):
         raise Fault(
@@ -124,10 +128,10 @@ def _write_adapter(found: Publishable, place: Path) -> None:
         combine(found.adapters, place, base=found.source)
     else:
         place.mkdir()
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copyfile(found.adapters[0] / file, place / file)
-    file = place / "adapter_config.json"
-    write_json(file, read_json(file, dict, "write it again") | {"base_model_name_or_path": found.base.name})
+        for name in ("adapter_config.json", "adapter_model.safetensors"):
+            shutil.copyfile(found.adapters[0] / name, place / name)
+    note = place / "adapter_config.json"
+    write_json(note, read_json(note, dict, "write it again") | {"base_model_name_or_path": found.base.name})
 
 
 def keep_private(place: Path, run: Path) -> None:

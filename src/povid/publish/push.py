@@ -86,8 +86,8 @@ def _open(api: HfApi, repo: str, public: bool, ours: list[str]) -> bool:
     others = sorted({file.rfilename for file in there.siblings or ()} - {*ours, *KEPT})
     if others:
         raise Fault(
-            f"{repo} holds other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)}), which would get mixed up "
-            "with the run's; name a new --repo, or delete them there"
+            f"{repo} holds other files ({', '.join(others[:3])}{', ...' * (len(others) > 3)}), which would mix with "
+            "the run's; name a new --repo, or delete them there"
         )
     return bool(there.private)
 
