@@ -54,9 +54,10 @@ def copy(run, tmp_path):
     return made
 
 
-def on_hub(results: dict[str, Any], name: str = "llava-hf/llava-1.5-7b-hf") -> None:
-    """As if the run had loaded its base model from the hub."""
-    results["identity"]["named"]["places"]["model.path"] = name
+def on_hub(results: dict[str, Any]) -> None:
+    """As if the run had loaded its base model from the hub, and kept the best adapter of its second stage."""
+    results["identity"]["named"]["places"]["model.path"] = "llava-hf/llava-1.5-7b-hf"
+    results["stages"]["2"]["kept"] = {"metric": "val/loss", "adapter": "best", "step": 1}
     results["identity"]["parts"]["weights"] = COMMIT
 
 
@@ -121,6 +122,7 @@ def test_a_base_model_from_the_hub_is_named_with_its_commit(copy, tmp_path):
     assert main(["card", str(folder), "--license", "llama2", "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
     assert f'from_pretrained(base, revision="{COMMIT}", dtype="float32")' in text
+    assert "batches of 2; its best adapter by `val/loss`, that of step 1 |" in text
     config = read_json(tmp_path / "out" / "adapter_config.json", dict, "")
     assert config["base_model_name_or_path"] == "llava-hf/llava-1.5-7b-hf"
 
@@ -202,7 +204,8 @@ class Hub:
             self.repos[name], self.private[name] = {}, asked["visibility"] == "private"
             return 200, {}, {"url": f"{constants.ENDPOINT}/{name}"}
         if path == "/api/validate-yaml":
-            return 200, {}, {"errors": [], "warnings": []}
+            errors = [{"message": '"license" must be one of [...]'}] if "llama9" in json.loads(body)["content"] else []
+            return 400 if errors else 200, {}, {"errors": errors, "warnings": []}
         if path.endswith("/resolve/main/README.md"):
             card = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LINK\n---\n# Base\n"
             return 200, {"ETag": '"1"', "X-Repo-Commit": COMMIT}, card
@@ -343,6 +346,11 @@ def test_every_refusal_of_the_hub_is_a_sentence_with_a_cure(run, hub, monkeypatc
     assert "adapter_model.safetensors" in hub.repos["me/mine"]
     assert sum(asked.startswith("PUT ") for asked in hub.asked) == 1  # and the weights were sent once
 
+    assert main(["push", str(run), *BASE[:3], "llama9", "--repo", "me/mine"]) == 2
+    assert (
+        'model card (Invalid metadata in README.md; "license" must be one of [...]); a licence'
+        in capsys.readouterr().err
+    )
     assert "--repo a/b/c: " in said("a/b/c") and "name it OWNER/NAME" in said("me/..bad")
     with monkeypatch.context() as changed:
         changed.setattr(constants, "HF_HUB_OFFLINE", True)

@@ -101,6 +101,9 @@ def answered(repo: str) -> Iterator[None]:
         raise Fault(_sentence(repo, error)) from error
     except (OSError, RuntimeError) as error:  # RuntimeError: of hf_xet, which sends the files
         raise Fault(f"{repo}: the upload broke off ({_first(error)}); {AGAIN}") from error
+    except ValueError as error:  # the hub has looked at the card
+        said = "; ".join(line.strip(" -.") for line in str(error).splitlines() if line.strip(" -."))
+        raise Fault(f"the hub does not take the model card ({said}); a licence is named with --license") from error
     except Exception as error:
         if not type(error).__module__.startswith("httpx"):
             raise
