@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from povid.bench import measure
+from povid.bench import measure, whole
 from povid.bench.arms import Arm, filled_cache, ours, plain, released_code
 from povid.bench.pipeline import waiting
 from povid.bench.subject import SHAPES, Shape, Step, adapt, build_model, build_processor, steps, twin
@@ -24,6 +24,7 @@ from povid.fault import Fault
 from povid.files import write_json
 from povid.machine import keep_freed_memory, versions
 from povid.method.noise_dispreferred import most_likely
+from povid.model.debug_llava import VOCABULARY
 from povid.model.policy import Policy
 
 SAME = {"float32": 1e-5, "bfloat16": 2e-2}  # relative difference of losses that summation order explains
@@ -65,7 +66,20 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         help="numbers of loader processes for which to measure the wait for data (on a CPU)",
     )
     parser.add_argument("--photographs", type=int, default=60, help="number of photographs loaded for that")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        metavar="N",
+        help="instead of timing arms: save the model as a checkpoint, train N steps of both stages from it by the "
+        "ordinary path, stop, resume and caption a picture; minutes and memory of each (LLaVA-1.5-7B: 14 GB of disk)",
+    )
+    parser.add_argument(
+        "--folder", type=Path, help="where --steps keeps weights and run (default: outputs/bench/MODEL)"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs/bench.json"))
+    parser.add_argument(
+        "overrides", nargs="*", help="with --steps: overrides of train.py, e.g. data=povid_17k data.root=DIR"
+    )
     return parser.parse_args(arguments)
 
 
@@ -116,10 +130,12 @@ def check_same(arms: list[Arm], policy: Policy, step: Step, tolerance: float) ->
 def run(options: argparse.Namespace) -> dict[str, Any]:
     shape = SHAPES[options.model]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if options.model == "llava_1_5_7b" and not options.random_weights:
-        raise Fault("--model llava_1_5_7b: the benchmark uses random weights; add --random-weights to confirm")
+    _confirmed(options)
     if options.model == "llava_1_5_7b" and device == "cpu":
-        raise Fault("--model llava_1_5_7b needs a CUDA device with 40 GB, and none was found; use --model proportional")
+        raise Fault(
+            "--model llava_1_5_7b needs a CUDA device with 40 GB, and none was found; use --model proportional, or "
+            "--steps 1 for a whole run of it"
+        )
     if options.threads:
         torch.set_num_threads(options.threads)
     keep_freed_memory()
@@ -136,6 +152,34 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             waiting(policy, processor, shape, workers=n, count=options.photographs) for n in options.workers
         ]
     return result
+
+
+def run_whole(options: argparse.Namespace) -> dict[str, Any]:
+    if options.steps < 1:
+        raise Fault(f"--steps is {options.steps}; at least one step has to be trained")
+    _confirmed(options)
+    shape = SHAPES[options.model]
+    if shape.vocabulary < VOCABULARY:
+        raise Fault(f"--model {shape.name} has {shape.vocabulary} words, too few for --steps; use --model proportional")
+    folder = options.folder or Path("outputs/bench") / options.model
+    return {
+        "model": options.model,
+        **whole.measure(shape, options.steps, folder, options.overrides),
+        **_circumstances(),
+    }
+
+
+def _confirmed(options: argparse.Namespace) -> None:
+    if options.model == "llava_1_5_7b" and not options.random_weights:
+        raise Fault("--model llava_1_5_7b: the benchmark uses random weights; add --random-weights to confirm")
+
+
+def _circumstances() -> dict[str, Any]:
+    return {
+        "versions": versions() | {"trl": _version("trl")},
+        "taken": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m povid.bench " + " ".join(sys.argv[1:]),
+    }
 
 
 def measured(
@@ -191,9 +235,7 @@ def measured(
         "rows": rows,
         "ratios": ratios(rows),
         "load_average": [round(load_before, 2), round(load_after, 2)],
-        "versions": versions() | {"trl": _version("trl")},
-        "taken": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m povid.bench " + " ".join(sys.argv[1:]),
+        **_circumstances(),
     }
 
 
@@ -297,11 +339,13 @@ def main(arguments: list[str] | None = None) -> int:
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        result = run(options)
+        if options.steps is None and options.overrides:
+            raise Fault(f"{options.overrides[0]!r} is an override of train.py, which only --steps takes")
+        result = run(options) if options.steps is None else run_whole(options)
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
-    print(table(result))
+    print(table(result) if options.steps is None else whole.table(result))
     write_json(options.out, result)
     print(f"\nwritten to {options.out}")
     return 0

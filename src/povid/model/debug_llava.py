@@ -12,6 +12,7 @@ from typing import Any
 
 from povid.files import draft
 
+VOCABULARY = 512
 SPECIAL = {"<s>": 0, "</s>": 1, "<pad>": 2, "<image>": 3}
 WORDS = (
     "USER: ASSISTANT: A chat between a curious user and an artificial intelligence assistant. The assistant gives "
@@ -52,7 +53,7 @@ def prepare(
     folder = Path(folder)
     if (folder / "config.json").exists():
         return folder
-    processor = _processor(words, image, patch)
+    processor = debug_processor(words, image, patch)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
             hidden_size=vision_width,
@@ -91,7 +92,7 @@ def prepare(
     return folder
 
 
-def _processor(words: Iterable[str], image: int, patch: int) -> Any:
+def debug_processor(words: Iterable[str], image: int, patch: int) -> Any:
     """A LLaVA processor with a byte-level BPE tokenizer learnt from ``words``."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from tokenizers.processors import TemplateProcessing
@@ -103,7 +104,7 @@ def _processor(words: Iterable[str], image: int, patch: int) -> Any:
     bpe.train_from_iterator(
         [text for text in words for _ in range(3)],
         BpeTrainer(
-            vocab_size=512,
+            vocab_size=VOCABULARY,
             special_tokens=list(SPECIAL),
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
             show_progress=False,

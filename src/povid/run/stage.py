@@ -41,7 +41,7 @@ from povid.run.terminal import near, progress
 from povid.run.watch import Validation, Watcher
 from povid.terminal import show
 from povid.training.datamodule import PreferenceDataModule
-from povid.training.memory import estimate, largest_batch
+from povid.training.memory import Needs, estimate, largest_batch
 from povid.training.module import POVIDModule
 from povid.training.sharding import whole_adapter
 
@@ -157,15 +157,14 @@ class Stage:
         data = self._data(policy, template, triples, held_out)
         if stage.batch_size == "auto":
             data.batch_size = batch_size_of(newest(self.checkpoints)) or largest_batch(module, data)
-        memory = "not estimated where the weights are split"
-        if not settings.split:
-            memory = str(estimate(module, data, data.batch_size))
+        needs = None if settings.split else estimate(module, data, data.batch_size)
         if first():
+            memory = "not estimated where the weights are split" if needs is None else str(needs)
             self._announce(len(triples), data.batch_size, memory)
         fitted = self._fit(module, data, template, signals)
         weights = whole_adapter(policy)
         if first():
-            self._save(policy, weights, fitted, len(triples), data.batch_size)
+            self._save(policy, weights, fitted, len(triples), data.batch_size, needs)
         module.trainer.strategy.barrier("the stage is saved")
 
     def _announce(self, records: int, batch_size: int, memory: str) -> None:
@@ -321,7 +320,9 @@ class Stage:
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
-    def _save(self, policy: Policy, weights: Any, fitted: Fitted, records: int, batch_size: int) -> None:
+    def _save(
+        self, policy: Policy, weights: Any, fitted: Fitted, records: int, batch_size: int, needs: Needs | None
+    ) -> None:
         settings = self.settings
         with files.draft(self.adapter if fitted.best is None else self.last_adapter) as draft:
             policy.save_adapter(draft, weights)
@@ -344,6 +345,7 @@ class Stage:
                 "steps": fitted.steps,
                 "records": records,
                 "batch_size": batch_size,
+                **({"memory": needs.record()} if needs is not None else {}),
                 "finished": datetime.now(UTC).isoformat(),
             },
         )

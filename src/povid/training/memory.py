@@ -46,6 +46,10 @@ class Needs:
     def needed(self) -> int:
         return self.weights + self.adapter + self.step
 
+    def record(self) -> dict[str, int]:
+        """What stage.json keeps of it: bytes."""
+        return {"weights": self.weights, "adapter": self.adapter, "step": self.step, "needed": self.needed}
+
 
 def _readable(size: float) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 0.1 * 2**30 else f"{size / 2**20:.1f} MiB"
