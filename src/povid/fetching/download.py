@@ -1,9 +1,10 @@
-"""Download the official files of a benchmark, or say what must be done by hand."""
+"""Download official files: watched, checked, resumed where an attempt broke off, and recorded."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import http.client
 import json
@@ -19,82 +20,191 @@ import urllib.error
 import urllib.request
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from tqdm import tqdm
 
-from povid.benchmarks.benchmark import Benchmark, Source
 from povid.fault import Fault
-from povid.files import sync, write_json
+from povid.fetching.source import Source
+from povid.files import remove, sync, write_json
 
 BLOCK = 1 << 20  # bytes
 PATIENCE = 300.0  # seconds in which a block must come, and before the first all headers, redirections included
 RECORD = "fetched.json"  # in the data folder: address, size and sha256 of what came
 
 
-def main(benchmark: type[Benchmark], data: Path) -> int:
-    """Download what can be, report it, and say what is left to do by hand; returns the exit status 0."""
-    if not benchmark.sources:
-        print(f"{benchmark.name} names no files to download; put its files into {data}")
-    for file in fetch(benchmark.sources, data):
-        print(f"{file} is complete")
-    if benchmark.notice:
-        print(benchmark.notice.format(data=data))
-    return 0
+Refusal = Callable[[urllib.error.HTTPError], str | None]
+"""What a server means by an error, as a sentence with its cure; None where it says nothing of its own."""
 
 
-def fetch(sources: Sequence[Source], data: Path, *, tries: int = 5, pause: float = 1.0) -> list[Path]:
+def fetch(
+    sources: Sequence[Source],
+    data: Path,
+    *,
+    headers: Mapping[str, str] | None = None,
+    refusal: Refusal | None = None,
+    tries: int = 5,
+    pause: float = 1.0,
+) -> list[Path]:
     """Download files into ``data``; those that are there and recorded are left alone.
 
     A download that breaks off is kept as FILE.part and resumed; a file gets its name only when it is complete and
-    checked. Its address, size and sha256 are recorded in ``data/fetched.json``.
+    checked. Its address, size and sha256 are recorded in ``data/fetched.json``. A file that somebody put there is taken
+    if it is the official one, as far as that is known, and never replaced.
+
+    Args:
+        headers: sent to the addresses themselves and to none that they redirect to, such as a login.
+        refusal: explains an address that answers with an error.
+        tries, pause: how often an address is tried, and how many seconds pass before the second attempt.
 
     Raises:
         Fault: no connection after ``tries`` attempts, an address that answers with an error or too slowly, a wrong size
-            or hash, a length that is nowhere stated, a full disk, an archive that is damaged, encrypted or would write
-            outside ``data``.
+            or hash, a length that is nowhere stated, a full disk, another file under the same name, an archive that is
+            damaged, encrypted or would write outside ``data``, or another download into the same folder.
     """
     data = Path(data)
     try:
         data.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise Fault(f"{data} cannot be created ({error.strerror}); choose another folder") from error
-    record = data / RECORD
-    try:
-        known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
-        known = {str(name): dict(entry) for name, entry in known.items()}
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise Fault(f"{record} is not a record of downloads ({error}); remove it and run again") from error
-    files = []
-    for source in sources:
-        file = data / source.file
-        if known.get(source.file, {}).get("url") != source.url or not (file.is_file() or source.unpack):
-            size, digest = _download(source, file, tries, pause)
+    with _alone(data):
+        known = recorded(data)
+        needed = [source for source in sources if not _is_recorded(source, data, known)]
+        _make_sure_of_room(needed, data)
+        for source in needed:
+            file = data / source.file
+            if file.is_file() and source.file not in known:
+                size, digest = _found(source, file)
+            else:
+                size, digest = _download(source, file, headers or {}, refusal, tries, pause)
             if source.unpack:
                 _unpack(source, file, data / source.unpack)
                 file.unlink()
-            known[source.file] = {"url": source.url, "size": size, "sha256": digest}
-            write_json(record, known)
-        files.append(file if not source.unpack else data / source.unpack)
-    return list(dict.fromkeys(files))
+            known[source.file] = {"url": source.url, "size": size, "sha256": digest, **source.origin}
+            write_json(data / RECORD, known)
+    return list(dict.fromkeys(data / (source.unpack or source.file) for source in sources))
 
 
-def _download(source: Source, file: Path, tries: int, pause: float) -> tuple[int, str]:
+def recorded(data: Path) -> dict[str, dict[str, Any]]:
+    """File → address, size, sha256 and origin of what was downloaded into a folder, or of what its archive held.
+
+    Raises:
+        Fault: the record is damaged.
+    """
+    record = data / RECORD
+    try:
+        known = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        return {str(name): dict(entry) for name, entry in known.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise Fault(f"{record} is not a record of downloads ({error}); remove it and run again") from error
+
+
+def is_complete(source: Source, data: Path) -> bool:
+    """Whether a file, or what an archive holds, was downloaded into a folder and is still there."""
+    return _is_recorded(source, data, recorded(data))
+
+
+def link(source: Source, there: Path, data: Path) -> None:
+    """Give ``data`` the pictures of an archive that was unpacked in ``there``: as links, which take no room.
+
+    Where the file system has no hard links, the pictures are copied.
+    """
+    assert source.unpack is not None
+    entry = recorded(there)[source.file]
+    for file in (there / source.unpack).rglob("*"):
+        place = data / source.unpack / file.relative_to(there / source.unpack)
+        if file.is_file() and not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            half = place.with_name(place.name + ".part")
+            remove(half)
+            try:
+                os.link(file, half)
+            except OSError:
+                shutil.copyfile(file, half)
+            os.replace(half, place)
+    with _alone(data):
+        write_json(data / RECORD, recorded(data) | {source.file: entry})
+
+
+@contextlib.contextmanager
+def _alone(data: Path) -> Iterator[None]:
+    """Inside, no other process downloads into the folder: two would write the same .part."""
+    handle = os.open(data, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise Fault(
+            f"another process is downloading into {data}; wait until it has finished, then run the same command again"
+        ) from None
+    finally:
+        os.close(handle)
+
+
+def _is_recorded(source: Source, data: Path, known: Mapping[str, Mapping[str, Any]]) -> bool:
+    entry = known.get(source.file, {})
+    same = source.sha256 is not None and entry.get("sha256") == source.sha256
+    if not same and entry.get("url") != source.url:
+        return False
+    if source.unpack:
+        return (data / source.unpack).is_dir()
+    file = data / source.file
+    if not file.is_file():
+        return False
+    if file.stat().st_size != entry.get("size"):
+        raise Fault(
+            f"{file} has {file.stat().st_size:,} bytes, but {entry.get('size'):,} were downloaded: it was cut or changed "
+            "since; move it away and run the same command again"
+        )
+    return True
+
+
+def _make_sure_of_room(needed: Sequence[Source], data: Path) -> None:
+    """Raise a Fault unless all files of known sizes fit on the disk."""
+    parts = ((source, data / f"{source.file}.part") for source in needed if not (data / source.file).is_file())
+    lacking = sum((source.size or 0) - (part.stat().st_size if part.is_file() else 0) for source, part in parts)
+    free = shutil.disk_usage(data).free
+    if lacking > free:
+        raise Fault(
+            f"{data} needs {lacking / 1e9:,.1f} GB more and {free / 1e9:,.1f} GB are free; make room or choose a folder "
+            "on another disk, and run the same command again"
+        )
+
+
+def _found(source: Source, file: Path) -> tuple[int, str]:
+    """Size and sha256 of a file that somebody put there; Fault if it is not the official one."""
+    size, digest = file.stat().st_size, _sha256(file)
+    if source.size not in (None, size) or source.sha256 not in (None, digest):
+        raise Fault(
+            f"{file} is there already and is not the file of {source.url} ({size:,} bytes with sha256 {digest}, "
+            f"expected were {source.size or size:,} bytes with {source.sha256 or 'any'}); move it away and run the same "
+            "command again"
+        )
+    return size, digest
+
+
+def _download(
+    source: Source, file: Path, headers: Mapping[str, str], refusal: Refusal | None, tries: int, pause: float
+) -> tuple[int, str]:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_name(file.name + ".part")
     for attempt in range(tries):
+        wait, cure = pause * 2**attempt, "check the network"
         try:
-            _transfer(source, part)
+            _transfer(source, part, headers)
             break
         except urllib.error.HTTPError as error:
-            if error.code < 500 and error.code != 429:
+            if error.code < 500 and error.code not in (408, 429):
                 raise Fault(
-                    f"{source.url} answers {error.code} {error.reason}; open it in a browser, download "
+                    (refusal and refusal(error))
+                    or f"{source.url} answers {error.code} {error.reason}; open it in a browser, download "
                     f"{file.name} by hand and put it into {file.parent}"
                 ) from error
             reason = f"{error.code} {error.reason}"
+            if error.code == 429:
+                wait, cure = max(wait, retry_after(error.headers)), "wait some minutes"
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, EOFError) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         except OSError as error:
@@ -106,10 +216,10 @@ def _download(source: Source, file: Path, tries: int, pause: float) -> tuple[int
             ) from error
         if attempt + 1 == tries:
             raise Fault(
-                f"{source.url} could not be downloaded in {tries} attempts ({reason}); check the network and run "
+                f"{source.url} could not be downloaded in {tries} attempts ({reason}); {cure} and run "
                 "the same command again to resume"
             )
-        time.sleep(pause * 2**attempt)
+        time.sleep(wait)
     size, digest = part.stat().st_size, _sha256(part)
     if source.size not in (None, size) or source.sha256 not in (None, digest):
         part.unlink()
@@ -123,11 +233,19 @@ def _download(source: Source, file: Path, tries: int, pause: float) -> tuple[int
     return size, digest
 
 
-def _transfer(source: Source, part: Path) -> None:
+def retry_after(headers: Mapping[str, str]) -> float:
+    """The seconds that a server asks to wait, a minute at most; 0 where it does not say."""
+    asked = headers.get("Retry-After") or ""
+    return min(float(asked), 60.0) if asked.isdigit() else 0.0
+
+
+def _transfer(source: Source, part: Path, headers: Mapping[str, str]) -> None:
     """Append what is missing to ``part``; EOFError when the connection ends before the announced length."""
     have = part.stat().st_size if part.exists() else 0
     tag = part.with_name(part.name + ".tag")  # which version of the file the part belongs to
     request = urllib.request.Request(source.url, headers={"User-Agent": "povid"})
+    for name, value in headers.items():
+        request.add_unredirected_header(name, value)
     if have:
         request.add_header("Range", f"bytes={have}-")
         if tag.is_file() and tag.read_text():
@@ -328,7 +446,8 @@ def _unpack(source: Source, file: Path, folder: Path) -> None:
                         "nothing was unpacked; get the archive from its official address"
                     )
             for member in tqdm(members, desc=f"unpacking {file.name}", unit="file", disable=None):
-                target = folder.joinpath(*PurePosixPath(member.filename.replace("\\", "/")).parts)
+                parts = PurePosixPath(member.filename.replace("\\", "/")).parts
+                target = folder.joinpath(*parts[-1:] if source.flat else parts)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 half = target.with_name(target.name + ".part")
                 with archive.open(member) as inside, half.open("wb") as sink:
