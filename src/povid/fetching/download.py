@@ -155,8 +155,8 @@ def _is_recorded(source: Source, data: Path, known: Mapping[str, Mapping[str, An
         return False
     if file.stat().st_size != entry.get("size"):
         raise Fault(
-            f"{file} has {file.stat().st_size:,} bytes, but {entry.get('size'):,} were downloaded: it was cut or changed "
-            "since; move it away and run the same command again"
+            f"{file} has {file.stat().st_size:,} bytes, but {entry.get('size'):,} were downloaded: it was cut or "
+            "changed since; move it away and run the same command again"
         )
     return True
 
@@ -168,8 +168,8 @@ def _make_sure_of_room(needed: Sequence[Source], data: Path) -> None:
     free = shutil.disk_usage(data).free
     if lacking > free:
         raise Fault(
-            f"{data} needs {lacking / 1e9:,.1f} GB more and {free / 1e9:,.1f} GB are free; make room or choose a folder "
-            "on another disk, and run the same command again"
+            f"{data} needs {lacking / 1e9:,.1f} GB more and {free / 1e9:,.1f} GB are free; make room or choose a "
+            "folder on another disk, and run the same command again"
         )
 
 
@@ -179,8 +179,8 @@ def _found(source: Source, file: Path) -> tuple[int, str]:
     if source.size not in (None, size) or source.sha256 not in (None, digest):
         raise Fault(
             f"{file} is there already and is not the file of {source.url} ({size:,} bytes with sha256 {digest}, "
-            f"expected were {source.size or size:,} bytes with {source.sha256 or 'any'}); move it away and run the same "
-            "command again"
+            f"expected were {source.size or size:,} bytes with {source.sha256 or 'any'}); move it away and run the "
+            "same command again"
         )
     return size, digest
 

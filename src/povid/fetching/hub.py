@@ -1,7 +1,7 @@
 """The Hugging Face hub: the files of a data set at one revision, and why something of the hub could not be had.
 
 huggingface_hub says what a revision holds, and knows the login and the endpoint. The files come through
-:mod:`povid.fetching.download`, since huggingface_hub 2 starts a file from its beginning when a download was interrupted.
+:mod:`povid.fetching.download`, since huggingface_hub 2 begins an interrupted file again from the start.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def revision_of(
         sentence = trouble(error, repository, page(repository))
         if sentence is None and isinstance(error, ValueError | TypeError | KeyError):
             sentence = (
-                f"{api.endpoint} does not answer for {repository} as the hub does; open it in a browser, for a login page "
-                "or a proxy may stand between, or correct HF_ENDPOINT"
+                f"{api.endpoint} does not answer for {repository} as the hub does; open it in a browser, for a login "
+                "page or a proxy may stand between, or correct HF_ENDPOINT"
             )
         if sentence is None:
             raise
@@ -66,7 +66,7 @@ def revision_of(
             )
         for name in sorted(matching):
             if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise Fault(f"{repository} has a file {name!r} that would be written outside the data; correct HF_ENDPOINT")
+                raise Fault(f"{repository} has a file {name!r} which leads out of the data; correct HF_ENDPOINT")
             lfs = listed[name].lfs
             chosen[name] = Source(
                 hf_hub_url(repository, name, repo_type="dataset", revision=commit, endpoint=api.endpoint),
@@ -124,15 +124,15 @@ def refused(status: int, code: str | None, name: str, page: str) -> str:
         return f"{name} lacks a file that is needed; compare with {page}"
     if status == 401:
         return (
-            f"the hub does not accept the login for {name} (401); log in again ({LOGIN}), or log out if {page} is open to "
-            "everybody"
+            f"the hub does not accept the login for {name} (401); log in again ({LOGIN}), or log out if {page} is open "
+            "to everybody"
         )
     if status == 403:
         return f"the hub does not let this account read {name} (403); ask for access at {page}, or log in with another"
     if status == 429:
         return (
-            f"the hub was asked too often for {name} (429); wait some minutes or log in, which allows more ({LOGIN}), and "
-            "run the same command again to resume"
+            f"the hub was asked too often for {name} (429); wait some minutes or log in, which allows more ({LOGIN}), "
+            "and run the same command again to resume"
         )
     return f"the hub answers {status} for {name}; wait some minutes and run the same command again to resume"
 
@@ -140,8 +140,8 @@ def refused(status: int, code: str | None, name: str, page: str) -> str:
 def trouble(error: BaseException, name: str, page: str) -> str | None:
     """Why something of the hub could not be had, as a sentence with the cure; None if ``error`` says nothing of that.
 
-    ``error`` may be of huggingface_hub or of a library that wraps its errors, as transformers does. ``name`` is the data
-    set or model, ``page`` its address for people.
+    ``error`` may be of huggingface_hub or of a library that wraps its errors, as transformers does. ``name`` is the
+    data set or model, ``page`` its address for people.
     """
     from huggingface_hub.errors import (
         EntryNotFoundError,
@@ -160,8 +160,8 @@ def trouble(error: BaseException, name: str, page: str) -> str | None:
         full = isinstance(each, OSError) and each.errno in (errno.ENOSPC, errno.EDQUOT)
         if full or "No space left on device" in str(each):
             return (
-                f"the disk is full, so {name} could not be downloaded; make room, or set HF_HOME to a folder on another "
-                "disk, and run the same command again: files that are complete are kept"
+                f"the disk is full, so {name} could not be downloaded; make room, or set HF_HOME to a folder on "
+                "another disk, and run the same command again: files that are complete are kept"
             )
         if isinstance(each, OfflineModeIsEnabled):
             return (

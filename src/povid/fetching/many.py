@@ -74,8 +74,9 @@ def fetch_many(
     stop, in_a_row = threading.Event(), 0
     pool = ThreadPoolExecutor(CONNECTIONS)
     limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+    headers = {"User-Agent": "povid", "Accept-Encoding": "identity"}
     with (
-        httpx.Client(timeout=30, limits=limits, headers={"User-Agent": "povid", "Accept-Encoding": "identity"}) as client,
+        httpx.Client(timeout=30, limits=limits, headers=headers) as client,
         tqdm(total=len(wanted), initial=outcome.there, desc=title, unit="file", disable=None) as bar,
     ):
         try:
@@ -135,7 +136,7 @@ def _one(
                 if (damaged := damage(part)) is None:
                     os.replace(part, file)
                     return None
-                reason = f"what came is not whole: {damaged}"
+                reason = f"what came is no whole picture ({damaged.replace(str(part), 'it')})"
             except _Again as again:
                 reason, wait = str(again), max(wait, again.wait)
             except httpx.HTTPError as error:

@@ -1,4 +1,4 @@
-"""Download a preference data set as its ``source`` in conf/data says: its files from the hub, its pictures from a server.
+"""Download a preference data set: its files from the hub, its pictures from where they are, as its YAML says.
 
 Where the records name pictures of a large archive, the pictures that they name can be downloaded alone.
 """
@@ -6,8 +6,7 @@ Where the records name pictures of a large archive, the pictures that they name 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 from urllib.parse import quote
@@ -19,9 +18,10 @@ from povid.fetching import download, hub
 from povid.fetching.many import Outcome, fetch_many
 from povid.fetching.source import Source
 from povid.preferences.pictures import damage
-from povid.preferences.records import Skipped, show
+from povid.preferences.records import Skipped
 
 Choice = Literal["named", "all", "none"]
+NAME = re.compile(r"[\w-][\w.-]*\.\w+")
 Commit = Annotated[str, Field(pattern="^[0-9a-f]{40}$")]
 
 
@@ -132,8 +132,8 @@ def _revision(name: str, source: DataSource, root: Path, asked: str | None) -> s
     if len(there) > 1 or (source.revision and there != {source.revision}):
         named = f", and conf/data names {source.revision}" if source.revision else ""
         raise Fault(
-            f"{name}: {root} holds revision {held} of {source.hub} ({download.RECORD}){named}; add --revision COMMIT to "
-            "say which one you want, or choose another --data folder"
+            f"{name}: {root} holds revision {held} of {source.hub} ({download.RECORD}){named}; add --revision COMMIT "
+            "to say which one you want, or choose another --data folder"
         )
     return held
 
@@ -187,42 +187,39 @@ def _named(
 ) -> bool:
     images.mkdir(parents=True, exist_ok=True)
     skipped = Skipped()
-    read(skipped)
-    lacking = {PurePosixPath(picture).name: None for picture in skipped.pictures}
-    others = len(skipped) - len(skipped.pictures)
-    if others:
+    there = {triple.image for triple in read(skipped) if isinstance(triple.image, Path)}
+    if others := len(skipped) - len(skipped.pictures):
         say(f"{others} record(s) cannot be used; python -m povid.preferences check lists them")
-    archive = replace(_archive(album), unpack=str(images / album.folder))
-    outcome = named_pictures(archive, list(lacking), images / album.folder, title=name, tries=tries, pause=pause)
-    return report(outcome, say)
+    wanted = {file: file.name for file in there}
+    wanted |= {images / album.folder / file: file for file in (PurePosixPath(name).name for name in skipped.pictures)}
+    return report(named_pictures(album.each, wanted, title=name, tries=tries, pause=pause), say)
 
 
-def named_pictures(
-    archive: Source, names: list[str], folder: Path, *, title: str, tries: int = 5, pause: float = 1.0
-) -> Outcome:
-    """Download single pictures of an archive into ``folder``.
+def named_pictures(each: str, wanted: Mapping[Path, str], *, title: str, tries: int = 4, pause: float = 1.0) -> Outcome:
+    """Download single pictures: file → name; those that are there and whole are left alone.
+
+    ``each`` is the address of one, with ``{name}``.
 
     Raises:
         Fault: see :func:`povid.fetching.many.fetch_many`.
     """
-    odd = {folder / name: "it is no name of a picture" for name in names if not re.fullmatch(r"[\w.-]+\.\w+", name)}
-    wanted = {
-        archive.each.format(name=quote(name)): folder / name for name in names if folder / name not in odd and archive.each
-    }
-    outcome = fetch_many(wanted, damage, title=title, tries=tries, pause=pause)
+    odd = {file: "it is no name of a picture" for file, name in wanted.items() if not NAME.fullmatch(name)}
+    addresses = {each.format(name=quote(name)): file for file, name in wanted.items() if file not in odd}
+    outcome = fetch_many(addresses, damage, title=title, tries=tries, pause=pause)
     outcome.missing |= odd
     return outcome
 
 
 def report(outcome: Outcome, say: Callable[[str], None]) -> bool:
-    """Say what came and what is missing, reason by reason. Returns whether nothing is missing."""
-    say(f"pictures: {outcome.came:,} downloaded, {len(outcome.missing):,} missing")
+    """Say what is there, what came, and what is missing, reason by reason. Returns whether nothing is missing."""
+    missing = len(outcome.missing)
+    say(f"pictures: {outcome.there:,} were there, {outcome.came:,} were downloaded, {missing:,} are missing")
     reasons: dict[str, list[Path]] = {}
     for file, reason in outcome.missing.items():
-        reasons.setdefault(reason.replace(str(file), "it"), []).append(file)
+        reasons.setdefault(reason, []).append(file)
     for reason, files in reasons.items():
-        first = ", ".join(show(file.name) for file in files[:3])
-        say(f"  {len(files):,} missing: {reason} (first: {first})")
-    if outcome.missing:
-        say("  run the same command again to try these once more; data.skip_bad=true trains without them")
-    return not outcome.missing
+        first = ", ".join(str(file) for file in files[:3])
+        say(f"  {reason}: {len(files):,} (first: {first})")
+    if missing:
+        say("  the same command tries them again; data.skip_bad=true trains without their records")
+    return not missing
