@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -116,7 +117,8 @@ def _fetch(options: argparse.Namespace) -> int:
     source = validated(fetch.DataSource, data["source"], f"data.source of {options.name}")
     if not data.get("root"):
         raise Fault(f"{options.name} has no data.root, the folder that its files belong into; give it one in its YAML")
-    images, reader = Path(data["images"]), find(data["format"]["_target_"])
+    images, arguments = Path(data["images"]), {k: v for k, v in data["format"].items() if not k.startswith("_")}
+    reader = partial(find(data["format"]["_target_"]), **arguments)
     whole = fetch.fetch(
         options.name,
         source,

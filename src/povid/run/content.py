@@ -14,6 +14,7 @@ from typing import Any
 from povid import files
 from povid.method.objectives import ON_DISTORTED
 from povid.model.adapters import adapter_digest
+from povid.model.loading import loading
 from povid.preferences.triple import Triple
 from povid.run.identity import Identity, digest, flat, identity, is_free
 from povid.run.processes import device
@@ -76,12 +77,17 @@ class Content:
 
 
 def weights_digest(source: str) -> str:
-    """What names the files of a model's folder or, of a model from the hub, its commit."""
+    """What names the files of a model's folder or, of a model from the hub, its commit.
+
+    Raises:
+        Fault: it is not in the hub's cache and cannot be downloaded.
+    """
     folder = Path(source)
     if not folder.is_dir():
         from transformers.utils import cached_file
 
-        return Path(cached_file(source, "config.json")).parent.name
+        with loading(source):
+            return Path(cached_file(source, "config.json")).parent.name
     found = [
         file
         for file in files.files_in(folder)
