@@ -20,8 +20,6 @@ def main(
     *,
     pictures: Choice = "named",
     say: Callable[[str], None] = print,
-    tries: int = 5,
-    pause: float = 1.0,
 ) -> bool:
     """Download what can be of each benchmark, one after another, and say of each what is missing.
 
@@ -32,7 +30,7 @@ def main(
     for name, benchmark in selection.items():
         say(f"{name}: {benchmark.data}")
         try:
-            _one(benchmark, pictures, shared, say, tries, pause)
+            _one(benchmark, pictures, shared, say)
         except Fault as fault:
             failed[name] = str(fault)
             say(f"  {fault}")
@@ -51,14 +49,12 @@ def _one(
     pictures: Choice,
     shared: dict[str, Path],
     say: Callable[[str], None],
-    tries: int,
-    pause: float,
 ) -> None:
     """Download the files of a benchmark: archives of pictures last, and of these only what is asked for."""
     if not benchmark.sources:
         say(f"  it names no files to download; put its files into {benchmark.data}")
     plain = [source for source in benchmark.sources if source.each is None]
-    for file in download.fetch(plain, benchmark.data, tries=tries, pause=pause):
+    for file in download.fetch(plain, benchmark.data):
         say(f"  {file} is complete")
     for source in benchmark.sources:
         if source.each is None or pictures == "none" or benchmark.images is not None:
@@ -70,13 +66,13 @@ def _one(
                     for question in benchmark.loaded()
                     if isinstance(question.image, Path)
                 }
-                outcome = named_pictures(source.each, wanted, title=benchmark.name, tries=tries, pause=pause)
+                outcome = named_pictures(source.each, wanted, title=benchmark.name)
                 report(outcome, lambda line: say(f"  {line}"))
                 continue
             if source.url in shared:
                 download.link(source, shared[source.url], benchmark.data)
             else:
-                download.fetch([source], benchmark.data, tries=tries, pause=pause)
+                download.fetch([source], benchmark.data)
         shared.setdefault(source.url, benchmark.data)
         say(f"  the pictures of {source.file} are complete")
 

@@ -80,7 +80,7 @@ def revision_of(
     return Revision(repository, commit, tuple(chosen.values()), str(card.license) if card and card.license else None)
 
 
-def download(revision: Revision, data: Path, *, tries: int = 5, pause: float = 1.0) -> list[Path]:
+def download(revision: Revision, data: Path) -> list[Path]:
     """Download the files of a revision into ``data``, with the user's login if there is one.
 
     Raises:
@@ -90,7 +90,7 @@ def download(revision: Revision, data: Path, *, tries: int = 5, pause: float = 1
 
     headers = {name: value for name, value in build_hf_headers().items() if name.lower() == "authorization"}
     asked = _refusal(revision.repository)
-    return fetch(revision.sources, data, headers=headers, refusal=asked, tries=tries, pause=pause)
+    return fetch(revision.sources, data, headers=headers, refusal=asked)
 
 
 def page(repository: str) -> str:

@@ -11,13 +11,15 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import httpx2
 from tqdm import tqdm
 
 from povid.fault import Fault
 from povid.fetching.download import retry_after
 
 CONNECTIONS = 8
+TRIES = 4  # for each file
+PAUSE = 1.0  # seconds before the second attempt
 PATIENCE = 60.0  # seconds for one file
 LARGEST = 64 << 20  # bytes; what is larger is no single picture
 FAILURES_IN_A_ROW = 50  # with no file in between: the server has none of them, or is not to be reached
@@ -45,8 +47,6 @@ def fetch_many(
     damage: Callable[[Path], str | None],
     *,
     title: str,
-    tries: int = 4,
-    pause: float = 1.0,
 ) -> Outcome:
     """Download files, each to its own place.
 
@@ -57,7 +57,6 @@ def fetch_many(
         wanted: address → file.
         damage: why a file on the disk is not whole; None if it is.
         title: of the progress bar, and what sentences call the files.
-        tries, pause: how often an address is tried, and how many seconds pass before the second attempt.
 
     Raises:
         Fault: a full disk, or :data:`FAILURES_IN_A_ROW` files in a row that could not be downloaded.
@@ -73,17 +72,14 @@ def fetch_many(
         return outcome
     stop, in_a_row = threading.Event(), 0
     pool = ThreadPoolExecutor(CONNECTIONS)
-    limits = httpx.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
+    limits = httpx2.Limits(max_connections=CONNECTIONS, max_keepalive_connections=CONNECTIONS)
     headers = {"User-Agent": "povid", "Accept-Encoding": "identity"}
     with (
-        httpx.Client(timeout=30, limits=limits, headers=headers) as client,
+        httpx2.Client(timeout=30, limits=limits, headers=headers) as client,
         tqdm(total=len(wanted), initial=outcome.there, desc=title, unit="file", disable=None) as bar,
     ):
         try:
-            tasks = {
-                pool.submit(_one, client, address, file, damage, stop, tries, pause): file
-                for address, file in lacking.items()
-            }
+            tasks = {pool.submit(_one, client, address, file, damage, stop): file for address, file in lacking.items()}
             for task in as_completed(tasks):
                 reason = task.result()
                 bar.update()
@@ -114,22 +110,20 @@ def fetch_many(
 
 
 def _one(
-    client: httpx.Client,
+    client: httpx2.Client,
     address: str,
     file: Path,
     damage: Callable[[Path], str | None],
     stop: threading.Event,
-    tries: int,
-    pause: float,
 ) -> str | None:
     """Download one file. Returns why it could not be had; None if it could. Raises OSError if it cannot be written."""
     part = file.with_name(f"{file.name}.{os.getpid()}.part")
     reason = "not asked for"
     try:
-        for attempt in range(tries):
+        for attempt in range(TRIES):
             if stop.is_set():
                 break
-            wait = pause * 2**attempt
+            wait = PAUSE * 2**attempt
             try:
                 if refused := _receive(client, address, part):
                     return refused
@@ -139,17 +133,17 @@ def _one(
                 reason = f"what came is no whole picture ({damaged.replace(str(part), 'it')})"
             except _Again as again:
                 reason, wait = str(again), max(wait, again.wait)
-            except httpx.HTTPError as error:
+            except httpx2.HTTPError as error:
                 reason = str(error) or type(error).__name__
-            if attempt + 1 < tries:
+            if attempt + 1 < TRIES:
                 stop.wait(wait)
         return reason
     finally:
         part.unlink(missing_ok=True)
 
 
-def _receive(client: httpx.Client, address: str, part: Path) -> str | None:
-    """Write what an address holds to ``part``. Returns how the server refused; raises _Again and httpx.HTTPError."""
+def _receive(client: httpx2.Client, address: str, part: Path) -> str | None:
+    """Write what an address holds to ``part``. Returns how the server refused; raises _Again and httpx2.HTTPError."""
     end = time.monotonic() + PATIENCE
     with client.stream("GET", address) as answer:
         said = f"the server answers {answer.status_code} {answer.reason_phrase}"

@@ -77,8 +77,6 @@ def fetch(
     revision: str | None = None,
     files: list[str] | None = None,
     say: Callable[[str], None] = print,
-    tries: int = 5,
-    pause: float = 1.0,
 ) -> bool:
     """Download a data set's files into ``root`` and its pictures below ``images``; what is there stays.
 
@@ -105,7 +103,7 @@ def fetch(
         say(f"revision {asked.commit}: {len(asked.sources)} file(s), {size / 1e6:,.1f} MB")
         if asked.license:
             say(f"the hub's card states the license {asked.license}")
-        found = hub.download(asked, root, tries=tries, pause=pause)
+        found = hub.download(asked, root)
     for file in found:
         say(f"{file} is complete")
     if source.pictures is None:
@@ -115,8 +113,8 @@ def fetch(
         say(f"pictures are left out; they belong into {images / source.pictures.folder}")
         return True
     if pictures == "all":
-        return _whole_archive(source.pictures, images, say, tries, pause)
-    return _named(name, source.pictures, images, read, say, tries, pause)
+        return _whole_archive(source.pictures, images, say)
+    return _named(name, source.pictures, images, read, say)
 
 
 def _revision(name: str, source: DataSource, root: Path, asked: str | None) -> str | None:
@@ -167,11 +165,11 @@ def _archive(album: Album) -> Source:
     )
 
 
-def _whole_archive(album: Album, images: Path, say: Callable[[str], None], tries: int, pause: float) -> bool:
+def _whole_archive(album: Album, images: Path, say: Callable[[str], None]) -> bool:
     archive = _archive(album)
     if album.size and not download.is_complete(archive, images):
         say(f"{archive.file}: {album.size / 1e9:,.1f} GB, and as much again while it is unpacked")
-    for folder in download.fetch([archive], images, tries=tries, pause=pause):
+    for folder in download.fetch([archive], images):
         say(f"the pictures in {folder} are complete")
     return True
 
@@ -182,8 +180,6 @@ def _named(
     images: Path,
     read: Callable[[list[str]], Any],
     say: Callable[[str], None],
-    tries: int,
-    pause: float,
 ) -> bool:
     images.mkdir(parents=True, exist_ok=True)
     skipped = Skipped()
@@ -192,10 +188,10 @@ def _named(
         say(f"{others} record(s) cannot be used; python -m povid.preferences check lists them")
     wanted = {file: file.name for file in there}
     wanted |= {images / album.folder / file: file for file in (PurePosixPath(name).name for name in skipped.pictures)}
-    return report(named_pictures(album.each, wanted, title=name, tries=tries, pause=pause), say)
+    return report(named_pictures(album.each, wanted, title=name), say)
 
 
-def named_pictures(each: str, wanted: Mapping[Path, str], *, title: str, tries: int = 4, pause: float = 1.0) -> Outcome:
+def named_pictures(each: str, wanted: Mapping[Path, str], *, title: str) -> Outcome:
     """Download single pictures: file → name; those that are there and whole are left alone.
 
     ``each`` is the address of one, with ``{name}``.
@@ -205,7 +201,7 @@ def named_pictures(each: str, wanted: Mapping[Path, str], *, title: str, tries: 
     """
     odd = {file: "it is no name of a picture" for file, name in wanted.items() if not NAME.fullmatch(name)}
     addresses = {each.format(name=quote(name)): file for file, name in wanted.items() if file not in odd}
-    outcome = fetch_many(addresses, damage, title=title, tries=tries, pause=pause)
+    outcome = fetch_many(addresses, damage, title=title)
     outcome.missing |= odd
     return outcome
 

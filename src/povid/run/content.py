@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from povid import files
+from povid.fault import Fault
 from povid.method.objectives import ON_DISTORTED
 from povid.model.adapters import adapter_digest
 from povid.model.loading import loading
@@ -87,7 +88,10 @@ def weights_digest(source: str) -> str:
         from transformers.utils import cached_file
 
         with loading(source):
-            return Path(cached_file(source, "config.json")).parent.name
+            file = cached_file(source, "config.json")
+        if file is None:
+            raise Fault(f"{source} has no config.json on the hub; set model.path to a model that transformers can load")
+        return Path(file).parent.name
     found = [
         file
         for file in files.files_in(folder)
