@@ -180,7 +180,7 @@ def test_what_the_hub_refuses_is_a_sentence_and_costs_nothing(place, capsys):
         ),
         (file, 401, "", "does not accept the login .*401"),
         (file, 403, "", "does not let this account read"),
-        (file, 404, "EntryNotFound", "lacks a file that is needed"),
+        (file, 404, "EntryNotFound", "somebody/pairs has no file pairs.json; compare with"),
         (file, 429, "", "could not be downloaded in 5 attempts .*429.*wait some minutes"),
         (file, 503, "", "could not be downloaded in 5 attempts .*503.*to resume"),
     ):

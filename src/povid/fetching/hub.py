@@ -101,13 +101,15 @@ def page(repository: str) -> str:
 def _refusal(repository: str) -> Refusal:
     def said(error: urllib.error.HTTPError) -> str | None:
         code = error.headers.get("X-Error-Code")
-        return refused(error.code, code, repository, page(repository)) if code or error.code in (401, 403) else None
+        if code or error.code in (401, 403):
+            return refused(error.code, code, repository, page(repository), error.url)
+        return None
 
     return said
 
 
-def refused(status: int, code: str | None, name: str, page: str) -> str:
-    """What the hub means by an error status and by its header X-Error-Code, as a sentence with the cure."""
+def refused(status: int, code: str | None, name: str, page: str, address: str) -> str:
+    """What the hub means by an error status and its header X-Error-Code at an address, as a sentence with the cure."""
     if code == "GatedRepo":
         return (
             f"{name} is gated: accept its license at {page}, log in with the same account ({LOGIN}), and run the same "
@@ -121,7 +123,7 @@ def refused(status: int, code: str | None, name: str, page: str) -> str:
     if code == "RevisionNotFound":
         return f"{name} has no such revision; choose one of those that {page} lists"
     if code == "EntryNotFound":
-        return f"{name} lacks a file that is needed; compare with {page}"
+        return f"{name} has no file {address.rpartition('/')[2]}; compare with {page}"
     if status == 401:
         return (
             f"the hub does not accept the login for {name} (401); log in again ({LOGIN}), or log out if {page} is open "
@@ -143,15 +145,20 @@ def trouble(error: BaseException, name: str, page: str) -> str | None:
     ``error`` may be of huggingface_hub or of a library that wraps its errors, as transformers does. ``name`` is the
     data set or model, ``page`` its address for people.
     """
+    from huggingface_hub import constants
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         GatedRepoError,
         HfHubHTTPError,
         HFValidationError,
+        LocalEntryNotFoundError,
         OfflineModeIsEnabled,
         RepositoryNotFoundError,
     )
 
+    offline = (
+        f"{name} is not in the hub's cache, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it, or "
+        "download it where there is a network and set HF_HOME to that cache"
+    )
     chain: list[BaseException] = []
     while error is not None and error not in chain:
         chain.append(error)
@@ -164,15 +171,12 @@ def trouble(error: BaseException, name: str, page: str) -> str | None:
                 "another disk, and run the same command again: files that are complete are kept"
             )
         if isinstance(each, OfflineModeIsEnabled):
-            return (
-                f"{name} is not in the hub's cache, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it, or "
-                "download it where there is a network and set HF_HOME to that cache"
-            )
+            return offline
         if isinstance(each, HfHubHTTPError):
             code = each.response.headers.get("X-Error-Code")
             if isinstance(each, RepositoryNotFoundError) and not isinstance(each, GatedRepoError):
                 code = "RepoNotFound"  # which the hub answers with 401 to somebody who is not logged in
-            return refused(each.response.status_code, code, name, page)
+            return refused(each.response.status_code, code, name, page, str(each.response.url))
         if isinstance(each, HFValidationError):
             return f"{name!r} is neither a folder nor the name of something on the hub; correct it"
         if _is_of_the_network(each):
@@ -181,8 +185,8 @@ def trouble(error: BaseException, name: str, page: str) -> str | None:
                 f"the hub cannot be reached for {name} ({reason}); check the network, HTTPS_PROXY and HF_ENDPOINT, and "
                 "run the same command again to resume"
             )
-    if any(isinstance(each, EntryNotFoundError) for each in chain):
-        return refused(404, "EntryNotFound", name, page)
+    if constants.HF_HUB_OFFLINE and any(isinstance(each, LocalEntryNotFoundError) for each in chain):
+        return offline
     return None
 
 
