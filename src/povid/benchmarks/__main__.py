@@ -59,10 +59,13 @@ def _defined(module: ModuleType) -> type[Benchmark] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one sentence about what the user can fix."""
+    """Returns the exit status: 0, 2 after one sentence about what the user can fix, or 130 when it is interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _fetch(arguments[1:]) if arguments[:1] == ["fetch"] else _score(arguments)
+    except KeyboardInterrupt:
+        print("stopped; started again, a download goes on where it was", file=sys.stderr)
+        return 130
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2

@@ -204,7 +204,7 @@ def _download(
                 ) from error
             reason = f"{error.code} {error.reason}"
             if error.code == 429:
-                wait, cure = max(wait, retry_after(error.headers)), "wait some minutes"
+                wait, cure = max(wait, retry_after(error.headers.get("Retry-After"))), "wait some minutes"
         except (urllib.error.URLError, http.client.HTTPException, TimeoutError, ConnectionError, EOFError) as error:
             reason = str(getattr(error, "reason", error)) or type(error).__name__
         except OSError as error:
@@ -233,10 +233,9 @@ def _download(
     return size, digest
 
 
-def retry_after(headers: Mapping[str, str]) -> float:
-    """The seconds that a server asks to wait, a minute at most; 0 where it does not say."""
-    asked = headers.get("Retry-After") or ""
-    return min(float(asked), 60.0) if asked.isdigit() else 0.0
+def retry_after(asked: str | None) -> float:
+    """The seconds that a server's header Retry-After asks to wait, a minute at most; 0 where it does not say."""
+    return min(float(asked), 60.0) if asked and asked.isdigit() else 0.0
 
 
 def _transfer(source: Source, part: Path, headers: Mapping[str, str]) -> None:

@@ -148,7 +148,7 @@ def _receive(client: httpx2.Client, address: str, part: Path) -> str | None:
     with client.stream("GET", address) as answer:
         said = f"the server answers {answer.status_code} {answer.reason_phrase}"
         if answer.status_code in (408, 429) or answer.status_code >= 500:
-            raise _Again(said, retry_after(answer.headers))
+            raise _Again(said, retry_after(answer.headers.get("Retry-After")))
         if answer.status_code != 200:
             return said
         with part.open("wb") as sink:

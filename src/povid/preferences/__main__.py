@@ -26,10 +26,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns 0; 2 after an error, and when ``check`` finds a problem."""
+    """Run one command. Returns 0; 2 after an error, when ``check`` finds a problem and ``fetch`` something missing; 130
+    when it is interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        print("stopped; started again, a download goes on where it was", file=sys.stderr)
+        return 130
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
     except OSError as error:

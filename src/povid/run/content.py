@@ -192,7 +192,8 @@ def of_run(answers: Identity, stages: Sequence[Mapping[str, Any]], settings: Set
 
 def names(settings: Settings) -> dict[str, Any]:
     """Settings that say in words where content comes from, for labels: its digests say only that it differs."""
-    found = dict(flat({"data": settings.tree["data"], "model": {"path": settings.tree["model"].get("path")}}))
+    data = {key: value for key, value in settings.tree["data"].items() if key != "source"}
+    found = dict(flat({"data": data, "model": {"path": settings.tree["model"].get("path")}}))
     settled = {key: value for key, value in found.items() if not is_free(key)}
     return {"settings": settled, "places": {key: value for key, value in found.items() if key not in settled}}
 
