@@ -32,7 +32,7 @@ def test_what_the_hub_says_of_a_model_is_a_sentence(tmp_path, monkeypatch):
                 with pytest.raises(Fault, match=sentence):
                     load()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(Fault, match="somebody/other is not in the hub's cache, and HF_HUB_OFFLINE"):
+    with pytest.raises(Fault, match="somebody/other is not on this machine, and HF_HUB_OFFLINE"):
         settings.model_copy(update={"path": "somebody/other"}).load_processor()
     for raised, sentence in (
         (OSError(errno.ENOSPC, "No space left on device"), "the disk is full.*set HF_HOME"),

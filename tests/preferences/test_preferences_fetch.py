@@ -203,7 +203,7 @@ def test_no_network_and_no_leave_to_use_it(place, capsys, monkeypatch):
     assert "the hub cannot be reached for somebody/pairs (" in capsys.readouterr().err
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     assert place.fetch() == 2
-    assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it" in capsys.readouterr().err
+    assert "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloading it" in capsys.readouterr().err
 
 
 def test_what_lies_there_already_is_taken_or_told_of_and_never_replaced(place, capsys):

@@ -156,8 +156,8 @@ def trouble(error: BaseException, name: str, page: str) -> str | None:
     )
 
     offline = (
-        f"{name} is not in the hub's cache, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set; unset it, or "
-        "download it where there is a network and set HF_HOME to that cache"
+        f"{name} is not on this machine, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloading it; unset that, "
+        "or copy it from a machine that has it"
     )
     chain: list[BaseException] = []
     while error is not None and error not in chain:
