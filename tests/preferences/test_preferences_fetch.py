@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -265,8 +266,29 @@ def test_many_files_give_up_when_none_comes_and_take_nothing_for_a_picture(tmp_p
     assert len(files.asked) < 100
 
 
-def test_an_archive_leads_nowhere_outside(place, tmp_path, monkeypatch):
-    """What a hub lists may not leave the folder either."""
+def test_the_whole_archive_of_pictures(place, capsys):
+    """Its folders are dropped, for the records do not name them, and an archive that leads elsewhere is refused."""
+
+    def packed(*names: str) -> bytes:
+        kept = io.BytesIO()
+        with zipfile.ZipFile(kept, "w") as archive:
+            for number, name in enumerate(names):
+                archive.writestr(name, jpeg(number))
+        return kept.getvalue()
+
+    place.files.content["/all.zip"] = packed("train/1.jpg", "../2.jpg")
+    assert place.fetch("--pictures", "all") == 2
+    assert "would be written outside" in capsys.readouterr().err and not list(place.folder.rglob("*.jpg"))
+    (place.data / "pairs" / "all.zip").unlink()
+    place.files.content["/all.zip"] = packed("train/1.jpg", "train/2.jpg", "train/3.jpg")
+    for _ in range(2):
+        assert place.fetch("--pictures", "all") == 0
+    assert place.asked == [] and len(list((place.data / "pairs" / "coco").glob("*.jpg"))) == 3
+    assert not (place.data / "pairs" / "all.zip").exists()
+    assert place.fetch() == 0 and place.asked == [], "all that the records name is there"
+
+
+def test_what_a_hub_lists_leads_nowhere_outside(place):
     hubs.publish(place.files, hubs.OLD, {"../out.json": b"[]"})
     with pytest.raises(Fault, match="leads out of the data"):
         hub.revision_of(hubs.REPOSITORY, hubs.OLD, ["*"])

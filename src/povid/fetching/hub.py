@@ -156,8 +156,8 @@ def trouble(error: BaseException, name: str, page: str) -> str | None:
     )
 
     offline = (
-        f"{name} is not on this machine, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloading it; unset that, "
-        "or copy it from a machine that has it"
+        f"{name} is not on this machine, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloading it; unset "
+        "that, or copy it from a machine that has it"
     )
     chain: list[BaseException] = []
     while error is not None and error not in chain:
