@@ -442,7 +442,7 @@ def _unpack(source: Source, file: Path, folder: Path) -> None:
                 if path.is_absolute() or ".." in path.parts or ":" in path.parts[0]:
                     raise Fault(
                         f"{file} has a member {member.filename!r} that would be written outside {folder}; "
-                        "nothing was unpacked; get the archive from its official address"
+                        "nothing was unpacked; remove it and get the archive from its official address"
                     )
             for member in tqdm(members, desc=f"unpacking {file.name}", unit="file", disable=None):
                 parts = PurePosixPath(member.filename.replace("\\", "/")).parts
