@@ -6,7 +6,7 @@ DONE   := $(VENV)/.installed
 PIP    := $(BIN)/pip install --quiet --disable-pip-version-check --editable
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo table3 arena report test test-slow world bench lint format docs clean
+.PHONY: help setup demo data table3 arena report test test-slow world bench lint format docs clean
 
 help:  ## print this list
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ $(VENV)/.extra-%: $(DONE)
 
 demo: $(DONE)  ## make Table 3 on the embedded world: four runs, one seed
 	$(BIN)/python train.py -m ablation=none,text,noise,both
+
+data: $(DONE)  ## get what experiment=table3 needs into $POVID_DATA (or data), and print what is missing
+	@$(BIN)/python -m povid.preferences fetch povid_17k; first=$$?; $(BIN)/python -m povid.benchmarks fetch table3 && exit $$first
 
 FIVE := seed=0,1,2,3,4 'data.prepare.seed=$${seed}' resume=true
 

@@ -175,6 +175,8 @@ class Files:
     etag: str | None = None
     length: bool = True  # whether the length is said
     drip: str = ""  # where a byte now and then is all that comes: header, chunk or body
+    refuse: dict[str, tuple[int, Mapping[str, str]]] = field(default_factory=dict)  # path → status and headers
+    logins: list[tuple[str, str | None]] = field(default_factory=list)  # path and Authorization of each request
 
 
 @contextmanager
@@ -182,10 +184,22 @@ def file_server(files: Files) -> Iterator[str]:
     """Serves ``files`` and yields the address it listens at."""
 
     class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.do_GET()
+
         def do_GET(self) -> None:
             wanted = self.headers.get("Range")
             files.asked.append((self.path, wanted))
-            data = files.content.get(self.path)
+            files.logins.append((self.path, self.headers.get("Authorization")))
+            path = self.path.partition("?")[0]
+            data = files.content.get(path)
+            if path in files.refuse:
+                status, headers = files.refuse[path]
+                self.send_response(status)
+                for name, value in ({"Content-Length": "0"} | headers).items():
+                    self.send_header(name, value)
+                self.end_headers()
+                return
             if data is None:
                 self.send_error(404)
                 return

@@ -11,6 +11,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "povid"
 GROUND = {
     "fault": (),
     "files": ("fault",),
+    "fetching": ("fault", "files", "fetching"),
     "internals": (),
     "machine": (),
     "terminal": (),

@@ -12,7 +12,7 @@ COMMANDS = {  # each can also be run as python -m MODULE
     "report": ("povid.report", "write the tables and figures of all runs below a folder"),
     "analysis": ("povid.analysis", "look into trained models, as Figures 1, 4 and 5 do"),
     "benchmarks": ("povid.benchmarks", "score anybody's answers, or fetch a benchmark's files"),
-    "preferences": ("povid.preferences", "check, show or convert preference data"),
+    "preferences": ("povid.preferences", "fetch, check, show or convert preference data"),
     "dispreference": ("povid.dispreference", "generate dispreferred responses"),
     "adapters": ("povid.adapters", "publish, combine or merge adapters, or convert the authors' checkpoints"),
     "scenes": ("povid.scenes", "write the embedded world, or train its base model again"),

@@ -6,6 +6,8 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import distributions, version
 from pathlib import Path
 
@@ -30,6 +32,19 @@ def conf_folder() -> Path:
     package = Path(__file__).resolve().parent
     checkout = package.parents[1] / "conf"
     return checkout if (checkout / "config.yaml").is_file() else package / "conf"
+
+
+@contextmanager
+def environment(name: str, value: str) -> Iterator[None]:
+    """Inside, an environment variable has a value."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def keep_freed_memory() -> None:

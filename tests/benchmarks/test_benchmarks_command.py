@@ -142,7 +142,7 @@ def test_somebodys_own_benchmark_by_its_dotted_path(tmp_path: Path, capsys: pyte
     assert command.main(arguments) == 0
     assert "share        50.0" in capsys.readouterr().out
     assert command.main(["fetch", "test_suite.Words", "--data", str(tmp_path)]) == 0
-    assert "words names no files to download" in capsys.readouterr().out
+    assert "it names no files to download" in capsys.readouterr().out
     for name, sentence in (
         ("test_suite.Wrods", "test_suite.Wrods cannot be imported"),
         ("test_suite.Answers", "test_suite.Answers is not a subclass of povid.benchmarks.benchmark.Benchmark"),

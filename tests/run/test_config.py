@@ -216,6 +216,23 @@ def test_invalid_values_are_reported_with_a_fix(tmp_path):
         assert sentence in str(fault.value), f"{overrides}: {fault.value}"
 
 
+def test_a_file_of_preferences_is_found_where_it_lies(tmp_path, monkeypatch):
+    """Beside the pictures, in the current folder, or at an absolute path; where a release lies if it is nowhere."""
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "out.json").write_text("[]")
+    monkeypatch.chdir(tmp_path)
+
+    def meant(file: str) -> str:
+        settings = build(composed("data=povid_17k", "data.root=pictures", f"data.file={file}"))
+        assert settings.tree["data"]["preferences"] == settings.data.preferences
+        return settings.data.preferences
+
+    assert meant("out.json") == "out.json" and meant("none.json") == "pictures/none.json"
+    assert meant(str(tmp_path / "out.json")) == str(tmp_path / "out.json")
+    (tmp_path / "pictures" / "out.json").write_text("[]")
+    assert meant("out.json") == "pictures/out.json"
+
+
 def test_the_trainers_batch_size_sets_every_stages():
     for value in (7, "auto"):
         checked = build(composed(f"trainer.batch_size={value}"))

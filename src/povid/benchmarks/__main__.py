@@ -1,4 +1,4 @@
-"""Score an answer file made by any model, or download a benchmark's official files."""
+"""Score an answer file made by any model, or download the official files of benchmarks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import json
+import os
 import pkgutil
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ import povid.benchmarks
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault, validated
 from povid.files import write_text
+from povid.machine import conf_folder, environment
 
 
 def find(name: str) -> type[Benchmark]:
@@ -57,10 +59,13 @@ def _defined(module: ModuleType) -> type[Benchmark] | None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0, or 2 after one sentence about what the user can fix."""
+    """Returns the exit status: 0, 2 after one sentence about what the user can fix, or 130 when it is interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _fetch(arguments[1:]) if arguments[:1] == ["fetch"] else _score(arguments)
+    except KeyboardInterrupt:
+        print("stopped; started again, a download goes on where it was", file=sys.stderr)
+        return 130
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
@@ -81,15 +86,48 @@ class _Help(argparse.ArgumentParser):
 def _fetch(arguments: Sequence[str]) -> int:
     parser = _Help(
         prog="python -m povid.benchmarks fetch",
-        description="Download a benchmark's official files, or say what to do by hand.",
+        description="Download the official files of a benchmark or of a selection such as table3, and say what to do "
+        "by hand. Started again, a download goes on where it was.",
     )
-    parser.add_argument("name", metavar="NAME", help="the benchmark")
-    parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder that receives the files")
+    parser.add_argument("name", metavar="NAME", help="the benchmark, or a selection of conf/benchmarks")
+    parser.add_argument(
+        "--data",
+        metavar="DIR",
+        type=Path,
+        help="folder of the benchmark's files; of a selection, the folder with one for each (default: $POVID_DATA, or "
+        "data, and for a single benchmark its folder below)",
+    )
+    parser.add_argument(
+        "--pictures",
+        choices=("named", "all", "none"),
+        default="named",
+        help="of COCO: those that the questions name (default), the whole archive of 6.6 GB, or none",
+    )
     given = parser.parse_args(arguments)
-    benchmark = find(given.name)
+    selection = _selection(given.name, given.data)
     from povid.benchmarks import fetch  # only here: scoring needs no network code
 
-    return fetch.main(benchmark, given.data)
+    return 0 if fetch.main(selection, pictures=given.pictures) else 2
+
+
+def _selection(name: str, data: Path | None) -> dict[str, Benchmark]:
+    """A benchmark, or those of a file of conf/benchmarks, with the folders that ``data`` means (see ``_fetch``)."""
+    root = Path(os.environ.get("POVID_DATA") or "data")
+    if not (conf_folder() / "benchmarks" / f"{name}.yaml").is_file():
+        benchmark = find(name)
+        return {benchmark.name: validated(benchmark, {"data": data or root / benchmark.name}, name)}
+    from hydra import compose, initialize_config_dir  # only here: scoring needs no configuration
+    from omegaconf import OmegaConf
+
+    single = name in names()
+    place = str(root if single or data is None else data)
+    with environment("POVID_DATA", place), initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        nodes: Any = OmegaConf.to_container(compose(overrides=[f"+benchmarks=[{name}]"]).benchmarks, resolve=True)
+    found = {}
+    for key, node in nodes.items():
+        settings = {k: v for k, v in node.items() if k != "_target_"} | ({"data": data} if single and data else {})
+        found[key] = validated(find(node["_target_"]), settings, f"benchmarks.{key}")
+    return found
 
 
 def _score(arguments: Sequence[str]) -> int:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, Strict
 
 from povid.fault import Fault
+from povid.fetching.source import Source
 from povid.model.question import Decoding, Question, Score
 
 if TYPE_CHECKING:
@@ -45,22 +46,6 @@ class Column:
     @property
     def arrow(self) -> str:
         return {"low": " ↓", "high": " ↑", None: ""}[self.better]
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One official file: its address, its name in the data folder, its size (bytes) and sha256 where they are known.
-
-    ``unpack`` is the folder (relative to the data folder, "." for itself) into which an archive is unpacked, or None;
-    with ``only``, just the members whose names end so.
-    """
-
-    url: str
-    file: str
-    size: int | None = None
-    sha256: str | None = None
-    unpack: str | None = None
-    only: tuple[str, ...] = ()
 
 
 def paired(

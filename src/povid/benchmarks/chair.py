@@ -55,7 +55,9 @@ class CHAIR(Benchmark):
         coco.ANNOTATIONS,
         coco.VAL2014,
     )
-    notice: ClassVar[str] = "The images take 6 GB; if you have them elsewhere, set benchmarks.chair.images instead."
+    notice: ClassVar[str] = (
+        "If you have COCO's images elsewhere, set benchmarks.chair.images and fetch with --pictures none."
+    )
 
     prompt: str = Field("Describe this image.", min_length=1)
     number: int | None = Field(500, ge=1)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from povid.benchmarks import llava_format
-from povid.benchmarks.benchmark import Source
 from povid.fault import Fault
+from povid.fetching.source import Source
 
 _SPACE = re.compile(r"\s*")
 _NUMBERED = re.compile(r"(?:COCO_(?:train|val|test)20\d\d_)?0*(\d+)")
@@ -25,6 +25,7 @@ VAL2014 = Source(
     size=6645013297,
     sha256="fe9be816052049c34717e077d9e34aa60814a55679f804cd043e3cbee3b9fde0",
     unpack="images",
+    each=f"{HOST}/val2014/{{name}}",
 )
 ANNOTATIONS = Source(
     f"{HOST}/annotations/annotations_trainval2014.zip",

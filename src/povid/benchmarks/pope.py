@@ -55,7 +55,9 @@ class POPE(Benchmark):
         ),
         coco.VAL2014,
     )
-    notice: ClassVar[str] = "The images take 6 GB; if you have them elsewhere, set benchmarks.pope.images instead."
+    notice: ClassVar[str] = (
+        "If you have COCO's images elsewhere, set benchmarks.pope.images and fetch with --pictures none."
+    )
     stop: ClassVar[str | None] = "."  # nothing after the first full stop is ever parsed
 
     max_new_tokens: int = Field(128, ge=1)

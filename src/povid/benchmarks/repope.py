@@ -38,7 +38,9 @@ class RePOPE(POPE):
         ),
         *POPE.sources,
     )
-    notice: ClassVar[str] = "The images take 6 GB; if you have them elsewhere, set benchmarks.repope.images instead."
+    notice: ClassVar[str] = (
+        "If you have COCO's images elsewhere, set benchmarks.repope.images and fetch with --pictures none."
+    )
     again: ClassVar[type[Benchmark] | None] = POPE
 
     def questions(self) -> list[Question]:

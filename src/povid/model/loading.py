@@ -6,7 +6,7 @@ import functools
 import pkgutil
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validat
 from torch import Tensor, nn
 
 from povid.fault import Fault
+from povid.fetching import hub
 from povid.internals import keep_input_gradients, processor_class, without_video
 from povid.model.architectures import Architecture, architecture_of
 from povid.model.policy import Policy
@@ -286,16 +287,37 @@ class LocalModel(BaseModel):
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         return {"quantization_config": plan, "device_map": {"": device}}
 
-    @contextmanager
-    def _loading(self) -> Iterator[None]:
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise Fault(
-                f"model {self.name!r}: {self.source!r} could not be loaded ({reason}); set model.path to a folder "
+    def _loading(self) -> AbstractContextManager[None]:
+        return loading(self.source, f"model {self.name!r}: ")
+
+
+@contextmanager
+def loading(source: str, start: str = "") -> Iterator[None]:
+    """Inside, what goes wrong while a model is read from a folder or from the hub becomes a Fault with its cure.
+
+    ``start`` is how the sentence begins.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except Fault:
+        raise
+    except Exception as error:  # of whatever library reads or downloads
+        folder = Path(source).is_dir()
+        sentence = None if folder else hub.trouble(error, source, f"https://huggingface.co/{source}")
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if sentence is None and isinstance(error, SafetensorError):
+            cure = "put a whole copy there" if folder else f"remove it with `hf cache rm model/{source}` and run again"
+            sentence = f"a file with the weights of {source!r} is cut or damaged ({reason}); {cure}"
+        if sentence is None and isinstance(error, OSError | ValueError):
+            sentence = (
+                f"{source!r} could not be loaded ({reason}); set model.path to a folder "
                 "with its weights, or log in and go online so that they can be downloaded"
-            ) from error
+            )
+        if sentence is None:
+            raise
+        raise Fault(start + sentence) from error
 
 
 def _merge(model: Any, adapter: Path) -> Any:

@@ -1,16 +1,21 @@
-"""``python -m povid.preferences check | show | convert DATA``: look at preference data before training on them."""
+"""``python -m povid.preferences check | show | convert DATA``: look at preference data before training on them.
+
+``python -m povid.preferences fetch NAME``: download a published data set.
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ValidationError
 
-from povid.fault import Fault, did_you_mean, sentences
-from povid.machine import conf_folder
+from povid.fault import Fault, did_you_mean, sentences, validated
+from povid.machine import conf_folder, environment
 from povid.preferences.check import check
 from povid.preferences.formats import find, names
 from povid.preferences.show import NOISE_STEPS, write_page
@@ -21,10 +26,14 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns 0; 2 after an error, and when ``check`` finds a problem."""
+    """Run one command. Returns 0; 2 after an error, when ``check`` finds a problem and ``fetch`` something missing; 130
+    when it is interrupted."""
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
+    except KeyboardInterrupt:
+        print("stopped; started again, a download goes on where it was", file=sys.stderr)
+        return 130
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
     except OSError as error:
@@ -71,7 +80,83 @@ def _parser() -> argparse.ArgumentParser:
     one.add_argument("--out", type=Path, required=True, metavar="FILE", help=".json for povid, .parquet for trl")
     one.add_argument("--skip-bad", action="store_true", help="skip and count records that cannot be read")
     one.set_defaults(run=_convert)
+
+    one = commands.add_parser(
+        "fetch",
+        help="download a published data set, and the pictures that its records name",
+        epilog="Everything is checked and recorded in fetched.json; started again, a download goes on where it was.",
+    )
+    one.add_argument("name", metavar="NAME", help=f"a data set of conf/data: {', '.join(_published(conf_folder()))}")
+    one.add_argument(
+        "--data",
+        type=Path,
+        default=Path(os.environ.get("POVID_DATA") or "data"),
+        metavar="DIR",
+        help="folder of all data (default: $POVID_DATA, or data)",
+    )
+    one.add_argument(
+        "--pictures",
+        choices=("named", "all", "none"),
+        default="named",
+        help="where they are apart: those that the records name (default), the whole archive, or none",
+    )
+    one.add_argument("--revision", metavar="COMMIT", help="in place of the one that conf/data or fetched.json names")
+    one.add_argument("--files", nargs="+", metavar="PATTERN", help="only these files, for example a few of many shards")
+    one.add_argument("--config-dir", type=Path, metavar="DIR", help="further configurations, as for train.py")
+    one.set_defaults(run=_fetch)
     return parser
+
+
+def _published(conf: Path) -> list[str]:
+    """The data sets of a configuration folder that name their source."""
+    return [file.stem for file in sorted((conf / "data").glob("*.yaml")) if "\nsource:" in file.read_text("utf-8")]
+
+
+def _fetch(options: argparse.Namespace) -> int:
+    from povid.preferences import fetch  # only here: no other command needs the network
+
+    data = _composed(options.name, options.data, options.config_dir)
+    if data.get("source") is None:
+        raise Fault(f"{options.name} names no source to download from; see conf/data/{options.name}.yaml")
+    source = validated(fetch.DataSource, data["source"], f"data.source of {options.name}")
+    if not data.get("root"):
+        raise Fault(f"{options.name} has no data.root, the folder that its files belong into; give it one in its YAML")
+    images, arguments = Path(data["images"]), {k: v for k, v in data["format"].items() if not k.startswith("_")}
+    reader = partial(find(data["format"]["_target_"]), **arguments)
+    whole = fetch.fetch(
+        options.name,
+        source,
+        Path(data["root"]),
+        images,
+        lambda skipped: reader(Path(data["preferences"]), images, skipped),
+        pictures=options.pictures,
+        revision=options.revision,
+        files=options.files,
+    )
+    elsewhere = f"POVID_DATA={options.data} " if options.data != Path(os.environ.get("POVID_DATA") or "data") else ""
+    if whole:
+        print(f"train on it: {elsewhere}python train.py data={options.name}")
+    return 0 if whole else 2
+
+
+def _composed(name: str, folder: Path, more: Path | None) -> dict[str, Any]:
+    """The settings ``data`` of a run with data=NAME and POVID_DATA=FOLDER."""
+    from hydra import compose, initialize_config_dir  # only here: no other command needs a configuration
+    from omegaconf import OmegaConf
+
+    folders = [conf_folder(), *([more.resolve()] if more else [])]
+    options = sorted({file.stem for conf in folders for file in (conf / "data").glob("*.yaml")} - {"_base"})
+    if name not in options:
+        if (conf_folder() / "benchmarks" / f"{name}.yaml").is_file():
+            raise Fault(f"{name} is not preference data; run python -m povid.benchmarks fetch {name}")
+        raise Fault(f"there is no data set {name!r}{did_you_mean(name, options, 'data sets')}")
+    more_folders = [f"hydra.searchpath=[file://{more.resolve()}]"] if more else []
+    with environment("POVID_DATA", str(folder)), initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        data = compose(overrides=[f"+data={name}", *more_folders]).data
+        if data.get("source") is None:
+            return {}
+        found: Any = OmegaConf.to_container(data, resolve=True)
+    return found
 
 
 def _images(options: argparse.Namespace) -> Path:

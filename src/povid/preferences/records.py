@@ -36,6 +36,17 @@ class MissingPicture(Fault):
         self.name = name
 
 
+class Skipped(list[str]):
+    """Takes a sentence for each record that cannot be used, and in ``pictures`` the names of pictures that are missing.
+
+    As in any list, a missing picture is a sentence too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pictures: list[str] = []
+
+
 def show(value: Any) -> str:
     """Any value as an error message shows it: short and on one line."""
     return _shown.repr(value).encode("utf-8", "backslashreplace").decode()
@@ -71,6 +82,8 @@ def gather(
             sentence = str(fault) if str(fault).startswith(place) else f"{place}: {fault}"
             if skipped is not None:
                 skipped.append(sentence)
+                if isinstance(skipped, Skipped) and isinstance(fault, MissingPicture):
+                    skipped.pictures.append(fault.name)
             elif isinstance(fault, MissingPicture):
                 missing.append(fault.name)
             else:

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from povid import files
+from povid.fault import Fault
 from povid.method.objectives import ON_DISTORTED
 from povid.model.adapters import adapter_digest
+from povid.model.loading import loading
 from povid.preferences.triple import Triple
 from povid.run.identity import Identity, digest, flat, identity, is_free
 from povid.run.processes import device
@@ -76,12 +78,20 @@ class Content:
 
 
 def weights_digest(source: str) -> str:
-    """What names the files of a model's folder or, of a model from the hub, its commit."""
+    """What names the files of a model's folder or, of a model from the hub, its commit.
+
+    Raises:
+        Fault: it is not in the hub's cache and cannot be downloaded.
+    """
     folder = Path(source)
     if not folder.is_dir():
         from transformers.utils import cached_file
 
-        return Path(cached_file(source, "config.json")).parent.name
+        with loading(source):
+            file = cached_file(source, "config.json")
+        if file is None:
+            raise Fault(f"{source} has no config.json on the hub; set model.path to a model that transformers can load")
+        return Path(file).parent.name
     found = [
         file
         for file in files.files_in(folder)
@@ -182,7 +192,8 @@ def of_run(answers: Identity, stages: Sequence[Mapping[str, Any]], settings: Set
 
 def names(settings: Settings) -> dict[str, Any]:
     """Settings that say in words where content comes from, for labels: its digests say only that it differs."""
-    found = dict(flat({"data": settings.tree["data"], "model": {"path": settings.tree["model"].get("path")}}))
+    data = {key: value for key, value in settings.tree["data"].items() if key != "source"}
+    found = dict(flat({"data": data, "model": {"path": settings.tree["model"].get("path")}}))
     settled = {key: value for key, value in found.items() if not is_free(key)}
     return {"settings": settled, "places": {key: value for key, value in found.items() if key not in settled}}
 

@@ -61,6 +61,11 @@ def held_out_source(settings: Settings) -> str:
 def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
     data = settings.data
     skipped: list[str] | None = [] if data.skip_bad else None
+    if data.source is not None and not file.exists():
+        raise Fault(
+            f"data.preferences: {file} does not exist; name another file with data.file, or run python -m "
+            f"povid.preferences fetch {data.name}, which downloads it into $POVID_DATA or data"
+        )
     triples = make(data.format)(file, Path(data.images), skipped)
     if "text" in settings.ablation.dispreferences:
         triples = settings.dispreference(triples, seed=settings.plain.seed, limit=limit, skipped=skipped)

@@ -32,6 +32,7 @@ FREE = (
     "data.prepare.folder",
     "data.probe",
     "data.root",
+    "data.source",
     "data.synonyms",
     "data.workers",
     "dispreference.objects",

@@ -35,6 +35,7 @@ from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault, did_you_mean, holds_login
 from povid.method.distortions import Distortion
 from povid.method.objectives import ON_DISTORTED, Objective
+from povid.preferences.fetch import DataSource
 from povid.run import build as building
 from povid.run.build import is_node
 from povid.run.checkpoint import CheckpointSettings
@@ -145,6 +146,7 @@ class Ablation(_Settings):
 class DataSettings(_Settings):
     """A preference data set: its format and files, and how it is loaded.
 
+    ``source`` says where ``python -m povid.preferences fetch`` gets it.
     ``format`` is a node that reads records; ``preferences`` and ``images`` are derived from ``root`` and ``file``.
     ``prepare`` is a node that is built before the files are read; ``benchmarks`` is the folder of benchmark files that
     belong to the data, if any; ``limit`` uses the first records alone, ``skip_bad`` skips and counts records that
@@ -154,6 +156,7 @@ class DataSettings(_Settings):
     """
 
     name: str
+    source: DataSource | None = None
     format: dict[str, Any]
     preferences: str
     images: str
@@ -307,6 +310,7 @@ def build(cfg: DictConfig) -> Settings:
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
         raise Fault(f"configuration: {reason}; give {error.full_key or 'that key'} a value") from None
+    _locate(tree.get("data"))
     problems: list[str] = [
         f"{key}: the address holds a user name or password, which would stand in config.yaml; leave it out and give it "
         "in the environment variables that the package reads"
@@ -402,6 +406,21 @@ def build(cfg: DictConfig) -> Settings:
         experiment=HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None,
         tree=tree,
     )
+
+
+def _locate(data: Any) -> None:
+    """Let ``preferences`` be the file that ``root`` and ``file`` mean.
+
+    An absolute ``file`` is meant as it is. A relative one is below ``root`` or, where ``root`` has no such file, below
+    the folder that the command was started in, as other paths on a command line are.
+    """
+    if not isinstance(data, dict):
+        return
+    root, file = data.get("root"), data.get("file")
+    if not (isinstance(root, str) and isinstance(file, str)) or data.get("preferences") != f"{root}/{file}":
+        return
+    below = Path(root) / file  # the file alone, if it is absolute
+    data["preferences"] = str(below if below.exists() or not Path(file).exists() else Path(file))
 
 
 def _unknown_options() -> Iterator[str]:

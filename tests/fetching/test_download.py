@@ -17,9 +17,9 @@ import pytest
 from servers import Files, file_server
 
 from povid.benchmarks import __main__ as command
-from povid.benchmarks import fetch
-from povid.benchmarks.benchmark import Source
 from povid.fault import Fault
+from povid.fetching import download as fetch
+from povid.fetching.source import Source
 
 DATA = bytes(range(256)) * 400  # 102,400 bytes
 HASH = hashlib.sha256(DATA).hexdigest()
