@@ -434,6 +434,7 @@ def test_write_tables_writes_what_belongs_and_pictures_open(sweep):
         "table3.csv",
         "table3.tex",
         "table3.png",
+        "ablations.png",
         "chair_against_coverage.png",
     }
     assert {path.name for path in (sweep / "tables").iterdir()} == {file.name for file in files}  # no drafts

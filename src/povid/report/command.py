@@ -23,8 +23,8 @@ def write_tables(outputs: Path, out: Path | None = None, only: Sequence[int] = (
     """Write those of Tables 1 to 4 that runs below ``outputs`` belong to, and the figures; return the files.
 
     Each table becomes ``tableN.md``, ``.txt``, ``.csv``, ``.tex`` and ``.png`` in ``out`` (default ``outputs/tables``).
-    ``chair_against_coverage.png`` and ``training_curves.png`` are written if runs hold the data. ``only`` selects
-    tables by number.
+    ``ablations.png``, ``chair_against_coverage.png`` and ``training_curves.png`` are written if runs hold the data.
+    ``only`` selects tables by number.
 
     Raises:
         Fault: no readable run below ``outputs``, no run for a table named in ``only``, or ``out`` cannot be written.
@@ -54,6 +54,7 @@ def write_tables(outputs: Path, out: Path | None = None, only: Sequence[int] = (
             from povid.report import figures
 
             drawn = (
+                figures.ablations(runs, out / "ablations.png"),
                 figures.chair_against_coverage(runs, out / "chair_against_coverage.png"),
                 figures.training_curves(runs, out / "training_curves.png"),
             )

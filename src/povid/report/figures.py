@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from povid.benchmarks.yes_no import FEW
 from povid.files import draft
 from povid.report.curves import binned, mean_of, metrics, read_series
-from povid.report.runs import PAPER_ROWS, Row, Run, group, is_number, lookup
-from povid.report.tables import COLLAPSE
+from povid.report.runs import PAPER_ROWS, Row, Run, group, is_number, lookup, summarise
+from povid.report.tables import CHAIR, COLLAPSE, COLUMNS, MARKS, Cell, nearest
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -86,6 +87,78 @@ def chair_against_coverage(runs: Sequence[Run], file: Path) -> Path | None:
         title += "\nthin lines: while it trained, on the probe's pictures"
     figure.suptitle(title, fontsize=12)
     return save(figure, file)
+
+
+def ablations(runs: Sequence[Run], file: Path) -> Path | None:
+    """The paper's four rows in CHAIR_S, CHAIR_I and POPE F1, with the control beside each, for one model and data.
+
+    Bars and dots are means, whiskers standard deviations over runs. The red line is the control that was fine-tuned on
+    the preferred responses for as many steps; a hollow dot is F1 among the answers that say yes or no, where more than
+    a few do not. Limited runs are left out. Returns None unless some model and data has the base and another row.
+    """
+    rows = [row for row in group(runs) if row.whole and not row.limit]
+    worlds = [row.world for row in rows if row.name == "none"]
+    shown = next(
+        (
+            found
+            for world in worlds
+            if len(found := [row for row in rows if row.world == world and row.name in PAPER_ROWS]) > 1
+        ),
+        [],
+    )
+    keys = [key for key in (*CHAIR, "pope.f1") if all(summarise(row, key).mean is not None for row in shown)]
+    if not shown or not keys:
+        return None
+    order = list(PAPER_ROWS)
+    shown.sort(key=lambda row: order.index(row.name))
+    controls = [row for row in rows if row.name == "preferred_only" and row.world == shown[0].world]
+    figure = canvas(3.9 * len(keys) + 1.6, 0.62 * len(shown) + 1.3)
+    panels = figure.subplots(1, len(keys), squeeze=False, sharey=True)[0]
+    for axes, key in zip(panels, keys):
+        _draw_bars(axes, shown, controls, key)
+    marks = [" ".join(MARKS[row.name]) for row in shown]
+    panels[0].set_yticks(range(len(shown)), [f"{row.label}   {mark}" for row, mark in zip(shown, marks)])
+    panels[0].invert_yaxis()
+    spread = f"mean ± standard deviation over {max(len(row.runs) for row in shown)} runs; " * any(
+        len(row.runs) > 1 for row in shown
+    )
+    control = "red line: fine-tuning on the preferred responses alone, as many steps; " * bool(controls)
+    valid = "hollow dot: F1 of the answers that say yes or no; " * ("pope.f1" in keys)
+    figure.supxlabel(f"{spread}{control}{valid}✓ ✗: text dispreference, image distortion", fontsize=8, color="#555555")
+    return save(figure, file)
+
+
+def _draw_bars(axes: Axes, rows: Sequence[Row], controls: list[Row], key: str) -> None:
+    column, bars = COLUMNS[key], key in CHAIR
+    ends = []
+    for place, (row, ink) in enumerate(zip(rows, colors(rows))):
+        found = summarise(row, key)
+        spread = 0.0 if math.isnan(found.sd) else found.sd
+        points = [found.mean]
+        if bars:
+            axes.barh(place, found.mean, height=0.6, color=ink, alpha=0.75)
+        else:
+            axes.plot(found.mean, place, marker="o", ms=7, color=ink)
+            valid, invalid = (summarise(row, f"pope.{name}").mean for name in ("f1_valid", "invalid"))
+            if valid is not None and invalid is not None and invalid >= FEW:
+                axes.plot(valid, place, marker="o", ms=7, mec=ink, mfc="white")
+                points.append(valid)
+        if spread:
+            axes.errorbar(found.mean, place, xerr=spread, color=ALL, lw=1.2, capsize=3)
+        if controls and row.name != "none":
+            at = summarise(nearest(row, controls), key).mean
+            if at is not None:
+                axes.plot([at, at], [place - 0.38, place + 0.38], color="#b3261e", lw=2)
+                points.append(at)
+        ends.append((place, max(*points, found.mean + spread), Cell(found).text(column.decimals)))
+    left, right = axes.get_xlim()
+    for place, end, text in ends:
+        axes.annotate(text, (end, place), xytext=(7, 0), textcoords="offset points", va="center", fontsize=9)
+    axes.set_xlim(0 if bars else left, right + 0.45 * (right - (0 if bars else left)))
+    arrow = "↓" if column.better == "low" else "↑"
+    axes.set_title(f"{column.title}$_{column.subscript}$ {arrow}" if column.subscript else f"{column.title} F1 {arrow}")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
 
 
 def _draw_row(axes: Axes, row: Row, ink: str) -> None:

@@ -225,7 +225,7 @@ def _differences(rows: list[Row], columns: Sequence[Column], title: str) -> list
         candidates = [row for row in rows if row.name == name and row.whole]
         lines = []
         for row in (row for row in rows if candidates and row not in candidates and row not in bases):
-            warning, against = _says_less(row, bases), _nearest(row, candidates)
+            warning, against = _says_less(row, bases), nearest(row, candidates)
             cells = {column.key: _difference(row, against, column, bool(warning)) for column in columns}
             if any(cell.summary.mean is not None for cell in cells.values()):
                 lead = (*MARKS.get(row.name, ("", "")), f"{row.label} − {against.label}")
@@ -521,7 +521,7 @@ def _says_less(row: Row, bases: list[Row]) -> str:
     """The warning that a row mentions fewer of the true objects than the base by more than COLLAPSE points, or ""."""
     if row in bases or not bases:
         return ""
-    base = _nearest(row, bases)
+    base = nearest(row, bases)
     before, after = summarise(base, "chair.coverage"), summarise(row, "chair.coverage")
     if before.mean is None or after.mean is None or before.mean - after.mean <= COLLAPSE:
         return ""
@@ -532,7 +532,7 @@ def _says_less(row: Row, bases: list[Row]) -> str:
     )
 
 
-def _nearest(row: Row, candidates: list[Row]) -> Row:
+def nearest(row: Row, candidates: list[Row]) -> Row:
     """The candidate trained for as many steps, if any, that shares the most settings with ``row``."""
     return max(
         candidates,
