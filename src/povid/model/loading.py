@@ -256,6 +256,8 @@ class LocalModel(BaseModel):
     def _loading(self) -> Iterator[None]:
         try:
             yield
+        except ImportError as error:  # a processor can need a package of its own
+            raise Fault(f"model {self.name!r}: {next(filter(str.strip, str(error).splitlines()))}") from error
         except (OSError, ValueError) as error:
             reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise Fault(

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from povid.fault import Fault
+from povid.method.objectives import ON_DISTORTED
 from povid.preferences.check import Report
 from povid.preferences.check import check as check_records
 from povid.preferences.held_out import hold_out, picture_on_both_sides
-from povid.preferences.pictures import open_picture
-from povid.preferences.triple import Triple
+from povid.preferences.triple import Triple, Turn
 from povid.run.build import make
 from povid.run.settings import Settings
 
@@ -65,6 +65,13 @@ def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
     if "text" in settings.ablation.dispreferences:
         triples = settings.dispreference(triples, seed=settings.plain.seed, limit=limit, skipped=skipped)
     triples = triples[:limit]
+    lacking = [triple.id for triple in triples if not triple.pictures]
+    if lacking and _needs_picture(settings) and skipped is None:
+        raise Fault(
+            f"{file}: {len(lacking)} of {len(triples)} records have no picture (first: {lacking[0]!r}), and "
+            f"{_needs_picture(settings)} needs one; remove them, skip them with data.skip_bad=true, or train with "
+            "ablation=text"
+        )
     if skipped is not None:
         report = check(settings, triples)
         triples = [triple for triple in triples if triple.id not in report.bad]
@@ -78,7 +85,14 @@ def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
 def check(settings: Settings, triples: list[Triple], sample: int | None = None) -> Report:
     """Check all records, or a sample of them, for what would stop training."""
     count = prompt_tokens(settings)
-    return check_records(triples, sample=sample, limit=settings.model.max_length, tokens=count)
+    lacked = _needs_picture(settings)
+    return check_records(triples, sample=sample, limit=settings.model.max_length, tokens=count, needs_picture=lacked)
+
+
+def _needs_picture(settings: Settings) -> str:
+    """What a record needs a picture for: "" if it can do without."""
+    distorted = any(ON_DISTORTED & terms for terms in settings.terms.values())
+    return "the noise dispreference" if distorted else ""
 
 
 def prompt_tokens(settings: Settings) -> Callable[[Triple], int]:
@@ -87,8 +101,9 @@ def prompt_tokens(settings: Settings) -> Callable[[Triple], int]:
 
     def count(triple: Triple) -> int:
         try:
-            return len(template.see(template.prompt(triple.question), template.picture(open_picture(triple.image)))[0])
+            (encoded,), _ = template.encode([(Turn("user", triple.question),)], triple.image, triple.id)
         except Fault:  # the picture is reported separately
             return 0
+        return len(encoded.input_ids)
 
     return count
