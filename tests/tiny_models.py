@@ -299,7 +299,7 @@ def gemma3():
         "eos_token_id": 1,
         "pad_token_id": 2,
     }
-    return Gemma3ForConditionalGeneration(
+    model = Gemma3ForConditionalGeneration(
         Gemma3Config(
             vision_config=vision,
             text_config=text,
@@ -307,8 +307,13 @@ def gemma3():
             boi_token_index=4,
             eoi_token_index=5,
             mm_tokens_per_image=4,
+            tie_word_embeddings=False,
         )
-    ), processor
+    )
+    for layer in model.get_decoder().layers:  # else scaled embeddings outweigh whatever the layers add
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.data += 4
+    return model, processor
 
 
 def smolvlm():

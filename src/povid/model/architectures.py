@@ -8,7 +8,6 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
-
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 

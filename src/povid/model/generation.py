@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
+from povid.model.architectures import SLIDING, layer_kinds
 from povid.model.packing import shared_length, stack
 from povid.model.policy import Policy
 from povid.model.question import Decoding, Question
@@ -53,7 +54,8 @@ class Answers:
         policy, template: the model and how it is prompted.
         batch_size: rows generated together; on a GPU fewer if the memory is short.
         seed: of sampling. A question's answer depends on seed, id and text, not on its batch.
-        share_prefix: compute an image's prefix once for all questions about it; the answers are the same.
+        share_prefix: compute an image's prefix once for all questions about it; the answers are the same. Not done for
+            models with sliding-window attention.
 
     Raises:
         Fault: a prompt is longer than the model reads, an image is missing or broken, or a question has no image and
@@ -84,7 +86,10 @@ class Answers:
 
         A batch holds questions with an image or without one, never both.
         """
-        share = self.share_prefix and self.policy.packable and not self.policy.architecture.question_in_image
+        # Behind a shared prefix shorter questions are padded, and a sliding window would count the padding.
+        windows = SLIDING in layer_kinds(self.policy.network.config.get_text_config())
+        alone = windows or not self.policy.packable or self.policy.architecture.question_in_image
+        share = self.share_prefix and not alone
         by_image: dict[object, list[int]] = {}
         for number, question in enumerate(questions):
             by_image.setdefault(question.image if share and question.image is not None else number, []).append(number)

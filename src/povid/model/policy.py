@@ -1,7 +1,8 @@
 """A vision-language model with LoRA, and its reference.
 
 Policy and reference are one network: the reference is the network without its adapter and with the projector that it
-was loaded with. Shape suffixes: B = examples, T = positions, D = width, N = image tokens of a batch, U = predicting positions, V = vocabulary.
+was loaded with. Shape suffixes: B = examples, T = positions, D = width, N = image tokens of a batch, U = predicting
+positions, V = vocabulary.
 """
 
 from __future__ import annotations

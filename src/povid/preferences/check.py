@@ -65,8 +65,8 @@ def check(
 ) -> Report:
     """Check every record, or ``sample`` of them drawn by ``seed``.
 
-    A record has a problem when a picture of it is missing or cannot be decoded, when it has none and needs one, when its responses differ only in white
-    space, capitals or punctuation, or when its prompt is too long.
+    A record has a problem when a picture of it is missing or cannot be decoded, when it has none and needs one, when
+    its responses differ only in white space, capitals or punctuation, or when its prompt is too long.
 
     Args:
         tokens: gives the length of a record's prompt in tokens, image tokens included; without it lengths are not

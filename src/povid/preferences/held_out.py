@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from povid.fault import Fault
 from povid.files import digest
@@ -18,8 +17,8 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
     """Split records into those to train on and those held out, each in their order.
 
     ``share`` (0 to 1) of the different pictures are held out, with all their records. Which ones depends on the content
-    of the pictures alone: not on a seed, on names, or on the order of the records. Pictures that a record shows together
-    count as one, and so does the question of records without a picture.
+    of the pictures alone: not on a seed, on names, or on the order of the records. Pictures that stand together in a
+    record count as one, and so does the question of records without a picture.
 
     Raises:
         Fault: the share leaves one of the sides empty.
@@ -39,7 +38,7 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
 
 
 def picture_on_both_sides(kept: Sequence[Triple], held: Sequence[Triple]) -> tuple[Triple, Triple] | None:
-    """The first record of ``held`` that shows a picture of a record of ``kept``, and that record; None if all differ."""
+    """The first record of ``held`` with a picture of one of ``kept``, and that record; None if all differ."""
     known = {found: triple for triple, own in zip(kept, picture_digests(kept)) for found in own}
     for triple, own in zip(held, picture_digests(held)):
         for found in own:

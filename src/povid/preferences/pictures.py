@@ -111,19 +111,19 @@ def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image | None:
 def find_pictures(value: Any, images: Path | None, record: str, key: str, marks: int) -> Shown:
     """The pictures that a record names, each found by :func:`find_picture`: one, several, or None for an empty list.
 
-    ``marks``: how many places for a picture the record's texts hold. Texts of a record with one picture may mark its
-    place or leave it out; those of any other record mark as many places as there are pictures, or none.
+    ``marks``: how many image markers the record's questions hold. Unless it has one picture, these must be as many as
+    its pictures, or none.
 
     Raises:
         MissingPicture: there is no such file.
-        Fault: as :func:`find_picture`; the number of marks is not that of the pictures.
+        Fault: as :func:`find_picture`; the number of markers is not that of the pictures.
     """
     if not isinstance(value, list) or len(value) == 1:
         return find_picture(value, images, record, key)
     if marks not in (0, len(value)):
         raise Fault(
-            f"{record}: {key} lists {len(value) or 'no'} pictures and the texts mark {marks} places for one "
-            f"({IMAGE_MARKER}); list every picture, in the order of the marks"
+            f"{record}: pictures in {key}: {len(value)}, markers {IMAGE_MARKER} in its questions: {marks}; list every "
+            "picture, in the order of the markers"
         )
     return tuple(find_picture(one, images, record, key) for one in value) or None
 

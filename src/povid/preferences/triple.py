@@ -35,7 +35,7 @@ class Triple:
 
     ``preferred`` (y_w) and ``dispreferred`` (y_l^t) are whole conversations: user and assistant alternate, the user
     speaks first, an assistant turn ends them, their user turns are the same and at least one assistant turn differs.
-    ``image`` is a picture, a tuple of several, or None; a tuple of one becomes that one, an empty one None. All pictures
+    ``image`` is a picture, a tuple of several, or None; a tuple of one becomes that one, an empty one None. Pictures
     stand in front of the first user turn, in their order.
 
     Raises:

@@ -44,9 +44,9 @@ class PreferenceBatch(NamedTuple):
     ``pairs`` packs preferred and dispreferred together, or the preferred side alone if no term needs the other;
     ``preferred`` packs the preferred side alone for the distorted image (None without one). For models whose sequences
     cannot be packed, ``pairs`` is the preferred side and ``dispreferred`` the other. ``images`` and ``noised`` hold the
-    processor's tensors of x and x^n, of all examples in their order; ``noised_for_reference`` those of the x^n that only
-    the reference sees, None if it sees the policy's. ``tokens``: the number of tokens of each response [B], or the sum
-    of their weights.
+    processor's tensors of x and x^n, of all examples in their order; ``noised_for_reference`` those of the x^n that
+    only the reference sees, None if it sees the policy's. ``tokens``: the number of tokens of each response [B], or the
+    sum of their weights.
     """
 
     names: list[str]

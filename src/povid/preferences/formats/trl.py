@@ -49,11 +49,10 @@ def from_row(row: Mapping[str, Any], images: Path | None = None, *, default_id: 
     prompt = _turns(row["prompt"], at, "prompt") if row.get("prompt") else ()
     key = "images" if "images" in row else "image"
     preferred = prompt + _turns(member(row, "chosen", at), at, "chosen")
+    marks = _marks([*(row.get("prompt") or ()), *row["chosen"]])
     return Triple(
         id=name_of(row["id"], at) if row.get("id") is not None else default_id,
-        image=find_pictures(
-            member(row, key, at), images, at, key, _marks([*(row.get("prompt") or ()), *row["chosen"]])
-        ),
+        image=find_pictures(member(row, key, at), images, at, key, marks),
         preferred=preferred,
         dispreferred=prompt + _turns(member(row, "rejected", at), at, "rejected"),
         source="trl",
