@@ -84,9 +84,7 @@ def check(
     pictures: dict[Path, str | None] = {}
     for triple in chosen:
         if needs_picture and not triple.pictures:
-            sentence = (
-                f"record {triple.id!r} has no picture, and {needs_picture} needs one; add it or remove the record"
-            )
+            sentence = f"record {triple.id!r} has no picture, and {needs_picture} needs one; remove the record"
             report.findings.append(Finding(triple.id, "image", sentence))
         for picture in triple.pictures:
             if isinstance(picture, bytes):
