@@ -94,7 +94,7 @@ def without_video(processor: Any) -> Any:
         "from_args_and_dict": classmethod(from_args_and_dict),
         "video_processor": SimpleNamespace(num_frames=None, fps=None),  # some ask it for these, video or not
     }
-    kind = type(processor.__name__, (processor,), content)
+    kind: Any = type(processor.__name__, (processor,), content)
     return kind
 
 

@@ -69,12 +69,17 @@ def test_a_record_without_a_picture_trains_text_and_is_refused_or_skipped_where_
     results = run(composed(*text, "ablation=text"), tmp_path / "text")
     assert set(results["stages"]) == {"1"}
     sentence = (
-        r"text.json: 1 of 3 records have no picture \(first: 'short'\), and the noise dispreference needs one; remove "
+        r"text.json: records without a picture: 1 of 3 \(first: 'short'\); the noise dispreference needs one: remove "
         "them, skip them with data.skip_bad=true, or train with ablation=text"
     )
     with pytest.raises(Fault, match=sentence):
         run(composed(*text, "ablation=both"), tmp_path / "both")
     assert not (tmp_path / "both" / "stage_1").exists()
+    needy = [*text, "ablation=text", "model.architecture={needs_image: true}"]
+    with pytest.raises(
+        Fault, match="1 of 3 .*model=qwen3_vl needs one: remove them, skip them with data.skip_bad=true$"
+    ):
+        run(composed(*needy), tmp_path / "needy")
     run(composed(*text, "ablation=noise", "data.skip_bad=true"), tmp_path / "skipped")
     note = json.loads((tmp_path / "skipped" / "stage_2" / "stage.json").read_text())
     assert note["records"] == 2

@@ -31,7 +31,7 @@ from povid.model.packing import PADDING, Packed, pack
 from povid.model.policy import Policy
 from povid.model.question import Decoding, Question
 from povid.model.template import Template
-from povid.preferences.pictures import open_picture
+from povid.preferences.pictures import digest_of, open_picture
 from povid.preferences.triple import Turn
 from povid.report.figures import COLORS, MORE
 from povid.run.identity import digest
@@ -114,7 +114,7 @@ def _questions(options: argparse.Namespace, subject: Subject) -> list[Question]:
 
 def _measure(options: argparse.Namespace, questions: Sequence[Question]) -> dict[str, Any]:
     """Everything, apart from the model, that the numbers depend on."""
-    asked = [[str(question.id), files.digest(question.image), question.text] for question in questions]
+    asked = [[str(question.id), digest_of(question.image), question.text] for question in questions]
     return {
         "question": questions[0].text,
         "max_new_tokens": options.max_new_tokens,

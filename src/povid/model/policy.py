@@ -214,7 +214,7 @@ class Policy(nn.Module):
         place_BT = self._is_image(input_ids_BT)
         row_BT = (place_BT.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids_BT)
         image_BTD = visual.embeds_ND.to(embeds_BTD.dtype)[row_BT]
-        inputs = {"inputs_embeds": torch.where(place_BT[..., None], image_BTD, embeds_BTD)}
+        inputs: dict[str, Any] = {"inputs_embeds": torch.where(place_BT[..., None], image_BTD, embeds_BTD)}
         if visual.deep_ND:
             inputs |= {"visual_pos_masks": place_BT, "deepstack_visual_embeds": list(visual.deep_ND)}
         if self.architecture.grid_positions:

@@ -15,8 +15,10 @@ import numpy as np
 from PIL import Image
 
 from povid.fault import Fault
+from povid.files import digest
 from povid.preferences.records import IMAGE_MARKER, MissingPicture, one_line, show, text
 from povid.preferences.triple import Image as Shown
+from povid.preferences.triple import pictures_of
 
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*")  # without what stands behind it
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
@@ -64,6 +66,11 @@ class Pictures(Sequence[Image.Image]):
         if isinstance(record, slice):
             return Pictures(self.images[record])
         return open_picture(self.images[record])
+
+
+def digest_of(image: Shown, whole: int | None = None) -> str:
+    """What names the content of a question's picture or pictures (``files.digest``); "none" for none."""
+    return "+".join(digest(picture, whole) for picture in pictures_of(image)) or "none"
 
 
 def picture_fault(image: Path | bytes) -> str | None:

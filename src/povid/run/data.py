@@ -66,11 +66,11 @@ def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
         triples = settings.dispreference(triples, seed=settings.plain.seed, limit=limit, skipped=skipped)
     triples = triples[:limit]
     lacking = [triple.id for triple in triples if not triple.pictures]
-    if lacking and _needs_picture(settings) and skipped is None:
+    if lacking and skipped is None and (what := _needs_picture(settings)):
+        other = ", or train with ablation=text" if _distorts(settings) else ""
         raise Fault(
-            f"{file}: {len(lacking)} of {len(triples)} records have no picture (first: {lacking[0]!r}), and "
-            f"{_needs_picture(settings)} needs one; remove them, skip them with data.skip_bad=true, or train with "
-            "ablation=text"
+            f"{file}: records without a picture: {len(lacking)} of {len(triples)} (first: {lacking[0]!r}); "
+            f"{what} needs one: remove them, skip them with data.skip_bad=true{other}"
         )
     if skipped is not None:
         report = check(settings, triples)
@@ -85,14 +85,20 @@ def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
 def check(settings: Settings, triples: list[Triple], sample: int | None = None) -> Report:
     """Check all records, or a sample of them, for what would stop training."""
     count = prompt_tokens(settings)
-    lacked = _needs_picture(settings)
+    lacked = "" if all(triple.pictures for triple in triples) else _needs_picture(settings)
     return check_records(triples, sample=sample, limit=settings.model.max_length, tokens=count, needs_picture=lacked)
 
 
 def _needs_picture(settings: Settings) -> str:
     """What a record needs a picture for: "" if it can do without."""
-    distorted = any(ON_DISTORTED & terms for terms in settings.terms.values())
-    return "the noise dispreference" if distorted else ""
+    if _distorts(settings):
+        return "the noise dispreference"
+    model = settings.model
+    return f"model={model.name}" if model.trainable and model.known_architecture().needs_image else ""
+
+
+def _distorts(settings: Settings) -> bool:
+    return any(ON_DISTORTED & terms for terms in settings.terms.values())
 
 
 def prompt_tokens(settings: Settings) -> Callable[[Triple], int]:
