@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import json
 import math
 import re
 import warnings
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -21,7 +23,7 @@ from safetensors.torch import load_file
 from povid.fault import Fault
 from povid.method.objectives.dpo import DPO
 from povid.method.objectives.povid import POVID
-from povid.model.architectures import KNOWN, architecture_of, lora_targets
+from povid.model.architectures import KNOWN, architecture_of, layer_kinds, lora_targets
 from povid.model.generation import Answers
 from povid.model.loading import LocalModel
 from povid.model.packing import Encoded
@@ -216,7 +218,7 @@ def test_adapter_is_loaded_by_plain_peft_and_merges(folders, pictures, tmp_path,
         )
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "instructblip"])
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3", "instructblip"])
 def test_earlier_adapters_are_not_rounded_away_in_bfloat16(folders, pictures, tmp_path, name):
     """Two earlier adapters, products a thousandth of the weights: beside them they work, merged they vanish.
 
@@ -334,7 +336,7 @@ def test_a_step_in_bfloat16_is_near_float32(folders, pictures, name):
     assert losses[1] == pytest.approx(losses[0], abs=0.1 * losses[0])
 
 
-@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen2_5_vl"])
+@pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen3_vl", "gemma3"])
 def test_gradient_checkpointing_changes_no_number(folders, pictures, name):
     found = []
     for recompute in (False, True):
@@ -362,6 +364,32 @@ def test_an_unknown_architecture_is_scored_the_plain_way(folders, pictures, monk
         load(folders, "llava_next")
     policy, template = load(folders, "llava_next", train_projector=False)
     assert not policy.packable and caplog.text.count("cannot be packed") == 1
+    check_text_scores(policy.eval(), template, pictures)
+
+
+def test_a_language_model_is_packed_only_if_a_mask_is_all_it_takes():
+    known = KNOWN["llava"]
+    kinds = {"full": ["full_attention"], "windows": ["sliding_attention", "full_attention"]}
+    packed = {**dict.fromkeys(kinds, True), "linear": False, "chunks": False}
+    kinds |= {"linear": ["full_attention", "linear_attention"], "chunks": ["chunked_attention"]}
+    assert {name: known.packs(SimpleNamespace(layer_types=kind)) for name, kind in kinds.items()} == packed
+    assert known.packs(SimpleNamespace(sliding_window=16)) and layer_kinds(SimpleNamespace()) == ["full_attention"]
+    assert not architecture_of("unheard_of").packs(SimpleNamespace())
+
+
+def test_a_model_with_a_window_in_every_layer_gives_the_plain_scores(folders, pictures, tmp_path):
+    """LLaVA-NeXT with Mistral, which takes one mask for all of its layers."""
+    from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, MistralConfig
+
+    base, processor = tiny_models.llava_next()
+    shape = {
+        k: v for k, v in base.config.text_config.to_dict().items() if k in inspect.signature(MistralConfig).parameters
+    }
+    config = base.config.to_dict() | {"text_config": MistralConfig(**shape | {"sliding_window": 12})}
+    LlavaNextForConditionalGeneration(LlavaNextConfig(**config)).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    policy, template = tiny.load(tmp_path, style="chat", max_length=256)
+    assert policy.packable
     check_text_scores(policy.eval(), template, pictures)
 
 
