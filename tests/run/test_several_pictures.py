@@ -76,10 +76,11 @@ def test_a_record_without_a_picture_trains_text_and_is_refused_or_skipped_where_
         run(composed(*text, "ablation=both"), tmp_path / "both")
     assert not (tmp_path / "both" / "stage_1").exists()
     needy = [*text, "ablation=text", "model.architecture={needs_image: true}"]
-    with pytest.raises(
-        Fault, match="1 of 3 .*model=qwen3_vl needs one: remove them, skip them with data.skip_bad=true$"
-    ):
+    with pytest.raises(Fault, match="1 of 3 .*model=qwen3_vl needs one: remove them, skip them with data.skip_bad"):
         run(composed(*needy), tmp_path / "needy")
+    split = [*text, "ablation=text", "trainer=fsdp2", "trainer.accelerator=cpu", "trainer.devices=1"]
+    with pytest.raises(Fault, match="1 of 3 .*a projector that is split over devices"):
+        run(composed(*split), tmp_path / "split")
     run(composed(*text, "ablation=noise", "data.skip_bad=true"), tmp_path / "skipped")
     note = json.loads((tmp_path / "skipped" / "stage_2" / "stage.json").read_text())
     assert note["records"] == 2

@@ -94,7 +94,11 @@ def _needs_picture(settings: Settings) -> str:
     if _distorts(settings):
         return "the noise dispreference"
     model = settings.model
-    return f"model={model.name}" if model.trainable and model.known_architecture().needs_image else ""
+    if not model.trainable:
+        return ""
+    if settings.split and model.train_projector:  # all devices must call it in every step
+        return "a projector that is split over devices (model.train_projector=true)"
+    return f"model={model.name}" if model.known_architecture().needs_image else ""
 
 
 def _distorts(settings: Settings) -> bool:
