@@ -66,7 +66,7 @@ def llama(**options):
 
 
 def text_config(vocabulary: int, kind: str = "llama", **changes):
-    from transformers import LlamaConfig, Qwen2Config
+    from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
     shape = {
         "hidden_size": 32,
@@ -81,7 +81,7 @@ def text_config(vocabulary: int, kind: str = "llama", **changes):
         "eos_token_id": 1,
         **changes,
     }
-    return (LlamaConfig if kind == "llama" else Qwen2Config)(**shape)
+    return {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}[kind](**shape)
 
 
 def clip(image: int = 32):
@@ -226,6 +226,121 @@ def qwen2_5_vl():
     ), processor
 
 
+def qwen3_vl():
+    """With DeepStack: features of two layers of the tower besides its last."""
+    from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    from povid.internals import without_video
+
+    special = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]
+    tokenizer = byte_level(special, image_token=special[0])
+    images = Qwen2VLImageProcessorPil(patch_size=8, merge_size=2, size={"shortest_edge": 1024, "longest_edge": 4096})
+    processor = without_video(Qwen3VLProcessor)(
+        images, tokenizer, None, chat_template=chat("<|vision_start|><|image_pad|><|vision_end|>")
+    )
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_heads": 2,
+        "patch_size": 8,
+        "out_hidden_size": 32,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0, 1],
+    }
+    text = text_config(len(tokenizer), "qwen3", head_dim=8).to_dict() | {
+        "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}
+    }
+    text.pop("model_type")
+    return Qwen3VLForConditionalGeneration(
+        Qwen3VLConfig(
+            vision_config=vision,
+            text_config=text,
+            image_token_id=3,
+            video_token_id=4,
+            vision_start_token_id=5,
+            vision_end_token_id=6,
+        )
+    ), processor
+
+
+def gemma3():
+    """With a sliding window shorter than a prompt in every other layer."""
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration, Gemma3Processor
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    named = {"image_token": "<image_soft_token>", "boi_token": "<start_of_image>", "eoi_token": "<end_of_image>"}
+    tokenizer = byte_level(list(named.values()), **named)
+    images = Gemma3ImageProcessorPil(size={"height": 32, "width": 32})
+    processor = Gemma3Processor(images, tokenizer, image_seq_length=4, chat_template=chat("<start_of_image>"))
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+        "vision_use_head": False,
+    }
+    text = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "query_pre_attn_scalar": 8,
+        "vocab_size": len(tokenizer),
+        "max_position_embeddings": 1024,
+        "sliding_window": 16,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "pad_token_id": 2,
+    }
+    model = Gemma3ForConditionalGeneration(
+        Gemma3Config(
+            vision_config=vision,
+            text_config=text,
+            image_token_index=3,
+            boi_token_index=4,
+            eoi_token_index=5,
+            mm_tokens_per_image=4,
+            tie_word_embeddings=False,
+        )
+    )
+    for layer in model.get_decoder().layers:  # else scaled embeddings outweigh whatever the layers add
+        for norm in (layer.post_attention_layernorm, layer.post_feedforward_layernorm):
+            norm.weight.data += 4
+    return model, processor
+
+
+def smolvlm():
+    """SmolVLM2, whose pictures are split into tiles."""
+    from transformers import SmolVLMConfig, SmolVLMForConditionalGeneration, SmolVLMProcessor
+    from transformers.models.smolvlm.image_processing_pil_smolvlm import SmolVLMImageProcessorPil
+
+    from povid.internals import without_video
+
+    tokenizer = byte_level(
+        ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"], image_token="<image>"
+    )
+    images = SmolVLMImageProcessorPil(size={"longest_edge": 64}, max_image_size={"longest_edge": 32})
+    processor = without_video(SmolVLMProcessor)(images, tokenizer, None, image_seq_len=4, chat_template=chat("<image>"))
+    vision = {
+        "hidden_size": 24,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 32,
+        "patch_size": 8,
+    }
+    return SmolVLMForConditionalGeneration(
+        SmolVLMConfig(vision_config=vision, text_config=text_config(len(tokenizer)), image_token_id=3, scale_factor=2)
+    ), processor
+
+
 def idefics3():
     from transformers import Idefics3Config, Idefics3ForConditionalGeneration, Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -249,6 +364,7 @@ def idefics3():
 
 
 def internvl():
+    """InternVL3.5: Qwen3 as its language model, pictures cut into up to four tiles and a thumbnail."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
     from transformers.models.internvl.processing_internvl import InternVLProcessor
@@ -263,7 +379,7 @@ def internvl():
     }
     tokenizer = byte_level(list(named.values()), **named)
     processor = without_video(InternVLProcessor)(
-        GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}),
+        GotOcr2ImageProcessorPil(size={"height": 32, "width": 32}, crop_to_patches=True, max_patches=4),
         tokenizer,
         None,
         image_seq_length=4,
@@ -280,7 +396,7 @@ def internvl():
     return InternVLForConditionalGeneration(
         InternVLConfig(
             vision_config=vision,
-            text_config=text_config(len(tokenizer), "qwen2"),
+            text_config=text_config(len(tokenizer), "qwen3", head_dim=8),
             image_token_id=3,
             image_seq_length=4,
             tie_word_embeddings=False,
@@ -330,6 +446,9 @@ MODELS = {
     "llava_next": llava_next,
     "llava_onevision": llava_onevision,
     "qwen2_5_vl": qwen2_5_vl,
+    "qwen3_vl": qwen3_vl,
+    "gemma3": gemma3,
+    "smolvlm": smolvlm,
     "idefics3": idefics3,
     "internvl": internvl,
     "instructblip": instructblip,

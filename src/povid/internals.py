@@ -7,12 +7,14 @@ functions, so that importing this module costs nothing.
 
 from __future__ import annotations
 
+import inspect
 import json
 import struct
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 # --- peft ------------------------------------------------------------------------------------------------------------
@@ -79,7 +81,21 @@ def processor_class(config: Any) -> Any:
 def without_video(processor: Any) -> Any:
     """A processor class without its video part, which would need torchvision (transformers >=5.20,<6)."""
     names = [name for name in processor.get_attributes() if name != "video_processor"]
-    return type(processor.__name__, (processor,), {"get_attributes": classmethod(lambda cls: names)})
+    places = list(inspect.signature(processor.__init__).parameters)[1:]
+
+    def from_args_and_dict(cls: Any, args: Iterable[Any], *rest: Any, **options: Any) -> Any:
+        args = list(args)
+        if "video_processor" in places:  # some processors require an argument in its place
+            args.insert(places.index("video_processor"), None)
+        return super(kind, cls).from_args_and_dict(args, *rest, **options)
+
+    content = {
+        "get_attributes": classmethod(lambda cls: names),
+        "from_args_and_dict": classmethod(from_args_and_dict),
+        "video_processor": SimpleNamespace(num_frames=None, fps=None),  # some ask it for these, video or not
+    }
+    kind: Any = type(processor.__name__, (processor,), content)
+    return kind
 
 
 @contextmanager

@@ -40,8 +40,9 @@ def test_attention_is_that_of_transformers_and_adds_up(load, question, name):
     assert layers == 2 and tokens == len(found.tokens) and positions == len(found.kind_T)
     torch.testing.assert_close(found.rows_LUT.sum(-1), torch.ones(layers, tokens))
     torch.testing.assert_close(found.shares().sum(-1), torch.ones(layers))
-    assert (found.shares()[:, :2] > 0).all()
-    if name in ("llava", "qwen2_5_vl"):
+    reaching = found.shares()[name == "gemma3" :]  # the window of its first layer does not reach back to the picture
+    assert (reaching[:, :2] > 0).all()
+    if name in ("llava", "qwen2_5_vl", "qwen3_vl", "gemma3"):
         (encoded,), images = template.encode(
             [(Turn("user", question.text), Turn("assistant", TEXT))], question.image, "p"
         )

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from povid.model.packing import DISPREFERRED, PADDING, Encoded, pack, shared_length
+from povid.model.packing import DISPREFERRED, PADDING, Encoded, additive, pack, shared_length
 
 
 @st.composite
@@ -87,5 +87,5 @@ def test_additive_mask_says_the_same():
     assert packed.position_ids_BT.tolist() == [[0, 1, 2, 1]]
     assert packed.attention()[0, 0].int().tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 1]]
     assert packed.columns_BU.tolist() == [[0, 1]] and packed.preferred.token_N.tolist() == [7]
-    added = packed.additive_attention(torch.bfloat16)
+    added = additive(packed.attention(), torch.bfloat16)
     assert added.dtype == torch.bfloat16 and torch.equal(added == 0, packed.attention())

@@ -37,6 +37,13 @@ def answerer(server, folder, **more):
     return model.answerer(batch_size=4, seed=1)
 
 
+def test_all_pictures_of_a_question_are_sent_in_front_of_its_text(tmp_path):
+    with ChatServer(lambda body, n: Say("yes")) as server:
+        list(answerer(server, tmp_path)([Question("two", (picture(), picture()), "Q?")], Decoding(4)))
+        (request,) = server.requests
+    assert [part["type"] for part in request["messages"][-1]["content"]] == ["image_url", "image_url", "text"]
+
+
 def test_answers_with_picture_text_and_decoding(tmp_path):
     questions = [Question(n, picture(), f"Q{n}?", {}) for n in range(5)] + [Question("text", None, "Alone?", {})]
     with ChatServer(lambda body, n: Say(f" {last_text(body)} yes\n")) as server:

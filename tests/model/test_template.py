@@ -162,7 +162,7 @@ def test_system_text_precedes_the_first_turn(loaded, photo):
         template = Template(loaded[name].processor, system=system, max_length=200)
         without, found = layout(loaded[name], MULTI, photo), layout(template, MULTI, photo)
         assert found == start + without[without.index(" :") + 2 :], found
-    assert template.text(MULTI, image=False)[0] == (
+    assert template.text(MULTI, pictures=0)[0] == (
         "A dog. USER: Is it a cat ASSISTANT: A red bus</s>USER: Is there a tree ASSISTANT: No</s>"
     )
 

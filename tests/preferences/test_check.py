@@ -21,7 +21,9 @@ from povid.preferences.pictures import picture_fault
 from povid.preferences.triple import Triple, Turn
 
 
-def triple(image: Path | bytes, id: str = "a", good: str = "A red bus.", bad: str = "A blue bus.") -> Triple:
+def triple(
+    image: Path | bytes | tuple | None, id: str = "a", good: str = "A red bus.", bad: str = "A blue bus."
+) -> Triple:
     asked = Turn("user", "What is it?")
     return Triple(id, image, (asked, Turn("assistant", good)), (asked, Turn("assistant", bad)))
 
@@ -92,6 +94,13 @@ def test_the_report_lists_problems_by_record(tmp_path, sound):
     assert report.lines()[-1] == (
         "6 of 6 records checked: 4 problems (equal 1, image 1, prompt 2); ids used more than once: 1"
     )
+
+
+def test_every_picture_of_a_record_is_checked_and_a_missing_one_where_it_is_needed(tmp_path, sound):
+    triples = [triple((sound, tmp_path / "none.png", sound), "several"), triple(None, "text")]
+    assert [finding.record for finding in check(triples).findings] == ["several"]
+    (_, found) = check(triples, needs_picture="the noise dispreference").findings
+    assert found.text == "record 'text' has no picture, and the noise dispreference needs one; remove the record"
 
 
 def test_a_sample_looks_at_some_and_always_the_same(tmp_path, sound):

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -313,6 +314,37 @@ def test_trl_parquet_carries_its_pictures_and_the_datasets_library_reads_it(tmp_
     assert rows[0]["images"][0].size == (8, 6)
 
 
+# --- several pictures, or none ---
+
+
+@pytest.mark.parametrize("format", [povid, trl])
+def test_records_of_several_pictures_or_none_there_and_back(tmp_path, images, format):
+    one = images / "COCO_train2014_000000000001.png"
+    triples = [replace(several_turns(one), id="two", image=(one, encoded("blue")))]
+    triples += [replace(several_turns(one), id="none", image=None), replace(several_turns(one), id="one", image=(one,))]
+    assert [len(triple.pictures) for triple in triples] == [2, 0, 1] and triples[2].image == one
+    file = tmp_path / ("out.json" if format is povid else "out.parquet")
+    format.write(triples, file, images)
+    back = format.read(file, images)
+    assert [(t.id, t.preferred, t.dispreferred) for t in back] == [(t.id, t.preferred, t.dispreferred) for t in triples]
+    shown = [[p if isinstance(p, bytes) else p.read_bytes() for p in triple.pictures] for triple in back]
+    assert shown == [[one.read_bytes(), encoded("blue")], [], [one.read_bytes()]]
+    if format is povid:
+        first = json.loads(file.read_text())[0]
+        assert first["image"] == [one.name, "two_1.png"]
+        assert first["conversations"][0]["value"].startswith("<image>\n<image>\n")
+
+
+def test_trl_counts_the_places_of_several_pictures(images):
+    row = trl.to_row(several_turns(images / "COCO_train2014_000000000001.png"))
+    del row["prompt"][0]["content"][0]  # no place is marked: the pictures come first
+    row["images"] *= 2
+    assert len(trl.from_row(row, images).pictures) == 2
+    row["prompt"][0]["content"] = "<image> or <image> or <image>?"
+    with pytest.raises(Fault, match="pictures in images: 2, markers <image> in its questions: 3"):
+        trl.from_row(row, images)
+
+
 # --- what is refused, and how ---
 
 
@@ -332,7 +364,8 @@ DAMAGED_RECORDS = [
     ({"image": "a" * 5000}, "5,000 characters"),
     ({"image": "a" * 600}, "1 picture is not in"),
     ({"image": 5}, "image must be text, found a number 5"),
-    ({"image": ["a.png", "b.png"]}, "must hold one picture, found 2"),
+    ({"image": ["a.png", "b.png"]}, "pictures in image: 2, markers <image> in its questions: 1; list every picture"),
+    ({"image": []}, "pictures in image: 0, markers <image> in its questions: 1; list every picture"),
     ({"conversations": "hello"}, "conversations must be a list"),
     ({"conversations": []}, "conversations must be a list with entries, found an empty list"),
     ({"conversations": talk("<image>", "A bus.")}, "is empty apart from the image marker"),

@@ -19,7 +19,7 @@ from povid.benchmarks.collapse import neither_rate, repeat_rate
 from povid.fault import Fault
 from povid.method.objectives.povid import POVID
 from povid.model.adapters import adapter_digest
-from povid.preferences.held_out import hold_out
+from povid.preferences.held_out import hold_out, picture_on_both_sides
 from povid.report.sweep import TableAfterSweep
 from povid.run.best import BestAdapter
 from povid.run.checkpoint import CheckpointSettings
@@ -144,6 +144,21 @@ def test_no_picture_is_on_both_sides_whatever_the_names_and_the_order(tmp_path):
     for share, side in ((0.01, "for validation"), (0.99, "to train on")):
         with pytest.raises(Fault, match=rf"a share of {share} of 6 pictures leaves no record {side}"):
             hold_out(records, share)
+
+
+def test_pictures_that_stand_together_are_held_out_together(tmp_path):
+    """Of six records, 0, 1 and 2 are linked through the pictures of 1; two without a picture ask the same question."""
+    files = [tiny.picture(tmp_path, str(seed), seed) for seed in range(4)]
+    images = [files[0], (files[0], files[1]), (files[2], files[1]), files[3], None, None]
+    records = [tiny.triple(str(i), image, ("What is it", "A dog", "A cat")) for i, image in enumerate(images)]
+    for share in (1 / 3, 2 / 3):
+        for order in (records, records[::-1]):
+            kept, held = hold_out(order, share)
+            assert not picture_on_both_sides(kept, held)
+            sides = {triple.id: side for side, part in enumerate((kept, held)) for triple in part}
+            assert sides["0"] == sides["1"] == sides["2"] and sides["4"] == sides["5"]
+            assert len({sides["0"], sides["3"], sides["4"]}) == 2
+    assert picture_on_both_sides(records[:2], records[2:]) == (records[2], records[1])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

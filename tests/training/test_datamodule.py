@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
 from PIL import Image
 
+from povid.fault import Fault
 from povid.method.distortions.crop import Crop
 from povid.method.distortions.other_picture import OtherPicture
 from povid.model.packing import Encoded, pack
@@ -102,6 +105,38 @@ def test_pixel_noise_is_added_before_padding(loaded):
     example = PreferenceDataset(triples, template, tiny.noise(space="pixel"), seed=0)[0, 0]
     rows = example.noised["pixel_values"][0].abs().amax(dim=(0, 2))  # pictures are 40 x 32, so the top is a bar
     assert rows[0] < 0.02 < rows[16]
+
+
+@pytest.mark.parametrize("space", ["pixel", "normalized"])
+def test_each_picture_of_a_record_is_distorted_with_its_own_noise(loaded, space):
+    """The first as if it were alone; the same picture in second place in another way, and again in the next epoch."""
+    (_, template), triples = loaded
+    image = triples[0].image
+    records = [replace(triples[0], image=shown) for shown in (image, (image, image))]
+
+    def noised(record, epoch=0, draws=1):
+        dataset = PreferenceDataset([records[record]], template, tiny.noise(space=space), 5, distorted_images=draws)
+        return dataset[0, epoch]
+
+    alone, both = noised(0).noised["pixel_values"], noised(1).noised["pixel_values"]
+    assert both.shape == (2, *alone.shape[1:])
+    if space == "pixel":
+        assert torch.equal(both[:1], alone)
+    assert (both[0] - both[1]).abs().mean() > 0.1
+    assert torch.equal(noised(1).noised["pixel_values"], both)
+    assert not torch.equal(noised(1, epoch=1).noised["pixel_values"][1], both[1])
+    twice = noised(1, draws=2)
+    assert torch.equal(twice.noised["pixel_values"], both)
+    assert (twice.noised_for_reference["pixel_values"] - both).abs().flatten(1).mean(1).min() > 0.1
+
+
+def test_a_record_without_a_picture_has_nothing_to_distort(loaded):
+    (_, template), triples = loaded
+    records = [triples[1], replace(triples[0], image=None)]
+    with pytest.raises(Fault, match="record 'short' has no picture to be distorted.*ablation=text"):
+        PreferenceDataset(records, template, tiny.noise(), seed=0)[1, 0]
+    dataset = PreferenceDataset(records, template, None, seed=0)
+    assert dataset[1, 0].images == {} and dataset[1, 0].noised is None
 
 
 def test_cache_is_bounded_and_changes_nothing(loaded):

@@ -27,11 +27,11 @@ from povid.analysis import drawing
 from povid.analysis.subject import Subject, add_places, as_seen, moved, out_folder, subjects
 from povid.fault import Fault
 from povid.model.generation import Answers
-from povid.model.packing import Packed, pack
+from povid.model.packing import PADDING, Packed, pack
 from povid.model.policy import Policy
 from povid.model.question import Decoding, Question
 from povid.model.template import Template
-from povid.preferences.pictures import open_picture
+from povid.preferences.pictures import digest_of, open_picture
 from povid.preferences.triple import Turn
 from povid.report.figures import COLORS, MORE
 from povid.run.identity import digest
@@ -114,7 +114,7 @@ def _questions(options: argparse.Namespace, subject: Subject) -> list[Question]:
 
 def _measure(options: argparse.Namespace, questions: Sequence[Question]) -> dict[str, Any]:
     """Everything, apart from the model, that the numbers depend on."""
-    asked = [[str(question.id), files.digest(question.image), question.text] for question in questions]
+    asked = [[str(question.id), digest_of(question.image), question.text] for question in questions]
     return {
         "question": questions[0].text,
         "max_new_tokens": options.max_new_tokens,
@@ -190,14 +190,10 @@ def look(policy: Policy, template: Template, question: Question, text: str) -> L
 def _weights(policy: Policy, packed: Packed, images: Mapping[str, Tensor]) -> Sequence[Tensor]:
     """The attention of every layer [1, heads, T, T]."""
     if policy.packable:
-        embeds = policy.embed(packed.input_ids_BT, policy.look(images))
-        output = policy.network.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=packed.additive_attention(embeds.dtype),
-            position_ids=packed.position_ids_BT,
-            use_cache=False,
-            output_attentions=True,
-        )
+        ids, places = packed.input_ids_BT, packed.position_ids_BT
+        inputs = policy.decoder_inputs(ids, places, packed.segment_BT != PADDING, policy.look(images))
+        mask = policy.masks(packed.attention()[:, 0], ids, places, inputs["inputs_embeds"].dtype)
+        output = policy.network.get_decoder()(**inputs, attention_mask=mask, use_cache=False, output_attentions=True)
     else:
         inputs = {"input_ids": packed.input_ids_BT, "attention_mask": torch.ones_like(packed.input_ids_BT), **images}
         inputs |= policy.token_kinds(packed.input_ids_BT)

@@ -35,6 +35,7 @@ from povid.model.policy import Policy
 from povid.model.question import Question
 from povid.model.template import Template
 from povid.preferences.pictures import open_picture
+from povid.preferences.triple import pictures_of
 from povid.report.runs import Run, find_runs
 from povid.run import build
 from povid.run.content import weights_digest
@@ -283,11 +284,13 @@ def distorted(
     record: int,
 ) -> dict[str, torch.Tensor]:
     """The tensors of x^n, as training makes them for this record in its first epoch."""
-    source = generator(seed=seed, epoch=0, record=record)
+    shown = pictures_of(question.image)
+    sources = [generator(seed=seed, epoch=0, record=record, picture=number) for number in range(len(shown))]
     if distortion.space == "pixel":
-        picture = distort_picture(distortion, open_picture(question.image), source)
-        return template.see(template.prompt(question.text), template.picture(picture))[1]
-    return {**images, "pixel_values": distortion(images["pixel_values"], source)}
+        pictures = [distort_picture(distortion, open_picture(one), source) for one, source in zip(shown, sources)]
+        prompt = template.prompt(question.text, pictures=len(shown))
+        return template.see(prompt, *map(template.picture, pictures))[1]
+    return {**images, "pixel_values": distortion(images["pixel_values"], sources[0])}
 
 
 def moved(packed: Packed, place: torch.device) -> Packed:

@@ -44,6 +44,7 @@ from povid.model.policy import Policy
 from povid.model.question import Question
 from povid.model.template import Template
 from povid.preferences.differences import with_article
+from povid.preferences.pictures import digest_of
 from povid.preferences.triple import Turn
 from povid.run.identity import digest
 
@@ -291,7 +292,7 @@ def _chosen(options: argparse.Namespace, subject: Subject) -> list[Trap]:
 def _measure(options: argparse.Namespace, chosen: Sequence[Trap], noise: Noise) -> dict[str, Any]:
     """Everything, apart from the model, that the numbers depend on."""
     asked = [
-        [str(trap.question.id), files.digest(trap.question.image), trap.record, trap.mentioned, trap.words]
+        [str(trap.question.id), digest_of(trap.question.image), trap.record, trap.mentioned, trap.words]
         for trap in chosen
     ]
     return {

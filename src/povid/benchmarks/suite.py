@@ -15,8 +15,11 @@ from PIL import Image
 
 from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
-from povid.files import digest, read_json, write_bytes, write_json, write_text
+from povid.files import read_json, write_bytes, write_json, write_text
 from povid.model.question import Answerer, Decoding, Question
+from povid.preferences.pictures import digest_of
+from povid.preferences.triple import Image as Shown
+from povid.preferences.triple import pictures_of
 from povid.terminal import counted
 
 log = logging.getLogger(__name__)
@@ -138,14 +141,14 @@ def _plan(name: str, benchmark: Benchmark) -> Plan:
 
 def check_images(name: str, questions: Sequence[Question]) -> None:
     """Every image exists and opens: only its header is read, so thousands take a second."""
-    files = {question.image: question.id for question in questions if isinstance(question.image, Path)}
+    images = {picture: question.id for question in questions for picture in pictures_of(question.image)}
+    files = {image: asked for image, asked in images.items() if isinstance(image, Path)}
     missing = [file for file in files if not file.is_file()]
     if missing:
         raise Fault(
             f"{name}: {len(missing)} of {len(files)} images are missing, the first is {missing[0]} "
             f"(question {files[missing[0]]!r}); put them there or set benchmarks.{name}.images"
         )
-    images = {question.image: question.id for question in questions if question.image is not None}
     for image, asked in images.items():
         try:
             Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).close()
@@ -286,10 +289,9 @@ def content(questions: Sequence[Question]) -> dict[str, str]:
     return {name: value.hexdigest()[:16] for name, value in found.items()}
 
 
-def _pictures(questions: Sequence[Question]) -> dict[Path | bytes | None, str]:
-    """Image → its digest, "none" for no image."""
-    images = dict.fromkeys(question.image for question in questions)
-    return {image: "none" if image is None else digest(image, PICTURE_BYTES) for image in images}
+def _pictures(questions: Sequence[Question]) -> dict[Shown, str]:
+    """Image → its digest."""
+    return {image: digest_of(image, PICTURE_BYTES) for image in dict.fromkeys(q.image for q in questions)}
 
 
 def _plain(value: Any) -> Any:

@@ -52,8 +52,9 @@ class CoOccurrence(Rewriting):
                 bad.append(f"record {triple.id!r}: nothing says which objects are in its picture")
                 continue
             turns = list(triple.preferred)
+            image = triple.image if isinstance(triple.image, Path | bytes) else b""  # else known by the record's id
             for at in range(1, len(turns), 2):
-                row = Row(triple.id, triple.image, turns[at - 1].text, turns[at].text, "captioning")
+                row = Row(triple.id, image, turns[at - 1].text, turns[at].text, "captioning")
                 turns[at] = Turn("assistant", hallucinate(row, learned, seed, self))
             if all(words(new.text) == words(old.text) for new, old in zip(turns, triple.preferred)):
                 bad.append(f"record {triple.id!r}: none of its responses can be changed")

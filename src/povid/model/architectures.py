@@ -8,6 +8,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from torch import nn
 
+FULL, SLIDING = "full_attention", "sliding_attention"
+
 
 class Architecture(BaseModel):
     """What the project must know of a kind of model. The defaults are those of a kind that it does not know.
@@ -15,8 +17,11 @@ class Architecture(BaseModel):
     Args:
         projector: end of the full name of the module between vision tower and language model; None where unknown, and
             then it cannot be trained.
-        packable: whether the language model accepts a packed sequence, that is, one-dimensional positions and any 4-D
-            mask. Other models read every sequence by itself, which is slower.
+        packable: whether the language model takes embeddings with positions and masks of our making, and so a packed
+            sequence (see :meth:`packs`). Other models read every sequence by itself, which is slower.
+        grid_positions: whether positions have three axes, so that image tokens lie on a grid (Qwen's M-RoPE); the
+            model's own ``get_rope_index`` gives those of an unpacked sequence.
+        two_way_images: whether all tokens of a picture see each other (Gemma 3); the others see what precedes them.
         clip_layer: whether the projector reads the output of a single layer of a CLIP tower. The layers above it are
             then skipped, and policy and reference share its features.
         question_in_image: whether the image's features depend on the question, so that questions share no prefix.
@@ -27,9 +32,20 @@ class Architecture(BaseModel):
 
     projector: str | None = None
     packable: bool = False
+    grid_positions: bool = False
+    two_way_images: bool = False
     clip_layer: bool = False
     question_in_image: bool = False
     needs_image: bool = False
+
+    def packs(self, text_config: Any) -> bool:
+        """Whether a model with this language model is scored packed: ``packable``, and nothing but a mask has to keep
+        y_l from seeing y_w.
+
+        Full and sliding-window attention need no more than a mask. Layers of other kinds (linear attention, attention
+        in chunks) carry something from one column to the next.
+        """
+        return self.packable and set(layer_kinds(text_config)) <= {FULL, SLIDING}
 
     def unquantized(self) -> list[str]:
         """Patterns of the module names that keep all of their bits when the language model's layers get four."""
@@ -49,8 +65,20 @@ KNOWN = {  # by transformers' model_type
     "instructblip": Architecture(
         projector="language_projection", packable=True, question_in_image=True, needs_image=True
     ),
-    "qwen2_5_vl": Architecture(projector="visual.merger"),  # its positions have three axes
+    "qwen2_5_vl": Architecture(projector="visual.merger", packable=True, grid_positions=True),
+    "qwen3_vl": Architecture(projector="visual.merger", packable=True, grid_positions=True),
+    "gemma3": Architecture(projector="multi_modal_projector", packable=True, two_way_images=True),
 }
+
+
+def layer_kinds(text_config: Any) -> list[str]:
+    """The kind of attention of every layer of a language model, by transformers' names."""
+    return getattr(text_config, "layer_types", None) or [SLIDING if sliding_window(text_config) else FULL]
+
+
+def sliding_window(text_config: Any) -> int | None:
+    """How many positions, its own included, a position sees in layers with a sliding window; None without any."""
+    return getattr(text_config, "sliding_window", None)
 
 
 def architecture_of(model_type: str) -> Architecture:

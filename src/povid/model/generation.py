@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
+from povid.model.architectures import SLIDING, layer_kinds
 from povid.model.packing import shared_length, stack
 from povid.model.policy import Policy
 from povid.model.question import Decoding, Question
@@ -52,7 +54,8 @@ class Answers:
         policy, template: the model and how it is prompted.
         batch_size: rows generated together; on a GPU fewer if the memory is short.
         seed: of sampling. A question's answer depends on seed, id and text, not on its batch.
-        share_prefix: compute an image's prefix once for all questions about it; the answers are the same.
+        share_prefix: compute an image's prefix once for all questions about it; the answers are the same. Not done for
+            models with sliding-window attention.
 
     Raises:
         Fault: a prompt is longer than the model reads, an image is missing or broken, or a question has no image and
@@ -83,7 +86,10 @@ class Answers:
 
         A batch holds questions with an image or without one, never both.
         """
-        share = self.share_prefix and self.policy.packable and not self.policy.architecture.question_in_image
+        # Behind a shared prefix shorter questions are padded, and a sliding window would count the padding.
+        windows = SLIDING in layer_kinds(self.policy.network.config.get_text_config())
+        alone = windows or not self.policy.packable or self.policy.architecture.question_in_image
+        share = self.share_prefix and not alone
         by_image: dict[object, list[int]] = {}
         for number, question in enumerate(questions):
             by_image.setdefault(question.image if share and question.image is not None else number, []).append(number)
@@ -166,21 +172,22 @@ class Answers:
         prefix, mask = _left_pad([group.prompts[0][:length] for group, length in zip(groups, shared)], pad, device)
         cache = key_values(network.config.get_text_config())
         read = partial(decoder, use_cache=True, **{_cache_name(decoder): cache})
-        read(
-            inputs_embeds=policy.embed(prefix, policy.look(images)),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
-        )
+        counted = (mask.cumsum(-1) - 1).clamp(min=0)
+        inputs = policy.decoder_inputs(prefix, counted, mask.bool(), policy.look(images))
+        read(**inputs, attention_mask=self._first_mask(prefix, mask, counted, inputs["inputs_embeds"].dtype, images))
+        # A picture takes fewer positions than tokens where positions have three axes.
+        before = mask.sum(-1, keepdim=True)
+        if inputs["position_ids"].ndim == 3:
+            before = before + inputs["position_ids"].amax((0, 2))[:, None] - counted[:, -1:]
         owners = [number for number, group in enumerate(groups) for _ in group.prompts]
         if owners != list(range(len(groups))):
             cache.batch_select_indices(torch.tensor(owners, device=device))
-            mask = mask[owners]
+            mask, before = mask[owners], before[owners]
         rests = [prompt[length:] for group, length in zip(groups, shared) for prompt in group.prompts]
         ids, rest_mask = _left_pad(rests, pad, device)
         rows = list(range(len(owners)))
         tokens: list[list[int]] = [[] for _ in rows]
         done: set[int] = set()
-        before = mask.sum(-1, keepdim=True)
         positions = before + (rest_mask.cumsum(-1) - 1).clamp(min=0)
         mask = torch.cat([mask, rest_mask], dim=1)
         for _ in range(decoding.max_new_tokens):
@@ -208,6 +215,14 @@ class Answers:
                 ids, positions, mask = ids[keep], positions[keep], mask[keep]
                 rows = [rows[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+
+    def _first_mask(self, ids: Tensor, mask: Tensor, positions: Tensor, dtype: torch.dtype, images: object) -> Any:
+        """The mask with which prefixes are read: ``mask`` itself, unless the tokens of a picture see each other."""
+        if not (self.policy.architecture.two_way_images and images):
+            return mask
+        causal = torch.ones(2 * ids.shape[1:], dtype=torch.bool, device=ids.device).tril()
+        itself = torch.eye(ids.shape[1], dtype=torch.bool, device=ids.device)
+        return self.policy.masks((causal & mask.bool()[:, None]) | itself, ids, positions, dtype)
 
     def _stops(self, tokens: list[int], decoding: Decoding) -> bool:
         """Whether the last token completes the text ``decoding.stop``."""

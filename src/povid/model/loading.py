@@ -243,6 +243,17 @@ class LocalModel(BaseModel):
         """The architecture of these settings, or else the known one of the model's type."""
         return self.architecture or architecture_of(model_type)
 
+    def known_architecture(self) -> Architecture:
+        """``architecture_for`` the type that the model's configuration names.
+
+        Raises:
+            Fault: its files cannot be found.
+        """
+        from transformers import AutoConfig
+
+        with self._loading():
+            return self.architecture_for(AutoConfig.from_pretrained(self.source).model_type)
+
     def _attach(self, model: Any, adapter: Path, number: int) -> Any:
         """The model with an adapter's products added to its layers' outputs, and with the adapter's projector."""
         from peft import PeftModel
@@ -273,16 +284,14 @@ class LocalModel(BaseModel):
 
         if find_spec("bitsandbytes") is None:
             raise Fault("model.quantize=4bit needs bitsandbytes, which is not installed: pip install 'povid[quantize]'")
-        from transformers import AutoConfig, BitsAndBytesConfig
+        from transformers import BitsAndBytesConfig
 
-        with self._loading():
-            architecture = self.architecture_for(AutoConfig.from_pretrained(self.source).model_type)
         plan = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=DTYPES[self.dtype],
-            llm_int8_skip_modules=architecture.unquantized(),
+            llm_int8_skip_modules=self.known_architecture().unquantized(),
         )
         device = torch.cuda.current_device() if torch.cuda.is_available() else "cpu"
         return {"quantization_config": plan, "device_map": {"": device}}
@@ -310,6 +319,8 @@ def loading(source: str, start: str = "") -> Iterator[None]:
         if sentence is None and isinstance(error, SafetensorError):
             cure = "put a whole copy there" if folder else f"remove it with `hf cache rm model/{source}` and run again"
             sentence = f"a file with the weights of {source!r} is cut or damaged ({reason}); {cure}"
+        if sentence is None and isinstance(error, ImportError):  # a processor can need a package of its own
+            sentence = next(filter(str.strip, str(error).splitlines()))
         if sentence is None and isinstance(error, OSError | ValueError):
             sentence = (
                 f"{source!r} could not be loaded ({reason}); set model.path to a folder "

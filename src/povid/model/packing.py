@@ -72,10 +72,10 @@ class Packed(NamedTuple):
         itself = torch.eye(length, dtype=torch.bool, device=self.segment_BT.device)
         return (visible | itself)[:, None]
 
-    def additive_attention(self, dtype: torch.dtype) -> Tensor:
-        """``attention`` as a term of the attention scores: 0 where visible, elsewhere the dtype's lowest number."""
-        mask = self.attention()
-        return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+
+def additive(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as a term of the attention scores: 0 where visible, elsewhere the dtype's lowest number."""
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
 
 
 def shared_length(preferred: Sequence[int], dispreferred: Sequence[int]) -> int:
@@ -150,9 +150,13 @@ def pack(preferred: Sequence[Encoded], dispreferred: Sequence[Encoded] | None, *
 
 
 def stack(images: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Concatenate the image tensors of several examples; examples with fewer tiles are padded with zeros."""
+    """Concatenate the image tensors of several examples; examples with fewer tiles are padded with zeros.
+
+    An example without a picture has no tensors and adds none.
+    """
     joined = {}
-    for key in images[0]:
+    images = [entry for entry in images if entry]
+    for key in images[0] if images else ():
         tensors = [entry[key] for entry in images]
         if len({tensor.shape[1:] for tensor in tensors}) > 1:
             most = max(tensor.shape[1] for tensor in tensors)

@@ -1,7 +1,8 @@
 """A vision-language model with LoRA, and its reference.
 
 Policy and reference are one network: the reference is the network without its adapter and with the projector that it
-was loaded with. Shape suffixes: B = examples, T = positions, D = width, U = predicting positions, V = vocabulary.
+was loaded with. Shape suffixes: B = examples, T = positions, D = width, N = image tokens of a batch, U = predicting
+positions, V = vocabulary.
 """
 
 from __future__ import annotations
@@ -9,10 +10,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,8 @@ from povid.internals import (
     no_search_for_packing,
     trained_copies,
 )
-from povid.model.architectures import lora_targets
-from povid.model.packing import Packed
+from povid.model.architectures import FULL, SLIDING, layer_kinds, lora_targets, sliding_window
+from povid.model.packing import PADDING, Packed, additive
 
 if TYPE_CHECKING:
     from povid.model.loading import LocalModel, LoraSettings
@@ -50,6 +51,26 @@ def add_lora(model: Any, lora: LoraSettings, projector: str | None = None) -> An
     return get_peft_model(model, config)
 
 
+class Visual(NamedTuple):
+    """What the language model is given of pictures: an embedding for each image token, [N, D], in their order.
+
+    ``deep_ND``: what is added to the image tokens after the first layer, the second and so on (DeepStack, Qwen3-VL).
+    """
+
+    embeds_ND: Tensor
+    deep_ND: Sequence[Tensor] = ()
+
+
+class Seen(NamedTuple):
+    """A batch's pictures: the processor's tensors, and what has been computed of them for policy and reference alike.
+
+    ``computed``: the features [B, P, D_vision] of a CLIP tower (LLaVA-1.5), a :class:`Visual`, or None.
+    """
+
+    images: Mapping[str, Tensor]
+    computed: Tensor | Visual | None = None
+
+
 class Policy(nn.Module):
     """A vision-language model with a new trainable adapter, or without one (``adapted=False``, for evaluation).
 
@@ -64,7 +85,7 @@ class Policy(nn.Module):
         self.settings, self.processor = settings, processor
         self.model_type = model.config.model_type
         self.architecture = settings.architecture_for(self.model_type)
-        self.packable = self.architecture.packable
+        self.packable = self.architecture.packs(model.config.get_text_config())
         if not self.packable:
             _warn_that_packing_is_off(settings.name, self.model_type)
         self.adapted = adapted
@@ -126,21 +147,25 @@ class Policy(nn.Module):
 
     # --- scoring ---------------------------------------------------------------------------------------------------
 
-    def look(self, images: Mapping[str, Tensor]) -> Any:
-        """What the frozen vision tower makes of images, computed once for policy and reference.
+    def look(self, images: Mapping[str, Tensor]) -> Seen:
+        """Images with what the frozen vision tower makes of them, computed once for policy and reference.
 
-        LLaVA-1.5: features [B, P, D_vision] of the layer that is read, without the class token. Other models: image
-        embeddings or, where the projector is trained or sequences cannot be packed, the images as they are.
+        LLaVA-1.5: features [B, P, D_vision] of the layer that is read, without the class token. Other models: all that
+        the language model is given or, where the projector is trained or sequences cannot be packed, nothing.
         """
         if not images or not self.packable:
-            return images
+            return Seen(images)
         if self._reads_one_clip_layer:
             with torch.no_grad():
-                return self._clip_features(images["pixel_values"])
-        if self.settings.train_projector and self.adapted:
-            return images
+                return Seen(images, self._clip_features(images["pixel_values"]))
+        if self._trains_projector:
+            return Seen(images)
         with torch.no_grad():
-            return self._image_embeds(images)
+            return Seen(images, self._visual(images))
+
+    @property
+    def _trains_projector(self) -> bool:
+        return self.settings.train_projector and self.adapted
 
     @property
     def _reads_one_clip_layer(self) -> bool:
@@ -159,28 +184,81 @@ class Policy(nn.Module):
             hidden = block(hidden, None)
         return hidden[:, 1:] if config.vision_feature_select_strategy == "default" else hidden
 
-    def _image_embeds(self, images: Mapping[str, Tensor]) -> Tensor:
-        embeds = self.network.get_image_features(**images).pooler_output
-        return embeds if isinstance(embeds, Tensor) else torch.cat(list(embeds))
+    def _visual(self, images: Mapping[str, Tensor]) -> Visual:
+        def joined(features: Any) -> Tensor:  # a tensor, or one for each picture
+            features = features if isinstance(features, Tensor) else torch.cat(list(features))
+            return features.flatten(0, -2)
 
-    def embed(self, input_ids_BT: Tensor, seen: Any) -> Tensor:
-        """Token embeddings, the image's in place of the image tokens, [B, T, D]. ``seen`` is {} without images."""
+        found = self.network.get_image_features(**images)
+        return Visual(joined(found.pooler_output), [*map(joined, getattr(found, "deepstack_features", None) or ())])
+
+    def decoder_inputs(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, attended_BT: Tensor, seen: Seen
+    ) -> dict[str, Any]:
+        """What the language model takes for tokens and pictures, apart from a mask.
+
+        Token embeddings [B, T, D], the pictures' in place of the image tokens, and position ids, [B, T] or [3, B, T].
+        ``position_ids_BT`` count tokens, and ``attended_BT`` is false for padding.
+        """
         embeds_BTD = self.network.get_input_embeddings()(input_ids_BT)
-        if isinstance(seen, Mapping):
-            if not seen:
-                return embeds_BTD
-            image = self._image_embeds(seen)
-        elif self._reads_one_clip_layer:
-            image = self.network.model.multi_modal_projector(seen)
+        if not seen.images:
+            if self._trains_projector and torch.is_grad_enabled():
+                # Devices add up their gradients: all must have the same ones, with pictures or without.
+                embeds_BTD = embeds_BTD + sum(0 * weight.sum() for weight in self.trained_parameters()[1])
+            return {"inputs_embeds": embeds_BTD, "position_ids": position_ids_BT}
+        if isinstance(seen.computed, Tensor):
+            visual = Visual(self.network.model.multi_modal_projector(seen.computed).flatten(0, -2))
         else:
-            image = seen
+            visual = seen.computed or self._visual(seen.images)
         # Not masked_scatter, in whose backward pass the host waits for the device to count the image tokens.
-        place_BT = input_ids_BT == self.network.config.image_token_id
+        place_BT = self._is_image(input_ids_BT)
         row_BT = (place_BT.flatten().cumsum(0) - 1).clamp(min=0).view_as(input_ids_BT)
-        image_BTD = image.to(embeds_BTD.dtype).flatten(0, -2)[row_BT]
-        return torch.where(place_BT[..., None], image_BTD, embeds_BTD)
+        image_BTD = visual.embeds_ND.to(embeds_BTD.dtype)[row_BT]
+        inputs: dict[str, Any] = {"inputs_embeds": torch.where(place_BT[..., None], image_BTD, embeds_BTD)}
+        if visual.deep_ND:
+            inputs |= {"visual_pos_masks": place_BT, "deepstack_visual_embeds": list(visual.deep_ND)}
+        if self.architecture.grid_positions:
+            position_ids_BT = self._on_grids(input_ids_BT, position_ids_BT, attended_BT, seen.images)
+        return inputs | {"position_ids": position_ids_BT}
 
-    def predict(self, packed: Packed, seen: Any) -> Tensor:
+    def _on_grids(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, attended_BT: Tensor, images: Mapping[str, Tensor]
+    ) -> Tensor:
+        """Positions [3, B, T] by the model's own rule, which knows nothing of packing: it counts on from y_w to y_l.
+
+        Text counts on by one on each axis, so what moves y_l back to where y_w began is the same on all of them.
+        """
+        counted_3BT, _ = self.network.model.get_rope_index(
+            input_ids_BT,
+            mm_token_type_ids=self._is_image(input_ids_BT).int(),
+            image_grid_thw=images["image_grid_thw"],
+            attention_mask=attended_BT.long(),
+        )
+        column_BT = attended_BT.long().cumsum(-1) - 1
+        return counted_3BT + (position_ids_BT - column_BT) * attended_BT
+
+    def masks(self, visible_BTT: Tensor, input_ids_BT: Tensor, position_ids_BT: Tensor, dtype: torch.dtype) -> Any:
+        """The attention mask of every kind of layer, [B, 1, T, T] as a term of the scores: one, or a mapping by kind.
+
+        ``visible_BTT``: what full causal attention sees. A window is measured in positions, not in columns.
+        """
+        if self.architecture.two_way_images:
+            image_BT = self._is_image(input_ids_BT)
+            starts_BT = image_BT & ~torch.nn.functional.pad(image_BT, (1, 0))[:, :-1]
+            picture_BT = starts_BT.cumsum(-1)
+            same_BTT = picture_BT[:, :, None] == picture_BT[:, None, :]
+            visible_BTT = visible_BTT | (same_BTT & image_BT[:, :, None] & image_BT[:, None, :])
+        config = self.network.config.get_text_config()
+        kinds, found = set(layer_kinds(config)), {}
+        if FULL in kinds:
+            found[FULL] = additive(visible_BTT[:, None], dtype)
+        if SLIDING in kinds:
+            behind_BTT = position_ids_BT[:, :, None] - position_ids_BT[:, None, :]
+            found[SLIDING] = additive((visible_BTT & (behind_BTT < sliding_window(config)))[:, None], dtype)
+        mixed = SLIDING in kinds and getattr(config, "layer_types", None)
+        return found if mixed else next(iter(found.values()))
+
+    def predict(self, packed: Packed, seen: Seen) -> Tensor:
         """Logits [U, V] at the positions that predict response tokens, and nowhere else.
 
         ``seen`` is what ``look`` returned.
@@ -188,17 +266,18 @@ class Policy(nn.Module):
         from povid.model.fused import predicting_rows  # imports transformers and peft, which takes seconds
 
         if not self.packable:
-            return self._predict_unpacked(packed, seen)
-        decoder, embeds_BTD = self.network.get_decoder(), self.embed(packed.input_ids_BT, seen)
+            return self._predict_unpacked(packed, seen.images)
+        attended_BT = packed.segment_BT != PADDING
+        inputs = self.decoder_inputs(packed.input_ids_BT, packed.position_ids_BT, attended_BT, seen)
         # Without a mask sdpa takes a faster kernel; other implementations may need the mask nevertheless.
-        free = packed.causal and attention_name(self.network.config.get_text_config()) == "sdpa"
+        causal = packed.causal and not (self.architecture.two_way_images and seen.images)
+        mask = None
+        if not (causal and attention_name(self.network.config.get_text_config()) == "sdpa"):
+            dtype = inputs["inputs_embeds"].dtype
+            mask = self.masks(packed.attention()[:, 0], packed.input_ids_BT, packed.position_ids_BT, dtype)
+        decoder = self.network.get_decoder()
         with predicting_rows(decoder, packed) as place_U, no_search_for_packing():
-            hidden_BUD = decoder(
-                inputs_embeds=embeds_BTD,
-                use_cache=False,
-                attention_mask=None if free else packed.additive_attention(embeds_BTD.dtype),
-                position_ids=None if free else packed.position_ids_BT,
-            ).last_hidden_state
+            hidden_BUD = decoder(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
         return self.network.get_output_embeddings()(hidden_BUD[packed.example_U, place_U])
 
     def _predict_unpacked(self, packed: Packed, images: Mapping[str, Tensor]) -> Tensor:
@@ -209,10 +288,13 @@ class Policy(nn.Module):
         return self.network.get_output_embeddings()(hidden_BTD[packed.example_U, packed.column_U])
 
     def token_kinds(self, input_ids_BT: Tensor) -> dict[str, Tensor]:
-        """The input ``mm_token_type_ids`` (1: image, 0: text) of models that need it, such as Qwen2.5-VL."""
-        if "mm_token_type_ids" not in inspect.signature(self.network.forward).parameters:
-            return {}
-        return {"mm_token_type_ids": (input_ids_BT == self.network.config.image_token_id).int()}
+        """Which tokens are an image's (1) and which are text (0), for models whose own forward pass asks for it."""
+        asked = inspect.signature(self.network.forward).parameters
+        named = ["mm_token_type_ids"] + ["token_type_ids"] * self.architecture.two_way_images
+        return {name: self._is_image(input_ids_BT).int() for name in named if name in asked}
+
+    def _is_image(self, input_ids_BT: Tensor) -> Tensor:
+        return input_ids_BT == self.network.config.image_token_id
 
 
 @functools.cache  # once per model

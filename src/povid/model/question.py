@@ -4,22 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from povid.preferences.triple import Image
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
     """One thing to ask about one image.
 
-    ``id`` is unique within the benchmark. ``image`` is a file, its encoded bytes, or None for a question without an
-    image; equal values mean the same image, so its features and prefix may be shared. ``text`` is what the model
-    is asked, suffix included, without an image marker. ``meta`` holds what scoring and the official answer format need.
-    ``sample`` numbers the samples where the same thing is asked several times, which a server must tell apart.
+    ``id`` is unique within the benchmark. ``image`` is a file, its encoded bytes, a tuple of several, or None for a
+    question without an image; equal values mean the same image, so its features and prefix may be shared. ``text`` is
+    what the model is asked, suffix included, without an image marker. ``meta`` holds what scoring and the official
+    answer format need. ``sample`` numbers the samples where the same thing is asked several times, which a server must
+    tell apart.
     """
 
     id: str | int
-    image: Path | bytes | None
+    image: Image
     text: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     sample: int | None = None

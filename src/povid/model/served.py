@@ -11,6 +11,7 @@ from pydantic import Field, Strict
 
 from povid.fault import Fault
 from povid.model.question import Answerer, Decoding, Question
+from povid.preferences.triple import pictures_of
 from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
 
 
@@ -80,11 +81,10 @@ class ServedAnswers:
 
     def _request(self, question: Question, decoding: Decoding) -> Request:
         parts = [{"type": "text", "text": question.text}]
-        if question.image is not None:
-            try:
-                parts.insert(0, image_part(question.image, self.max_side))
-            except Fault as fault:
-                raise Fault(f"question {question.id}: {fault}") from fault
+        try:
+            parts = [*(image_part(picture, self.max_side) for picture in pictures_of(question.image)), *parts]
+        except Fault as fault:
+            raise Fault(f"question {question.id}: {fault}") from fault
         first = [{"role": "system", "content": self.system}] if self.system else []
         numbered = question.sample is not None
         return Request(

@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,7 +14,8 @@ from tokenizers.pre_tokenizers import Metaspace
 from povid.fault import Fault
 from povid.model.packing import Encoded
 from povid.preferences.pictures import open_picture
-from povid.preferences.triple import Turn
+from povid.preferences.triple import Image as Shown
+from povid.preferences.triple import Picture, Turn, pictures_of
 
 log = logging.getLogger(__name__)
 
@@ -85,7 +85,7 @@ class Template:
     pad_square: bool = False
     max_length: int = 1024
     masking: str = "all"
-    image_text: str = field(init=False, default="")  # what stands for the image in the first question
+    image_text: str = field(init=False, default="")  # what stands for each image in the first question
 
     def __post_init__(self) -> None:
         if self.style == "vicuna_v1":
@@ -94,15 +94,15 @@ class Template:
             prefix = " " if limit_dummy_prefix(self.processor.tokenizer) else ""
             self.image_text = f"{self.processor.image_token}{prefix}\n"
 
-    def text(self, turns: Sequence[Turn], *, image: bool = True) -> tuple[str, list[tuple[int, int]]]:
+    def text(self, turns: Sequence[Turn], *, pictures: int = 1) -> tuple[str, list[tuple[int, int]]]:
         """The conversation as one string and the span of each response (end-of-turn token included) in it.
 
-        A conversation that ends with the user is followed by the model's generation prompt. With ``image``, the first
-        question holds the image's marker.
+        A conversation that ends with the user is followed by the model's generation prompt. The first question begins
+        with an image marker for each of the ``pictures``.
         """
         if self.style == "chat":
-            return self._chat(turns, image)
-        image_text = self.image_text if image else ""
+            return self._chat(turns, pictures)
+        image_text = self.image_text * pictures
         text, spans = (self.system + " " if self.system else ""), []
         for number, turn in enumerate(turns):
             if turn.role == "assistant":
@@ -115,11 +115,11 @@ class Template:
                 text += turn.text
         return text, spans
 
-    def _chat(self, turns: Sequence[Turn], image: bool) -> tuple[str, list[tuple[int, int]]]:
+    def _chat(self, turns: Sequence[Turn], pictures: int) -> tuple[str, list[tuple[int, int]]]:
         messages = []
         for number, turn in enumerate(turns):
-            picture = [{"type": "image"}] if image and number == 0 else []
-            messages.append({"role": turn.role, "content": [*picture, {"type": "text", "text": turn.text}]})
+            shown = [{"type": "image"} for _ in range(pictures)] if number == 0 else []
+            messages.append({"role": turn.role, "content": [*shown, {"type": "text", "text": turn.text}]})
 
         def render(count: int, prompt: bool) -> str:
             return self.processor.apply_chat_template(messages[:count], tokenize=False, add_generation_prompt=prompt)
@@ -140,33 +140,41 @@ class Template:
         """The picture as the processor receives it: padded to a square if ``pad_square`` is set."""
         return pad_to_square(picture, self.processor.image_processor.image_mean) if self.pad_square else picture
 
-    def see(self, prompt: str, picture: Image.Image) -> tuple[list[int], dict[str, Any]]:
-        """The processor's token ids of a prompt, with image tokens expanded, and the image tensors, [1, ...] each."""
-        inputs = self.processor(text=[prompt], images=[picture], return_tensors="pt", **self._special(prompt))
+    def see(self, prompt: str, *pictures: Image.Image) -> tuple[list[int], dict[str, Any]]:
+        """The processor's token ids of a prompt, with image tokens expanded, and the tensors of its pictures."""
+        images = [*pictures] if len(pictures) == 1 else [[*pictures]]
+        inputs = self.processor(text=[prompt], images=images, return_tensors="pt", **self._special(prompt))
         ids = inputs.pop("input_ids")[0].tolist()
         text_only = ("attention_mask", "token_type_ids", "mm_token_type_ids")
         return ids, {key: value for key, value in inputs.items() if key not in text_only}
 
-    def prompt(self, question: str) -> str:
+    def prompt(self, question: str, *, pictures: int = 1) -> str:
         """A single question as text, ready to be answered."""
-        return self.text([Turn("user", question)])[0]
+        return self.text([Turn("user", question)], pictures=pictures)[0]
 
     def encode(
-        self, conversations: Sequence[Sequence[Turn]], image: Path | bytes | None, name: str | int
+        self, conversations: Sequence[Sequence[Turn]], image: Shown, name: str | int
     ) -> tuple[list[Encoded], dict[str, Any]]:
-        """Tokens of conversations about one image (or about none), and the image's tensors.
+        """Tokens of conversations about the same pictures (or about none), and the tensors of these.
 
-        The image is read and processed once. Sequences are truncated to ``max_length``, except those that end with a
+        Pictures are read and processed once. Sequences are truncated to ``max_length``, except those that end with a
         question: they are prompts to be answered.
 
         Raises:
-            Fault: the record's prompt alone fills ``max_length``, or its text holds the image marker.
+            Fault: the record's prompt alone fills ``max_length``, its text holds the image marker, or it has more
+                pictures than the style has places for.
         """
-        head, images = self._head(conversations[0][0], image, name) if image is not None else ([], {})
+        pictures = pictures_of(image)
+        if len(pictures) > 1 and self.style == "bare":
+            raise Fault(
+                f"record {name!r} has {len(pictures)} pictures, and model.style=bare has a place for one; remove the "
+                "record or use another model"
+            )
+        head, images = self._head(conversations[0][0], pictures, name) if pictures else ([], {})
         encoded = []
         for turns in conversations:
-            text, spans = self.text(turns, image=image is not None)
-            ids, marks = self._after_image(text, spans, image is not None, name)
+            text, spans = self.text(turns, pictures=len(pictures))
+            ids, marks = self._after_images(text, spans, len(pictures), name)
             ids, marks = head + ids, [False] * len(head) + marks
             if turns[-1].role == "assistant":
                 if not any(marks[: self.max_length]):
@@ -183,11 +191,11 @@ class Template:
             encoded.append(Encoded(ids, marks))
         return encoded, images
 
-    def _head(self, question: Turn, image: Path | bytes, name: str | int) -> tuple[list[int], dict[str, Any]]:
-        """Token ids up to the end of the image, and the image's tensors."""
-        text = self.text([question])[0]
-        tail, _ = self._after_image(text, [], True, name)
-        expanded, images = self.see(text, self.picture(open_picture(image)))
+    def _head(self, question: Turn, pictures: Sequence[Picture], name: str | int) -> tuple[list[int], dict[str, Any]]:
+        """Token ids up to the end of the last picture, and the pictures' tensors."""
+        text = self.text([question], pictures=len(pictures))[0]
+        tail, _ = self._after_images(text, [], len(pictures), name)
+        expanded, images = self.see(text, *(self.picture(open_picture(picture)) for picture in pictures))
         if expanded[len(expanded) - len(tail) :] != tail:
             raise Fault(
                 f"record {name!r}: the processor's tokens of the prompt do not end with the tokens of its "
@@ -195,19 +203,20 @@ class Template:
             )
         return expanded[: len(expanded) - len(tail)], images
 
-    def _after_image(
-        self, text: str, spans: list[tuple[int, int]], image: bool, name: str | int
+    def _after_images(
+        self, text: str, spans: list[tuple[int, int]], pictures: int, name: str | int
     ) -> tuple[list[int], list[bool]]:
-        """Token ids after the image (all of them without an image), and whether each belongs to a response."""
+        """Token ids after the last picture (all of them without one), and whether each belongs to a response."""
         output = self.processor.tokenizer(text, return_offsets_mapping=True, **self._special(text))
         ids, mark = output["input_ids"], str(self.processor.image_token)
-        found, wanted = text.count(mark), int(image and self.style != "bare")
+        found, wanted = text.count(mark), 0 if self.style == "bare" else pictures
         if found != wanted:
             raise Fault(
                 f"record {name!r}: its text holds the image marker {mark!r}, which stands for the picture; "
                 "remove it from the text"
             )
-        first = ids.index(self.processor.tokenizer.convert_tokens_to_ids(mark)) + 1 if wanted else 0
+        marker = self.processor.tokenizer.convert_tokens_to_ids(mark)
+        first = len(ids) - ids[::-1].index(marker) if wanted else 0
         marks = [any(start <= a and b <= end and a < b for start, end in spans) for a, b in output["offset_mapping"]]
         return ids[first:], marks[first:]
 

@@ -60,17 +60,19 @@ def check(
     tokens: Callable[[Triple], int] | None = None,
     limit: int = 1024,
     seed: int = 0,
+    needs_picture: str = "",
     skipped: Sequence[str] = (),
 ) -> Report:
     """Check every record, or ``sample`` of them drawn by ``seed``.
 
-    A record has a problem when its picture is missing or cannot be decoded, when its responses differ only in white
-    space, capitals or punctuation, or when its prompt is too long.
+    A record has a problem when a picture of it is missing or cannot be decoded, when it has none and needs one, when
+    its responses differ only in white space, capitals or punctuation, or when its prompt is too long.
 
     Args:
         tokens: gives the length of a record's prompt in tokens, image tokens included; without it lengths are not
             checked.
         limit: prompts of this many tokens or more are too long, since no response would fit after them.
+        needs_picture: what a record without a picture lacks one for; "" if it needs none.
         skipped: sentences about records that a reader skipped (see :mod:`povid.preferences.formats`).
     """
     chosen = list(triples)
@@ -81,14 +83,18 @@ def check(
     report.duplicates = sum(count > 1 for count in Counter(triple.id for triple in triples).values())
     pictures: dict[Path, str | None] = {}
     for triple in chosen:
-        if isinstance(triple.image, bytes):
-            fault = picture_fault(triple.image)
-        else:
-            if triple.image not in pictures:
-                pictures[triple.image] = picture_fault(triple.image)
-            fault = pictures[triple.image]
-        if fault:
-            report.findings.append(Finding(triple.id, "image", f"record {triple.id!r}: {fault}"))
+        if needs_picture and not triple.pictures:
+            sentence = f"record {triple.id!r} has no picture, and {needs_picture} needs one; remove the record"
+            report.findings.append(Finding(triple.id, "image", sentence))
+        for picture in triple.pictures:
+            if isinstance(picture, bytes):
+                fault = picture_fault(picture)
+            else:
+                if picture not in pictures:
+                    pictures[picture] = picture_fault(picture)
+                fault = pictures[picture]
+            if fault:
+                report.findings.append(Finding(triple.id, "image", f"record {triple.id!r}: {fault}"))
         if _same_words(triple):
             report.findings.append(
                 Finding(

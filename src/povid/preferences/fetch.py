@@ -183,7 +183,8 @@ def _named(
 ) -> bool:
     images.mkdir(parents=True, exist_ok=True)
     skipped = Skipped()
-    there = {triple.image for triple in read(skipped) if isinstance(triple.image, Path)}
+    shown = (picture for triple in read(skipped) for picture in triple.pictures)
+    there = {picture for picture in shown if isinstance(picture, Path)}
     if others := len(skipped) - len(skipped.pictures):
         say(f"{others} record(s) cannot be used; python -m povid.preferences check lists them")
     wanted = {file: file.name for file in there}

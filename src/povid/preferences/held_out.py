@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from povid.fault import Fault
 from povid.files import digest
-from povid.preferences.triple import Triple
+from povid.preferences.triple import Picture, Triple
 
 PICTURE_BYTES = 2**19  # of a larger picture only the size and this many bytes are compared
 
@@ -18,12 +17,13 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
     """Split records into those to train on and those held out, each in their order.
 
     ``share`` (0 to 1) of the different pictures are held out, with all their records. Which ones depends on the content
-    of the pictures alone: not on a seed, on names, or on the order of the records.
+    of the pictures alone: not on a seed, on names, or on the order of the records. Pictures that stand together in a
+    record count as one, and so does the question of records without a picture.
 
     Raises:
         Fault: the share leaves one of the sides empty.
     """
-    pictures = picture_digests(triples)
+    pictures = _groups(picture_digests(triples))
     ranked = sorted(set(pictures), key=lambda found: hashlib.sha256(found.encode()).digest())
     chosen = set(ranked[: round(share * len(ranked))])
     kept = [triple for triple, found in zip(triples, pictures) if found not in chosen]
@@ -38,23 +38,42 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
 
 
 def picture_on_both_sides(kept: Sequence[Triple], held: Sequence[Triple]) -> tuple[Triple, Triple] | None:
-    """The first record of ``held`` whose picture a record of ``kept`` has too, and that record; None if all differ."""
-    known = dict(zip(picture_digests(kept), kept))
-    for triple, found in zip(held, picture_digests(held)):
-        if found in known:
-            return triple, known[found]
+    """The first record of ``held`` with a picture of one of ``kept``, and that record; None if all differ."""
+    known = {found: triple for triple, own in zip(kept, picture_digests(kept)) for found in own}
+    for triple, own in zip(held, picture_digests(held)):
+        for found in own:
+            if found in known:
+                return triple, known[found]
     return None
 
 
-def picture_digests(triples: Sequence[Triple]) -> list[str]:
-    """What names the content of each record's picture; of a picture that is missing, its path."""
-    images = list(dict.fromkeys(triple.image for triple in triples))
+def picture_digests(triples: Sequence[Triple]) -> list[tuple[str, ...]]:
+    """What names the content of each record's pictures; of a picture that is missing, its path.
+
+    A record without a picture is named by its question.
+    """
+    images = list(dict.fromkeys(picture for triple in triples for picture in triple.pictures))
     with ThreadPoolExecutor(8) as threads:
         known = dict(zip(images, threads.map(_digest, images)))
-    return [known[triple.image] for triple in triples]
+    return [tuple(known[picture] for picture in t.pictures) or (f"question {t.question}",) for t in triples]
 
 
-def _digest(image: Path | bytes) -> str:
+def _groups(digests: Sequence[Sequence[str]]) -> list[str]:
+    """One name for each record, the same for all that are linked by common pictures: the first of their digests."""
+    above: dict[str, str] = {}
+
+    def top(found: str) -> str:
+        while above.setdefault(found, found) != found:
+            found = above[found]
+        return found
+
+    for own in digests:
+        first, *others = sorted(set(map(top, own)))
+        above.update(dict.fromkeys(others, first))
+    return [top(own[0]) for own in digests]
+
+
+def _digest(image: Picture) -> str:
     try:
         return digest(image, PICTURE_BYTES)
     except OSError:  # the data check names it

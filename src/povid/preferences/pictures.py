@@ -15,7 +15,10 @@ import numpy as np
 from PIL import Image
 
 from povid.fault import Fault
-from povid.preferences.records import MissingPicture, one_line, show, text
+from povid.files import digest
+from povid.preferences.records import IMAGE_MARKER, MissingPicture, one_line, show, text
+from povid.preferences.triple import Image as Shown
+from povid.preferences.triple import pictures_of
 
 BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*")  # without what stands behind it
 SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
@@ -65,6 +68,11 @@ class Pictures(Sequence[Image.Image]):
         return open_picture(self.images[record])
 
 
+def digest_of(image: Shown, whole: int | None = None) -> str:
+    """What names the content of a question's picture or pictures (``files.digest``); "none" for none."""
+    return "+".join(digest(picture, whole) for picture in pictures_of(image)) or "none"
+
+
 def picture_fault(image: Path | bytes) -> str | None:
     """Why a picture cannot be used and what to do, as part of a sentence; None if it decodes completely.
 
@@ -104,6 +112,38 @@ def damage(file: Path) -> str | None:
         source.seek(max(os.fstat(source.fileno()).st_size - 2, 0))
         end = source.read()
     return None if (start, end) == (b"\xff\xd8\xff", b"\xff\xd9") else picture_fault(file)
+def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image | None:
+    """Pictures in a row, to be looked at: each as high as the lowest of them. One stays as it is; None for none."""
+    if len(pictures) < 2:
+        return pictures[0] if pictures else None
+    height = min(picture.height for picture in pictures)
+    scaled = [p.resize((max(1, round(p.width * height / p.height)), height)) for p in pictures]
+    row = Image.new("RGB", (sum(picture.width for picture in scaled), height))
+    at = 0
+    for picture in scaled:
+        row.paste(picture, (at, 0))
+        at += picture.width
+    return row
+
+
+def find_pictures(value: Any, images: Path | None, record: str, key: str, marks: int) -> Shown:
+    """The pictures that a record names, each found by :func:`find_picture`: one, several, or None for an empty list.
+
+    ``marks``: how many image markers the record's questions hold. Unless it has one picture, these must be as many as
+    its pictures, or none.
+
+    Raises:
+        MissingPicture: there is no such file.
+        Fault: as :func:`find_picture`; the number of markers is not that of the pictures.
+    """
+    if not isinstance(value, list) or len(value) == 1:
+        return find_picture(value, images, record, key)
+    if marks not in (0, len(value)):
+        raise Fault(
+            f"{record}: pictures in {key}: {len(value)}, markers {IMAGE_MARKER} in its questions: {marks}; list every "
+            "picture, in the order of the markers"
+        )
+    return tuple(find_picture(one, images, record, key) for one in value) or None
 
 
 def find_picture(value: Any, images: Path | None, record: str, key: str = "image") -> Path | bytes:
@@ -120,7 +160,10 @@ def find_picture(value: Any, images: Path | None, record: str, key: str = "image
     """
     if isinstance(value, list):
         if len(value) != 1:
-            raise Fault(f"{record}: {key} must hold one picture, found {len(value)}; split the record or remove it")
+            raise Fault(
+                f"{record}: {key} must hold one picture in this format, found {len(value)}; use the format povid or "
+                "trl, or remove the record"
+            )
         value = value[0]
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")

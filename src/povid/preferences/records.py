@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from povid.fault import Fault
-from povid.preferences.triple import Triple, Turn
+from povid.preferences.triple import Image, Triple, Turn
 
 Built = TypeVar("Built")
 IMAGE_MARKER = "<image>"
@@ -344,7 +344,7 @@ def without_marker(question: str, record: str, key: str) -> str:
 
 
 def one_round(
-    id: str, image: Path | bytes, question: str, preferred: str, dispreferred: str, source: str, meta: Mapping[str, Any]
+    id: str, image: Image, question: str, preferred: str, dispreferred: str, source: str, meta: Mapping[str, Any]
 ) -> Triple:
     """A triple of one question and its two answers."""
     asked = Turn("user", question)

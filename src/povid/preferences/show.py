@@ -82,7 +82,7 @@ def write_page(
     if count < len(shown):
         shown = random.Random(seed).sample(shown, max(count, 0))
     drawn = {f"noised, step {step}": _noise(step) for step in noise_steps}
-    pictures = Pictures([triple.image for triple in triples])
+    pictures = Pictures([picture for triple in triples for picture in triple.pictures])
     drawn |= {name: distortion.among(pictures) for name, distortion in (distortions or {}).items()}
     pages.write(
         Path(out),
@@ -149,8 +149,8 @@ def _card(triple: Triple, distortions: Mapping[str, Distortion], seed: int, reco
         tags.append("too long: compared at both ends alone")
     shown, gone = [], ""
     try:
-        picture = open_picture(triple.image)
-        shown = [(picture, "picture"), *_distorted(picture, distortions, seed, record)]
+        for number, picture in enumerate(map(open_picture, triple.pictures)):
+            shown += [(picture, "picture"), *_distorted(picture, distortions, seed, record, number)]
     except Fault as fault:  # a page about data shows what is wrong with them
         gone = str(fault)
     return {
@@ -167,14 +167,15 @@ def _card(triple: Triple, distortions: Mapping[str, Distortion], seed: int, reco
 
 
 def _distorted(
-    picture: Image.Image, distortions: Mapping[str, Distortion], seed: int, record: int
+    picture: Image.Image, distortions: Mapping[str, Distortion], seed: int, record: int, number: int
 ) -> Iterator[tuple[Image.Image, str]]:
     """The picture as training distorts it for this record in its first epoch, with the name of each distortion."""
     if distortions:
         from povid.method.distortions import distort_picture, generator
 
         for name, distortion in distortions.items():
-            yield distort_picture(distortion, picture, generator(seed=seed, epoch=0, record=record)), name
+            source = generator(seed=seed, epoch=0, record=record, picture=number)
+            yield distort_picture(distortion, picture, source), name
 
 
 def _noise(step: int) -> Distortion:

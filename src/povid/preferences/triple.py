@@ -10,6 +10,15 @@ from typing import Any, Literal
 from povid.fault import Fault
 
 Role = Literal["user", "assistant"]
+Picture = Path | bytes  # a file or an encoded picture (JPEG, PNG ...)
+Image = Picture | tuple[Picture, ...] | None  # what a record or a question shows: one picture, several or none
+
+
+def pictures_of(image: Image) -> tuple[Picture, ...]:
+    """The pictures one by one, in their order."""
+    if image is None:
+        return ()
+    return image if isinstance(image, tuple) else (image,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +35,23 @@ class Triple:
 
     ``preferred`` (y_w) and ``dispreferred`` (y_l^t) are whole conversations: user and assistant alternate, the user
     speaks first, an assistant turn ends them, their user turns are the same and at least one assistant turn differs.
-    The image belongs in front of the first user turn. ``image`` is a file or an encoded picture (JPEG, PNG ...).
+    ``image`` is a picture, a tuple of several, or None; a tuple of one becomes that one, an empty one None. Pictures
+    stand in front of the first user turn, in their order.
 
     Raises:
         Fault: names the record and the key that breaks one of these rules.
     """
 
     id: str
-    image: Path | bytes
+    image: Image
     preferred: tuple[Turn, ...]
     dispreferred: tuple[Turn, ...]
     source: str = ""
     meta: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if isinstance(self.image, tuple) and len(self.image) < 2:
+            object.__setattr__(self, "image", self.image[0] if self.image else None)
         for key in ("preferred", "dispreferred"):
             turns = getattr(self, key)
             roles = [turn.role for turn in turns]
@@ -67,6 +79,11 @@ class Triple:
                 )
         if self.preferred == self.dispreferred:
             raise Fault(f"record {self.id!r}: preferred and dispreferred are equal; remove the record")
+
+    @property
+    def pictures(self) -> tuple[Picture, ...]:
+        """The record's pictures, in their order; empty for a record without one."""
+        return pictures_of(self.image)
 
     @property
     def question(self) -> str:

@@ -111,10 +111,11 @@ def _records(triples: Sequence[Triple]) -> str:
 
 
 def _pictures(triples: Sequence[Triple]) -> str:
-    images = list(dict.fromkeys(triple.image for triple in triples))
+    images = list(dict.fromkeys(picture for triple in triples for picture in triple.pictures))
     with ThreadPoolExecutor(8) as threads:
         found = dict(zip(images, threads.map(lambda image: files.digest(image, PICTURE_BYTES), images)))
-    return digest([found[triple.image] for triple in triples])
+    shown = [[found[picture] for picture in triple.pictures] for triple in triples]
+    return digest([own[0] if len(own) == 1 else own for own in shown])
 
 
 def of_stage(settings: Settings, number: int, adapters: Sequence[Path], content: Content) -> Identity:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from povid.fault import Fault
+from povid.method.objectives import ON_DISTORTED
 from povid.preferences.check import Report
 from povid.preferences.check import check as check_records
 from povid.preferences.held_out import hold_out, picture_on_both_sides
-from povid.preferences.pictures import open_picture
-from povid.preferences.triple import Triple
+from povid.preferences.triple import Triple, Turn
 from povid.run.build import make
 from povid.run.settings import Settings
 
@@ -70,6 +70,13 @@ def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
     if "text" in settings.ablation.dispreferences:
         triples = settings.dispreference(triples, seed=settings.plain.seed, limit=limit, skipped=skipped)
     triples = triples[:limit]
+    lacking = [triple.id for triple in triples if not triple.pictures]
+    if lacking and skipped is None and (what := _needs_picture(settings)):
+        other = ", or train with ablation=text" if _distorts(settings) else ""
+        raise Fault(
+            f"{file}: records without a picture: {len(lacking)} of {len(triples)} (first: {lacking[0]!r}); "
+            f"{what} needs one: remove them, skip them with data.skip_bad=true{other}"
+        )
     if skipped is not None:
         report = check(settings, triples)
         triples = [triple for triple in triples if triple.id not in report.bad]
@@ -83,7 +90,24 @@ def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
 def check(settings: Settings, triples: list[Triple], sample: int | None = None) -> Report:
     """Check all records, or a sample of them, for what would stop training."""
     count = prompt_tokens(settings)
-    return check_records(triples, sample=sample, limit=settings.model.max_length, tokens=count)
+    lacked = "" if all(triple.pictures for triple in triples) else _needs_picture(settings)
+    return check_records(triples, sample=sample, limit=settings.model.max_length, tokens=count, needs_picture=lacked)
+
+
+def _needs_picture(settings: Settings) -> str:
+    """What a record needs a picture for: "" if it can do without."""
+    if _distorts(settings):
+        return "the noise dispreference"
+    model = settings.model
+    if not model.trainable:
+        return ""
+    if settings.split and model.train_projector:  # all devices must call it in every step
+        return "a projector that is split over devices (model.train_projector=true)"
+    return f"model={model.name}" if model.known_architecture().needs_image else ""
+
+
+def _distorts(settings: Settings) -> bool:
+    return any(ON_DISTORTED & terms for terms in settings.terms.values())
 
 
 def prompt_tokens(settings: Settings) -> Callable[[Triple], int]:
@@ -92,8 +116,9 @@ def prompt_tokens(settings: Settings) -> Callable[[Triple], int]:
 
     def count(triple: Triple) -> int:
         try:
-            return len(template.see(template.prompt(triple.question), template.picture(open_picture(triple.image)))[0])
+            (encoded,), _ = template.encode([(Turn("user", triple.question),)], triple.image, triple.id)
         except Fault:  # the picture is reported separately
             return 0
+        return len(encoded.input_ids)
 
     return count

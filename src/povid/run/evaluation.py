@@ -14,7 +14,7 @@ from povid.fault import Fault, did_you_mean
 from povid.machine import versions
 from povid.method.distortions import distort_picture, generator
 from povid.model.question import Answerer, Decoding, Question
-from povid.preferences.pictures import Pictures, open_picture
+from povid.preferences.pictures import Pictures, open_picture, side_by_side
 from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.report import samples as kept_samples
@@ -201,21 +201,22 @@ def sample_records(
 
     ``before``, ``now``: captions; ``noise``: y_l^n by record.
     """
-    distortion = settings.distortion.among(Pictures([triple.image for triple in triples]))
+    distortion = settings.distortion.among(Pictures([picture for triple in triples for picture in triple.pictures]))
     records = []
     for sample, was, says in zip(samples, before, now):
         number = sample.meta["record"]
         triple = triples[number]
-        picture = open_picture(triple.image)
-        source = generator(seed=settings.plain.seed, epoch=0, record=number)
+        pictures = [open_picture(picture) for picture in triple.pictures]
+        sources = [generator(seed=settings.plain.seed, epoch=0, record=number, picture=i) for i in range(len(pictures))]
+        noised = [distort_picture(distortion, picture, source) for picture, source in zip(pictures, sources)]
         records.append(
             {
                 "id": triple.id,
-                "image": picture,
+                "image": side_by_side(pictures),
                 "question": triple.question,
                 "before": was,
                 "after": says,
-                "noised": distort_picture(distortion, picture, source),
+                "noised": side_by_side(noised),
                 "preferred": triple.preferred[-1].text,
                 "dispreferred": triple.dispreferred[-1].text,
                 "noise": noise.get(triple.id),

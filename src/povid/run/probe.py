@@ -18,6 +18,7 @@ from povid.fault import Fault
 from povid.files import digest
 from povid.model.generation import Answers
 from povid.model.question import Question
+from povid.preferences.triple import pictures_of
 from povid.run.identity import digest as digest_of
 from povid.run.samples import undisturbed
 from povid.run.watch import Better, Rows, Watcher
@@ -101,7 +102,8 @@ class Probe(Watcher):
 
     def before(self, benchmarks: Mapping[str, Benchmark]) -> None:
         """Warn where the evaluation asks about a picture of the probe's; benchmarks without their files ask nothing."""
-        own = {digest(q.image) for _, benchmark in self._kinds() for q in self.asked(benchmark) if q.image is not None}
+        asked = (question for _, benchmark in self._kinds() for question in self.asked(benchmark))
+        own = {digest(picture) for question in asked for picture in pictures_of(question.image)}
         for name, benchmark in benchmarks.items():
             with suppress(Fault):
                 images = dict.fromkeys(q.image for q in benchmark.loaded() if isinstance(q.image, Path))

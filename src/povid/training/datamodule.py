@@ -44,9 +44,9 @@ class PreferenceBatch(NamedTuple):
     ``pairs`` packs preferred and dispreferred together, or the preferred side alone if no term needs the other;
     ``preferred`` packs the preferred side alone for the distorted image (None without one). For models whose sequences
     cannot be packed, ``pairs`` is the preferred side and ``dispreferred`` the other. ``images`` and ``noised`` hold the
-    processor's tensors of x and x^n, one row (or more) per example; ``noised_for_reference`` those of the x^n that only
-    the reference sees, None if it sees the policy's. ``tokens``: the number of tokens of each response [B], or the sum
-    of their weights.
+    processor's tensors of x and x^n, of all examples in their order; ``noised_for_reference`` those of the x^n that
+    only the reference sees, None if it sees the policy's. ``tokens``: the number of tokens of each response [B], or the
+    sum of their weights.
     """
 
     names: list[str]
@@ -77,7 +77,8 @@ class PreferenceDataset(Dataset):
         distorted_images: int = 1,
     ) -> None:
         self.triples, self.template, self.seed = triples, template, seed
-        self.distortion = distortion and distortion.among(Pictures([triple.image for triple in triples]))
+        everything = Pictures([picture for triple in triples for picture in triple.pictures])
+        self.distortion = distortion and distortion.among(everything)
         self.distorted_images = distorted_images
         self.cache_bytes, self.cached_bytes = cache_mb * 2**20, 0
         self.cache: OrderedDict[int, tuple] = OrderedDict()
@@ -113,14 +114,24 @@ class PreferenceDataset(Dataset):
     ) -> list[dict[str, Tensor] | None]:
         if self.distortion is None:
             return [None]
-        source = generator(seed=self.seed, epoch=epoch, record=record)
+        if not images:
+            raise Fault(
+                f"record {triple.id!r} has no picture to be distorted; remove it, or leave the noise dispreference out "
+                "with ablation=text"
+            )
+        count = range(len(triple.pictures))
+        sources = [generator(seed=self.seed, epoch=epoch, record=record, picture=number) for number in count]
         if self.distortion.space == "normalized":
             pixels = images["pixel_values"]
-            draws = [self.distortion(pixels, source) for _ in range(self.distorted_images)]
+            draws = [self.distortion(pixels, sources[0]) for _ in range(self.distorted_images)]
             return [{**images, "pixel_values": drawn} for drawn in draws]
-        picture, prompt = open_picture(triple.image), self.template.prompt(triple.question)
-        pictures = [distort_picture(self.distortion, picture, source) for _ in range(self.distorted_images)]
-        return [self.template.see(prompt, self.template.picture(drawn))[1] for drawn in pictures]
+        pictures = [open_picture(picture) for picture in triple.pictures]
+        prompt = self.template.prompt(triple.question, pictures=len(pictures))
+        found = []
+        for _ in range(self.distorted_images):
+            drawn = [distort_picture(self.distortion, *pair) for pair in zip(pictures, sources)]
+            found.append(self.template.see(prompt, *map(self.template.picture, drawn))[1])
+        return found
 
 
 def collate(

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 SCORING_CODE = (
     "method/noise_dispreferred.py",
+    "model/architectures.py",
     "model/fused.py",
     "model/loading.py",
     "model/packing.py",
@@ -66,6 +67,7 @@ def folder_key(policy: Policy, **run: Any) -> str:
         "config": config,
         "code": code.hexdigest(),
         "packable": policy.packable,
+        "architecture": policy.architecture.model_dump(),
         "fused": policy.settings.fused,
         "attention": attention_name(policy.network.config.get_text_config()),
         "dtype": str(parameter.dtype),

@@ -9,12 +9,14 @@ A distortion is a callable with a ``space``:
   number of image tokens may depend on the size of a picture, and x^n stands in the place of x.
 
 Whatever is random comes from the generator, which depends on seed, epoch and record alone: a record gets the same x^n
-whatever the batch size, the number of workers or of devices, and after a resume. A distortion that uses other records'
-pictures is given them by :meth:`Distortion.among`.
+whatever the batch size, the number of workers or of devices, and after a resume. Each picture of a record with several
+is distorted by itself: in ``pixel`` space with a generator of its own, in ``normalized`` space as its part of the
+record's tensor. A distortion that uses other records' pictures is given them by :meth:`Distortion.among`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, Self
@@ -35,7 +37,7 @@ class Distortion(ABC):
         """The distorted x; ``x`` itself is left unchanged."""
 
     def among(self, pictures: Sequence[Image.Image]) -> Self:
-        """The same distortion with access to the pictures of all records, in their order; they open when indexed."""
+        """The same distortion with access to all pictures of all records, in their order; they open when indexed."""
         return self
 
     def to_bytes(self, x: Tensor) -> Tensor:
@@ -43,9 +45,12 @@ class Distortion(ABC):
         return (x.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def generator(*, seed: int, epoch: int, record: int) -> torch.Generator:
-    """The source of randomness for one record in one epoch."""
-    return torch.Generator().manual_seed((seed * 1_000_003 + epoch) * 100_000_007 + record)
+def generator(*, seed: int, epoch: int, record: int, picture: int = 0) -> torch.Generator:
+    """The source of randomness for one record in one epoch, or for a further picture of it (from 1)."""
+    number = (seed * 1_000_003 + epoch) * 100_000_007 + record
+    if picture:
+        number = int.from_bytes(hashlib.sha256(f"{number} {picture}".encode()).digest()[:7], "big")
+    return torch.Generator().manual_seed(number)
 
 
 def distort_picture(distortion: Distortion, picture: Image.Image, source: torch.Generator) -> Image.Image:

@@ -15,7 +15,10 @@ from povid.method.distortions import Distortion, to_tensor
 
 
 class OtherPicture(Distortion):
-    """x^n is the picture of a random other record, never x itself, also where several records share x."""
+    """x^n is the picture of a random other record, never x itself, also where several records share x.
+
+    All pictures of all records are drawn from, so a record with several may get another of its own.
+    """
 
     space = "pixel"
 

@@ -10,8 +10,9 @@ from typing import Any
 
 from povid.fault import Fault
 from povid.files import draft
-from povid.preferences.pictures import find_picture
+from povid.preferences.pictures import find_pictures
 from povid.preferences.records import (
+    IMAGE_MARKER,
     gather,
     label,
     listing,
@@ -27,7 +28,10 @@ from povid.preferences.triple import Triple, Turn
 
 
 def read(preferences: Path, images: Path | None = None, skipped: list[str] | None = None) -> list[Triple]:
-    """Read parquet, JSON or JSON Lines; where a record has no ``id``, its number is its id."""
+    """Read parquet, JSON or JSON Lines; where a record has no ``id``, its number is its id.
+
+    ``images`` may list several pictures, or none.
+    """
     return gather(preferences, images, skipped, _triples)
 
 
@@ -44,10 +48,12 @@ def from_row(row: Mapping[str, Any], images: Path | None = None, *, default_id: 
     at = label(row) if row.get("id") is not None else f"record {default_id}"
     prompt = _turns(row["prompt"], at, "prompt") if row.get("prompt") else ()
     key = "images" if "images" in row else "image"
+    preferred = prompt + _turns(member(row, "chosen", at), at, "chosen")
+    marks = _marks([*(row.get("prompt") or ()), *row["chosen"]])
     return Triple(
         id=name_of(row["id"], at) if row.get("id") is not None else default_id,
-        image=find_picture(member(row, key, at), images, at, key),
-        preferred=prompt + _turns(member(row, "chosen", at), at, "chosen"),
+        image=find_pictures(member(row, key, at), images, at, key, marks),
+        preferred=preferred,
         dispreferred=prompt + _turns(member(row, "rejected", at), at, "rejected"),
         source="trl",
     )
@@ -67,6 +73,14 @@ def _turns(value: Any, at: str, key: str) -> tuple[Turn, ...]:
         said = _content(member(message, "content", at, place), at, f"{place}.content")
         turns.append(Turn(role, without_marker(said, at, place) if role == "user" else said))
     return tuple(turns)
+
+
+def _marks(messages: list[Mapping[str, Any]]) -> int:
+    """How many places for a picture the user's messages hold."""
+    contents = [message["content"] for message in messages if message["role"] == "user"]
+    texts = sum(content.count(IMAGE_MARKER) for content in contents if isinstance(content, str))
+    parts = [part for content in contents if not isinstance(content, str) for part in content]
+    return texts + sum(part["type"] == "image" or (part.get("text") or "").count(IMAGE_MARKER) for part in parts)
 
 
 def _content(value: Any, at: str, key: str) -> str:
@@ -101,9 +115,9 @@ def write(triples: Iterable[Triple], preferences: Path, images: Path | None = No
         while batch := list(itertools.islice(triples, 64)):
             rows = [to_row(triple) for triple in batch]
             for row in rows:
-                entry = row["images"][0]
-                if entry["bytes"] is None:
-                    entry.update(bytes=_bytes_of(row["id"], entry["path"]), path=Path(entry["path"]).name)
+                for entry in row["images"]:
+                    if entry["bytes"] is None:
+                        entry.update(bytes=_bytes_of(row["id"], entry["path"]), path=Path(entry["path"]).name)
             writer.write_batch(pyarrow.RecordBatch.from_pylist(rows, schema=schema))
 
 
@@ -111,15 +125,17 @@ def to_row(triple: Triple) -> dict[str, Any]:
     """One triple as a row.
 
     ``prompt`` holds the turns up to the first assistant turn that differs, ``chosen`` and ``rejected`` the rest, so a
-    multi-turn record stays whole. The picture is a ``{"bytes", "path"}`` object, as the `datasets` library reads it.
+    multi-turn record stays whole. A picture is a ``{"bytes", "path"}`` object, as the `datasets` library reads it.
     """
     shared = next(n for n, (good, bad) in enumerate(zip(triple.preferred, triple.dispreferred)) if good != bad)
-    stored = isinstance(triple.image, bytes)
     prompt = [_message(turn) for turn in triple.preferred[:shared]]
-    prompt[0]["content"].insert(0, {"type": "image", "text": None})
+    prompt[0]["content"][:0] = [{"type": "image", "text": None} for _ in triple.pictures]
     return {
         "id": triple.id,
-        "images": [{"bytes": triple.image if stored else None, "path": None if stored else str(triple.image)}],
+        "images": [
+            {"bytes": picture, "path": None} if isinstance(picture, bytes) else {"bytes": None, "path": str(picture)}
+            for picture in triple.pictures
+        ],
         "prompt": prompt,
         "chosen": [_message(turn) for turn in triple.preferred[shared:]],
         "rejected": [_message(turn) for turn in triple.dispreferred[shared:]],
