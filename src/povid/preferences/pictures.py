@@ -112,6 +112,8 @@ def damage(file: Path) -> str | None:
         source.seek(max(os.fstat(source.fileno()).st_size - 2, 0))
         end = source.read()
     return None if (start, end) == (b"\xff\xd8\xff", b"\xff\xd9") else picture_fault(file)
+
+
 def side_by_side(pictures: Sequence[Image.Image]) -> Image.Image | None:
     """Pictures in a row, to be looked at: each as high as the lowest of them. One stays as it is; None for none."""
     if len(pictures) < 2:
