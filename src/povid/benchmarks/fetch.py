@@ -25,6 +25,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from povid.benchmarks import wording
 from povid.benchmarks.benchmark import Benchmark, Source
 from povid.fault import Fault
 from povid.files import sync, write_json
@@ -35,10 +36,18 @@ RECORD = "fetched.json"  # in the data folder: address, size and sha256 of what 
 
 
 def main(benchmark: type[Benchmark], data: Path) -> int:
-    """Download what can be, report it, and say what is left to do by hand; returns the exit status 0."""
+    """Download what can be, report it, and say what is left to do by hand; returns the exit status 0.
+
+    The judge's official prompt is read in the official script as soon as that is there. The official gradings, which
+    only ``calibrate`` needs, come last.
+    """
     if not benchmark.sources:
         print(f"{benchmark.name} names no files to download; put its files into {data}")
-    for file in fetch(benchmark.sources, data):
+    for file in fetch((*benchmark.sources, *benchmark.prompt_sources), data):
+        print(f"{file} is complete")
+    if (prompt := wording.store(benchmark, data)) is not None:
+        print(f"{prompt} has the judge's official prompt, word for word")
+    for file in fetch(getattr(benchmark, "graded", ()), data):
         print(f"{file} is complete")
     if benchmark.notice:
         print(benchmark.notice.format(data=data))

@@ -502,15 +502,16 @@ def _explained(row: Row, column: Column, summary: Summary) -> list[str]:
 
 
 def _judged(row: Row, column: Column, summary: Summary) -> list[str]:
-    """Who judged a score, and that the prompt is in our wording: the official texts are not part of this package."""
+    """Who judged a score, and whether in the official words or in ours."""
     if summary.mean is None:
         return []
     name = column.key.partition(".")[0]
     judges = [lookup(run.results["benchmarks"], f"{name}.judge") for run in row.runs]
     return sorted(
-        f"{name}: judged by {model} (officially {official}), the prompt in our own wording ({wording})"
-        for model, official, wording in {
-            tuple(judge.get(key) for key in ("model", "official_model", "wording"))
+        f"{name}: judged by {model}{f' at revision {revision}' if revision else ''} (officially {official}), "
+        + ("the official prompt" if wording == "official" else f"the prompt in our own wording ({wording})")
+        for model, revision, official, wording in {
+            tuple(judge.get(key) for key in ("model", "revision", "official_model", "wording"))
             for judge in judges
             if isinstance(judge, dict) and judge.get("wording")
         }

@@ -82,8 +82,8 @@ class EndpointSettings(BaseModel):
 
     Attributes:
         model: name of the model as the server knows it; None where the caller chooses it, as a judge does.
-        revision: commit of the open weights that the server was started with. No server tells it, so it is taken at your
-            word: replies under another one are not used, and it stands beside every result.
+        revision: commit of the open weights that the server was started with. No server tells it, so it is taken at
+            your word: replies under another one are not used, and it stands beside every result.
         extra: further arguments of the API for every request, as ``reasoning_effort``; part of what a reply depends on.
         base_url: address up to ``/v1``, without user name and password; None takes OPENAI_BASE_URL from the
             environment, else OpenAI's own server.

@@ -70,8 +70,8 @@ class ReplyFile:
     Every process appends under a file lock. A claim is a locked file named by its key: its holder sends the request,
     the others wait and then find the reply. A lock ends with its process, so a kill blocks nobody.
 
-    ``total`` is what all processes that wrote to the file have spent, ``models`` are those that replied. ``budget`` (currency) and ``token_budget`` bound
-    it, including what requests in flight may still cost.
+    ``total`` is what all processes that wrote to the file have spent, ``models`` are those that replied. ``budget``
+    (currency) and ``token_budget`` bound the total, including what requests in flight may still cost.
     """
 
     def __init__(self, file: Path, budget: float | None = None, token_budget: int | None = None) -> None:
