@@ -78,9 +78,10 @@ def test_trouble_changes_nothing_and_nothing_is_paid_twice(questions, tmp_path):
         again = MMHal(data="data").score(questions, answers, judge(server, tmp_path / "storm")).scores
         assert len(server.requests) == sent
     assert calm["score"] == stormy["score"] == again["score"] == pytest.approx(31 / 12)
-    assert stormy["judge"]["replies"] == 12 and stormy["judge"]["tokens"] == 12 * 105
-    assert stormy["judge"]["cost"] == pytest.approx(12 * (100 * 10 + 5 * 30) / 1e6)
-    assert again["judge"] == stormy["judge"]  # from disk at what it cost then
+    assert stormy["judging"]["replies"] == 12 and stormy["judging"]["tokens"] == 12 * 105
+    assert stormy["judging"]["cost"] == pytest.approx(12 * (100 * 10 + 5 * 30) / 1e6)
+    assert again["judging"] == stormy["judging"]  # from disk at what it cost then
+    assert again["judge"] == stormy["judge"] == calm["judge"]  # runs of different cost can be averaged and compared
 
 
 def test_a_judge_that_falls_silent_withholds_the_score_and_keeps_what_it_said(questions, tmp_path):

@@ -57,8 +57,8 @@ def store(benchmark: type[Benchmark], data: Path) -> Path | None:
     for name, own in benchmark.own_prompt().items():
         if name not in parts or (_fields(own) and _fields(parts[name]) != _fields(own)):
             raise Fault(
-                f"{benchmark.name}: the official {name} has another form than the script is known for; the prompt stays "
-                f"in our own wording ({benchmark.wording})"
+                f"{benchmark.name}: the official {name} has another form than is known of it; the prompt stays in our "
+                f"own wording ({benchmark.wording})"
             )
     found = Wording(OFFICIAL, {name: parts[name] for name in benchmark.own_prompt()})
     content = {"wording": OFFICIAL, "sources": _sources(benchmark), "parts": found.parts, "digest": found.digest}
