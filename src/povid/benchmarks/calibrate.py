@@ -175,14 +175,14 @@ def _compared(
         pairs = official[name][:, chosen].ravel(), ours[name][:, chosen].ravel()
         gap = ours[name] - official[name]
         biases = nanmean(gap[:, draws], axis=(0, 2))
-        ranked = np.array([_spearman(official[name][:, draw].ravel(), ours[name][:, draw].ravel()) for draw in draws])
+        drawn = [np.moveaxis(side[name][:, draws], 0, -1).reshape(len(draws), -1) for side in (official, ours)]
         found[name] = {
             "n": int(np.isfinite(pairs[0]).sum()),
             "official": _float(nanmean(pairs[0])),
             "judge": _float(nanmean(pairs[1])),
             **_interval("bias", nanmean(gap[:, chosen]), biases),
             "mean_absolute": _float(nanmean(np.abs(gap[:, chosen]))),
-            **_interval("spearman", _spearman(*pairs), ranked, "spearman_"),
+            **_interval("spearman", _spearman(*pairs), _spearman(*drawn), "spearman_"),
             "kendall": _kendall(*pairs),
         }
     return found
@@ -206,21 +206,25 @@ def _itself(sets: Sequence[Published], name: str) -> dict[str, float | None]:
     }
 
 
-def _spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's rank correlation of what both have; NaN where one of them does not vary."""
+def _spearman(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's rank correlation over the last axis of what both have; NaN where one of them does not vary.
+
+    Means of several gradings that differ by rounding alone share their rank.
+    """
     from scipy.stats import rankdata  # takes a moment to import, and only calibrating needs it
 
-    both = np.isfinite(a) & np.isfinite(b)
-    if both.sum() < 2 or np.ptp(a[both]) == 0 or np.ptp(b[both]) == 0:
-        return math.nan
-    return float(np.corrcoef(rankdata(a[both]), rankdata(b[both]))[0, 1])
+    a, b = np.where(np.isnan(b), np.nan, a).round(9), np.where(np.isnan(a), np.nan, b).round(9)
+    ranks = [rankdata(side, axis=-1, nan_policy="omit") for side in (a, b)]
+    x, y = (np.nan_to_num(rank - nanmean(rank, axis=-1)[..., None]) for rank in ranks)
+    with np.errstate(invalid="ignore"):
+        return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
 def _kendall(a: np.ndarray, b: np.ndarray) -> float | None:
     from scipy.stats import kendalltau
 
     both = np.isfinite(a) & np.isfinite(b)
-    return _float(kendalltau(a[both], b[both]).statistic) if both.sum() > 1 else None
+    return _float(kendalltau(a[both].round(9), b[both].round(9)).statistic) if both.sum() > 1 else None
 
 
 def _interval(name: str, value: Any, drawn: np.ndarray, prefix: str = "") -> dict[str, float | None]:
