@@ -211,8 +211,8 @@ class LLaVABench(Benchmark, Calibrated):
         return _rating(record["scores"])
 
     def figure(self, ratings: Ratings) -> np.ndarray:
-        """100 x mean score of the model / mean score of the reference."""
-        return 100 * nanmean(ratings["model"], axis=-1) / nanmean(ratings["reference"], axis=-1)
+        """100 x mean score of the model / mean score of the reference, both with the official three decimals."""
+        return 100 * nanmean(ratings["model"], axis=-1).round(3) / nanmean(ratings["reference"], axis=-1).round(3)
 
     def kinds(self, question: Question) -> list[str]:
         """Its category."""
