@@ -490,6 +490,10 @@ def test_a_judged_score_names_its_judge_and_the_wording(write, outputs):
     found = render.markdown(table(3, find_runs(outputs)))
     assert "mmhal: judged by gpt-4o (officially gpt-4-0314), the prompt in our own wording (povid-1)" in found
     assert "mmhal: judged by open at revision c0ffee (officially gpt-4-0314), the official prompt" in found
+    assert "| 2.50‡<sup>" in found and "| 2.50<sup>" in found  # ours is marked at the score itself
+    text = render.plain(table(3, find_runs(outputs)))
+    assert text.count("2.50‡") == 1 and "‡ the judge was asked in our wording of the prompt" in text
+    assert r"2.50$\ddagger$" in render.latex(table(3, find_runs(outputs)))
     write("both", 1, benchmarks={"mmhal": {"score": 2.5, "judge": official}})
     assert "runs differ in judge" in render.markdown(table(3, find_runs(outputs)))
 

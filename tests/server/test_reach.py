@@ -44,6 +44,11 @@ def test_nobody_there_is_told_at_once_and_stops_everything(tmp_path, nobody, cap
     with pytest.raises(Unreachable, match=f"^m at {nobody} cannot be reached .*refused.*start the server or correct"):
         list(asked.ask_all(ask_for(str(n)) for n in range(20)))
     assert time.monotonic() - started < 5
+    with pytest.raises(Unreachable, match=f"^m at {nobody} cannot be reached .*refused"):
+        asked.reach()
+    with ChatServer(lambda body, n: Say("fine")) as server:
+        endpoint(server.url, tmp_path).reach()  # that it lists no models does not matter
+        assert not server.requests
     assert len(said(caplog)) == 8 and all(
         "attempt 1 of 2 failed" in line and "refused" in line for line in said(caplog)
     )

@@ -137,6 +137,7 @@ def calibrate(benchmark: Benchmark, judge: Judge, resamples: int = RESAMPLES, se
         "seed": seed,
         "level": LEVEL,
         "questions": len(questions),
+        "limit": benchmark.limited,
         "answers": answers,
         **{part: {kind: compared[kind][part] for kind in kinds} for part in compared[ALL]},
         "official_with_itself": {name: _itself(sets, name) for name in official},

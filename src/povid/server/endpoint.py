@@ -322,6 +322,22 @@ class Endpoint:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
 
+    def reach(self) -> None:
+        """Raise Unreachable unless something answers at the address within QUIET seconds; no request is paid for."""
+        http, reason = BoundedClient(QUIET), ""
+        try:
+            self._client.with_options(http_client=http, timeout=patience(QUIET)).models.list()
+        except Exception as error:  # what a server says of its models, and how, does not matter
+            reason = self._said(error.__cause__ or error)
+        if not http.connected.is_set():
+            raise self._unreachable(reason)
+
+    def _unreachable(self, reason: str) -> Unreachable:
+        return Unreachable(
+            f"{self._who()} cannot be reached ({reason}); start the server or correct base_url and run again, all "
+            "replies so far are kept"
+        )
+
     @property
     def total(self) -> Spent:
         """What all processes that share the cache have spent."""
@@ -401,10 +417,7 @@ class Endpoint:
                 reason = f"a reply that is not a chat completion ({self._said(error)})"
             unconnected = not self._http.connected.is_set()
             if unconnected and (attempt or not self.settings.retries):
-                raise Unreachable(
-                    f"{self._who()} cannot be reached ({reason}); start the server or correct base_url and run again, "
-                    "all replies so far are kept"
-                )
+                raise self._unreachable(reason)
             if attempt == self.settings.retries or stop.is_set():
                 break
             pause = min(self.settings.backoff * 2**attempt * random.uniform(0.5, 1.5), self.settings.longest_wait)
