@@ -222,9 +222,8 @@ def _judge_file(name: str) -> dict[str, Any]:
     if name not in known:
         raise Fault(f"there is no judge {name!r}{did_you_mean(name, list(known), 'judges')}")
     node = OmegaConf.merge({"outputs": "outputs"}, {"judge": OmegaConf.load(known[name])})
-    settings: dict[str, Any] = OmegaConf.to_container(node, resolve=True)["judge"]
-    del settings["_target_"]
-    return settings
+    settings: Any = OmegaConf.to_container(node.judge, resolve=True)
+    return {key: value for key, value in settings.items() if key != "_target_"}
 
 
 def _calibrate(arguments: Sequence[str]) -> int:

@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -52,7 +52,7 @@ class Published:
 class Calibrated(ABC):
     """What a benchmark has whose judge can be compared with the official one; ``graded`` says where the files are."""
 
-    graded: tuple[Source, ...]
+    graded: ClassVar[tuple[Source, ...]]
 
     @abstractmethod
     def published(self, questions: Sequence[Question]) -> list[Published]:

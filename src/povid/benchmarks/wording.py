@@ -13,7 +13,7 @@ import string
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from povid.fault import Fault
 from povid.files import read_json, write_json
@@ -128,8 +128,8 @@ class Script:
 
     def assigned(self, variable: str) -> str:
         """The text that a variable is first given, of those that are plain text."""
-        values = [node.value for node in self._assignments(variable) if _is_text(node.value)]
-        return self._one(values[:1], variable).value
+        values = [text for node in self._assignments(variable) if (text := _text(node.value)) is not None]
+        return self._one(values[:1], variable)
 
     def template(self, variable: str, names: Mapping[str, str]) -> str:
         """The f-string that a variable is given, as a template; ``names``: expression in the script → field."""
@@ -151,21 +151,19 @@ class Script:
         found = []
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Dict):
-                items = {
-                    key.value: value for key, value in zip(node.keys, node.values) if isinstance(key, ast.Constant)
-                }
-                if _is_text(items.get("role")) and items["role"].value == role and _is_text(items.get("content")):
+                items = {_text(key): _text(value) for key, value in zip(node.keys, node.values)}
+                if items.get("role") == role and items.get("content") is not None:
                     found.append(items["content"])
-        return self._one(found, f"message of the {role}").value
+        return self._one(found, f"message of the {role}")
 
     def appended(self) -> str:
         """The only text of more than one character that is added to the end of another."""
         found = [
-            node.right
+            text
             for node in ast.walk(self.tree)
-            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and _is_text(node.right)
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add) and len(text := _text(node.right) or "") > 1
         ]
-        return self._one([each for each in found if len(each.value) > 1], "text that is appended").value
+        return self._one(found, "text that is appended")
 
     def _assignments(self, variable: str) -> list[ast.Assign]:
         return [
@@ -174,11 +172,12 @@ class Script:
             if isinstance(node, ast.Assign) and [ast.unparse(target) for target in node.targets] == [variable]
         ]
 
-    def _one(self, found: list, what: str):
+    def _one(self, found: list[Any], what: str) -> Any:
         if len(found) != 1:
             raise Fault(f"{self.name}: found {len(found)} times {what!r}, needed once; the official script has changed")
         return found[0]
 
 
-def _is_text(node: ast.AST | None) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
+def _text(node: ast.AST | None) -> str | None:
+    """What a node says, if it is plain text."""
+    return node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else None

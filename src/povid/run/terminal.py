@@ -187,9 +187,9 @@ def finished(run: Path, seconds: float | None = None) -> None:
 def summary(run: Path) -> tuple[str, list[tuple[str, str]]]:
     """The closing panel's title and rows, from results.json and the files beside it."""
     found = read(run / "results.json")
-    scores = row_of(found)
-    rows = [("scores", in_columns([(column.heading, cell.text(column.decimals)) for column, cell in scores]))]
-    if any(cell.own_words for _, cell in scores):
+    row = row_of(found)
+    rows = [("scores", in_columns([(column.heading, cell.text(column.decimals)) for column, cell in row]))]
+    if any(cell.own_words for _, cell in row):
         rows.append((OWN_WORDS, OWN_WORDS_MEANS))
     if found.limit:
         asked = ", ".join(f"{name} {one['asked']} of {one['of']} questions" for name, one in found.limits.items())
