@@ -167,7 +167,10 @@ def test_revision_and_further_arguments_belong_to_a_reply(tmp_path):
         asked.append(endpoint(server.url, tmp_path, extra={"reasoning_effort": "none"}))
         for _ in range(2):
             assert [one.ask(ask_for("1")).text for one in asked] == ["0", "1", "2", "3"]
-    assert [body.get("reasoning_effort") for body in server.requests] == [None, None, None, "none"]
+        extra = {"max_tokens": 4000, "temperature": None}  # of a model that reasons first
+        endpoint(server.url, tmp_path, extra=extra).ask(ask_for("1", temperature=0.5))
+    assert [body.get("reasoning_effort") for body in server.requests] == [None, None, None, "none", None]
+    assert server.requests[-1]["max_tokens"] == 4000 and "temperature" not in server.requests[-1]
     assert plain.settings.identity() == {"model": "m"}
     assert asked[3].settings.identity() == {"model": "m", "extra": {"reasoning_effort": "none"}}
 

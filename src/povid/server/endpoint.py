@@ -84,7 +84,8 @@ class EndpointSettings(BaseModel):
         model: name of the model as the server knows it; None where the caller chooses it, as a judge does.
         revision: commit of the open weights that the server was started with. No server tells it, so it is taken at
             your word: replies under another one are not used, and it stands beside every result.
-        extra: further arguments of the API for every request, as ``reasoning_effort``; part of what a reply depends on.
+        extra: arguments of the API for every request, as ``reasoning_effort``; part of what a reply depends on. They
+            take the place of ours, and one that is null is not sent.
         base_url: address up to ``/v1``, without user name and password; None takes OPENAI_BASE_URL from the
             environment, else OpenAI's own server.
         api_key_env: environment variable that holds the key; it may be unset when a ``base_url`` is known.
@@ -227,6 +228,7 @@ class Endpoint:
             return ""
         day, replacement = known
         instead = f"use {replacement} with extra={{reasoning_effort: none}} and max_tokens_key=max_completion_tokens"
+        instead += ", as judge=openai does"
         if retired.today() >= day:
             return f"OpenAI shut {self.model} down on {day}; {instead}, or name your own server with base_url"
         log.warning("OpenAI will shut %s down on %s; then %s", self.model, day, instead)
@@ -360,7 +362,7 @@ class Endpoint:
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
             "sample": request.sample,
-            "extra": self.settings.extra | dict(request.extra),
+            "extra": dict(request.extra) | self.settings.extra,
         }
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
@@ -373,7 +375,8 @@ class Endpoint:
                 images += "image_url" in part
                 size += len(part.get("text", "").encode("utf-8", "replace"))
         prompt = size // 3 + 8 * len(request.messages) + 8 + images * self.settings.image_tokens
-        return Reply("", prompt, request.max_tokens, self._price(prompt, request.max_tokens), "")
+        longest = self.settings.extra.get(self.settings.max_tokens_key) or request.max_tokens
+        return Reply("", prompt, longest, self._price(prompt, longest), "")
 
     # ------------------------------------------------------------------ one request on the wire
 
@@ -386,11 +389,11 @@ class Endpoint:
             "model": self.model,
             "messages": sendable,
             self.settings.max_tokens_key: request.max_tokens,
-            **self.settings.extra,
+            "temperature": request.temperature,
             **request.extra,
+            **self.settings.extra,
         }
-        if request.temperature is not None:
-            arguments["temperature"] = request.temperature
+        arguments = {key: value for key, value in arguments.items() if value is not None}
         for attempt in range(self.settings.retries + 1):
             self._pace(stop)
             asked_wait, failed = 0.0, ""
