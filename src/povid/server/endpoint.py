@@ -208,6 +208,7 @@ class Endpoint:
         self._interval = 60.0 / settings.requests_per_minute if settings.requests_per_minute else 0.0
         self._next_start = 0.0
         self._lock = threading.RLock()
+        self._away = threading.Lock()  # taken by the first request that finds nobody
         self._file = ReplyFile(Path(cache), settings.budget, settings.token_budget)
         self._asked_again: set[str] = set()
         self._gone = self._retired()
@@ -427,14 +428,18 @@ class Endpoint:
             pause = min(pause, 1.0) if unconnected else pause
             if asked_wait:
                 self._hold_off(min(asked_wait, self.settings.longest_wait))
-            log.warning(
-                "%s: attempt %d of %d failed (%s); the next in %.1f s",
-                request.name,
-                attempt + 1,
-                2 if unconnected else self.settings.retries + 1,
-                reason,
-                max(pause, asked_wait),
-            )
+            if not unconnected:
+                tries, seconds = self.settings.retries + 1, max(pause, asked_wait)
+                log.warning(
+                    "%s: attempt %d of %d failed (%s); the next in %.1f s",
+                    request.name,
+                    attempt + 1,
+                    tries,
+                    reason,
+                    seconds,
+                )
+            elif self._away.acquire(blocking=False):  # all requests in flight find the same: one says it
+                log.warning("%s cannot be reached (%s); once more in %.1f s", self._who(), reason, pause)
             stop.wait(pause)
         if failed:
             self._http.connected.clear()  # a server that went away is tried twice by the next request, not seven times
