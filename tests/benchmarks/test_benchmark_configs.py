@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -11,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from povid.benchmarks import __main__ as command
 from povid.benchmarks.benchmark import Benchmark
 from povid.benchmarks.judge import Judge
+from povid.server import retired
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -48,7 +50,13 @@ def test_table3_has_all_eight_and_overrides_reach_them():
     assert built["mm_vet"].runs == 5
 
 
-def test_judge():
-    node = OmegaConf.load(CONF / "judge" / "openai.yaml")
-    node.cache = "replies.jsonl"
-    assert isinstance(instantiate(node), Judge)
+@pytest.mark.parametrize("name", ["openai", "open"])
+def test_judge(name, monkeypatch):
+    """It is the same in a run and on the command line, lives today, and an open one names its revision."""
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    node = OmegaConf.merge({"outputs": "outputs"}, {"judge": OmegaConf.load(CONF / "judge" / f"{name}.yaml")}).judge
+    judge = instantiate(node, _convert_="all")
+    assert isinstance(judge, Judge)
+    assert judge == Judge(**command._judge_file(name))
+    assert retired.retirement(judge.model, judge.base_url) is None
+    assert bool(judge.revision) == (name == "open")

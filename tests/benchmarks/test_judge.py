@@ -78,9 +78,10 @@ def test_trouble_changes_nothing_and_nothing_is_paid_twice(questions, tmp_path):
         again = MMHal(data="data").score(questions, answers, judge(server, tmp_path / "storm")).scores
         assert len(server.requests) == sent
     assert calm["score"] == stormy["score"] == again["score"] == pytest.approx(31 / 12)
-    assert stormy["judge"]["replies"] == 12 and stormy["judge"]["tokens"] == 12 * 105
-    assert stormy["judge"]["cost"] == pytest.approx(12 * (100 * 10 + 5 * 30) / 1e6)
-    assert again["judge"] == stormy["judge"]  # from disk at what it cost then
+    assert stormy["judging"]["replies"] == 12 and stormy["judging"]["tokens"] == 12 * 105
+    assert stormy["judging"]["cost"] == pytest.approx(12 * (100 * 10 + 5 * 30) / 1e6)
+    assert again["judging"] == stormy["judging"]  # from disk at what it cost then
+    assert again["judge"] == stormy["judge"] == calm["judge"]  # runs of different cost can be averaged and compared
 
 
 def test_a_judge_that_falls_silent_withholds_the_score_and_keeps_what_it_said(questions, tmp_path):
@@ -99,6 +100,34 @@ def test_a_refused_key_is_said_in_the_servers_words(questions, tmp_path):
         pytest.raises(Fault, match="gpt-4-0314 at .*Incorrect API key"),
     ):
         MMHal(data="data").score(questions, ["yes"] * 12, judge(server, tmp_path))
+
+
+def test_judgements_of_a_broken_server_are_asked_for_again_by_the_flag_that_the_message_names(
+    questions, tmp_path, caplog
+):
+    """Half of the replies are of no use, then all; then the server is mended. One without a rating is never one."""
+    broken: list[bool] = [True]
+
+    def script(body, number):
+        odd = int(last_text(body).split("Truth <")[1].split(">")[0]) % 2
+        return Say("<think>") if broken[0] and odd else rating(body)
+
+    def score(**more) -> dict:
+        return MMHal(data="data").score(questions, ["yes"] * 12, judge(server, tmp_path, **more)).scores
+
+    with ChatServer(script) as server:
+        assert score()["unreadable_replies"] == 6
+        broken[0] = False
+        assert score()["unreadable_replies"] == 6 and len(server.requests) == 12
+        assert "mmhal: judgements on disk that cannot be read: 6; if its server has been mended" in caplog.text
+        assert "judge.ask_again=true (--judge-ask-again)" in caplog.text
+        assert score(ask_again=True)["unreadable_replies"] == 0 and len(server.requests) == 18
+        assert score()["score"] == pytest.approx(31 / 12) and len(server.requests) == 18
+    with (
+        ChatServer(lambda body, n: Say("<think>")) as server,
+        pytest.raises(Fault, match="holds a readable score; choose another judge .* judge.ask_again=true"),
+    ):
+        score()
 
 
 def test_ratings():

@@ -278,8 +278,17 @@ class Keyless:
 
 
 class Ready:
-    def endpoint(self, benchmark: Benchmark) -> None:
+    def endpoint(self, benchmark: Benchmark) -> Ready:
         assert benchmark.judged != "never"
+        return self
+
+    def reach(self) -> None:
+        pass
+
+
+class Away(Ready):
+    def reach(self) -> None:
+        raise Fault("gpt cannot be reached")
 
 
 def test_a_judged_benchmark_without_judge_keeps_its_answers(words: Path, tmp_path: Path) -> None:
@@ -291,7 +300,8 @@ def test_a_judged_benchmark_without_judge_keeps_its_answers(words: Path, tmp_pat
         assert result["cure"].endswith("--judge-model MODEL")
     assert len((tmp_path / "out" / "words" / "answers.jsonl").read_text().splitlines()) == 3
     assert suite.check(wanted, Ready()) == {}
-    assert suite.run(wanted, Answers(), tmp_path / "out", Ready())["words"]["judged"]
+    assert suite.check(wanted, Away())["words"]["missing"] == "gpt cannot be reached"
+    assert suite.run(wanted, Answers(), tmp_path / "out", Away())["words"]["judged"]  # it may be back by now
 
 
 def test_a_judge_is_used_only_where_it_can_and_may_be(words: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from generator_server import Misbehaving, write_rows
 from hydra import compose, initialize_config_dir
 from PIL import Image
-from servers import ChatServer, Say, Silence, Status
+from servers import ChatServer, Say, Silence, Status, last_text
 
 from povid.dispreference.__main__ import run
 from povid.dispreference.gates import Gates
@@ -147,6 +147,29 @@ def test_rows_that_never_get_a_usable_reply_are_set_aside_with_every_reason(tmp_
     assert result.triples == [] and result.figures["replies"] == 18
     assert result.rejects == [(row.id, ["refusal", "empty", "empty"]) for row in rows]
     assert result.reasons == {"refusal": 6, "empty": 12}
+
+
+def test_refused_replies_of_a_mended_server_are_asked_for_again_by_the_flag_that_the_message_names(tmp_path, caplog):
+    """Six rows refused; the mended server is asked about them once more, and about nothing when nothing is refused."""
+    rows, mended = some_rows(tmp_path), []
+
+    def script(body, number):
+        wrong = re.search(r"^A: (.*)$", last_text(body), re.MULTILINE).group(1).replace("number", "square")
+        return Say(f"Answer: {wrong}" if mended else "I'm sorry, I can't.")
+
+    def made(**more) -> tuple[int, int]:
+        asked = endpoint(server, tmp_path / "run", **more)
+        result = generate(rows, asked, Sampling(attempts=1), Gates(), quiet=True)
+        return len(result.triples), len(server.requests)
+
+    with ChatServer(script) as server:
+        assert made() == (0, 6) and "ask_again" not in caplog.text
+        mended.append(True)
+        assert made() == (0, 6) and "were on disk: 6; if the server has been mended since, endpoint.ask_again=true" in (
+            caplog.text
+        )
+        assert made(ask_again=True) == (6, 12)
+        assert made() == made(ask_again=True) == (6, 12)
 
 
 def test_a_server_that_stays_silent_for_one_row_loses_nothing_else(tmp_path):

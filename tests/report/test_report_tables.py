@@ -484,10 +484,19 @@ def test_command_reports_an_error_in_one_line(tmp_path, capsys):
 
 
 def test_a_judged_score_names_its_judge_and_the_wording(write, outputs):
-    judge = {"model": "gpt-4o", "official_model": "gpt-4-0314", "wording": "povid-1"}
+    judge = {"model": "gpt-4o", "official_model": "gpt-4-0314", "wording": "povid-1", "prompt": "0" * 16}
+    official = judge | {"wording": "official", "model": "open", "revision": "c0ffee", "prompt": "1" * 16}
     write("both", 0, benchmarks={"mmhal": {"score": 2.5, "judge": judge}})
+    write("none", 0, benchmarks={"mmhal": {"score": 2.5, "judge": official}})
     found = render.markdown(table(3, find_runs(outputs)))
     assert "mmhal: judged by gpt-4o (officially gpt-4-0314), the prompt in our own wording (povid-1)" in found
+    assert "mmhal: judged by open at revision c0ffee (officially gpt-4-0314), the official prompt" in found
+    assert "| 2.50‡<sup>" in found and "| 2.50<sup>" in found  # ours is marked at the score itself
+    text = render.plain(table(3, find_runs(outputs)))
+    assert text.count("2.50‡") == 1 and "‡ the judge was asked in our wording of the prompt" in text
+    assert r"2.50$\ddagger$" in render.latex(table(3, find_runs(outputs)))
+    write("both", 1, benchmarks={"mmhal": {"score": 2.5, "judge": official}})
+    assert "runs differ in judge" in render.markdown(table(3, find_runs(outputs)))
 
 
 def test_rows_of_a_quick_look_stand_apart_and_say_so_everywhere(write, outputs):

@@ -1,4 +1,4 @@
-"""Score an answer file made by any model, or download the official files of benchmarks."""
+"""Score an answer file made by any model, download the official files of benchmarks, or compare judges."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 import povid.benchmarks
 from povid.benchmarks.benchmark import Benchmark
-from povid.fault import Fault, validated
+from povid.fault import Fault, did_you_mean, validated
 from povid.files import write_text
 from povid.machine import conf_folder, environment
 
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0, 2 after one sentence about what the user can fix, or 130 when it is interrupted."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        return _fetch(arguments[1:]) if arguments[:1] == ["fetch"] else _score(arguments)
+        command = {"fetch": _fetch, "calibrate": _calibrate}.get(arguments[0] if arguments else "")
+        return command(arguments[1:]) if command else _score(arguments)
     except KeyboardInterrupt:
         print("stopped; started again, a download goes on where it was", file=sys.stderr)
         return 130
@@ -134,9 +135,11 @@ def _score(arguments: Sequence[str]) -> int:
     parser = _Help(
         prog="python -m povid.benchmarks",
         description="Score an answer file, without a model, as the official script of the benchmark scores it.",
-        epilog="To download official files: python -m povid.benchmarks fetch NAME --data DIR",
+        epilog="To download official files: python -m povid.benchmarks fetch NAME --data DIR\n"
+        "To compare a judge with the official one: python -m povid.benchmarks calibrate NAME --data DIR --judge open",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", help="the benchmark, or: fetch")
+    parser.add_argument("name", metavar="NAME", help="the benchmark, or: fetch, calibrate")
     parser.add_argument(
         "--answers",
         metavar="FILE",
@@ -153,23 +156,7 @@ def _score(arguments: Sequence[str]) -> int:
         help="score only the answers about the first N pictures (MME: of each subtask; MMBench: the first N questions)",
     )
     parser.add_argument("--json", metavar="OUT", type=Path, help="write scores and the decision about each answer here")
-    judge = parser.add_argument_group("judge (mmhal, mm_vet, llava_bench; mmbench where rules do not decide)")
-    judge.add_argument("--judge-model", metavar="MODEL", help="the judging model; 'official' for the official one")
-    judge.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server; by default OPENAI_BASE_URL")
-    judge.add_argument(
-        "--judge-key-env",
-        metavar="NAME",
-        default="OPENAI_API_KEY",
-        help="environment variable that holds the key (default: %(default)s)",
-    )
-    judge.add_argument(
-        "--judge-cache",
-        metavar="FILE",
-        type=Path,
-        default=Path("outputs/judge_replies.jsonl"),
-        help="every reply is kept here, nothing is asked twice (default: %(default)s)",
-    )
-    judge.add_argument("--judge-token-budget", metavar="N", type=int, help="stop before more tokens would be used")
+    _judge_arguments(parser, "judge (mmhal, mm_vet, llava_bench; mmbench where rules do not decide)")
     given = parser.parse_args(arguments)
 
     kind = find(given.name)
@@ -180,12 +167,14 @@ def _score(arguments: Sequence[str]) -> int:
             f"{given.data} does not exist; give the folder of the official files, or run "
             f"`python -m povid.benchmarks fetch {given.name} --data {given.data}`"
         )
-    if kind.judged == "always" and not given.judge_model:
-        raise Fault(f"{given.name} is scored by a judge; name its model with --judge-model")
+    if kind.judged == "always" and not (given.judge_model or given.judge):
+        raise Fault(
+            f"{given.name} is scored by a judge; name its model with --judge-model, or a file of settings with --judge"
+        )
     settings = {"data": given.data, "images": given.images, "limit": given.limit}
     benchmark = validated(kind, settings, given.name).for_answers(given.answers)
     questions, limited = benchmark.loaded(), benchmark.limited
-    judging = _judge(given) if given.judge_model and kind.judged != "never" else None
+    judging = _judge(given) if (given.judge_model or given.judge) and kind.judged != "never" else None
     score = benchmark.score_file(given.answers, questions, judging)
     scores = score.scores | ({"limit": limited} if limited else {})
     if given.json:
@@ -193,24 +182,114 @@ def _score(arguments: Sequence[str]) -> int:
     asked = f"{len(questions)} questions" + (f" of {limited['of']}, as --limit {given.limit} says" if limited else "")
     print(f"{given.name}: {given.answers}, {asked} (scored as {benchmark.official})")
     if judging:
-        print(f"judge: {judging.model_for(benchmark)}, the prompt in our own wording ({benchmark.wording})")
+        words = judging.words(benchmark)
+        prompt = "the official prompt" if words.name == "official" else f"the prompt in our own wording ({words.name})"
+        print(f"judge: {judging.model_for(benchmark)}, {prompt}")
     print(table(score.scores, decimals=benchmark.decimals))
     for line in benchmark.notes(score):
         print(f"note: {line}", file=sys.stderr)
     return 0
 
 
+def _judge_arguments(parser: argparse.ArgumentParser, title: str) -> None:
+    judge = parser.add_argument_group(title)
+    judge.add_argument(
+        "--judge",
+        metavar="NAME",
+        help="settings of conf/judge/NAME.yaml, such as openai or open; the options below take precedence",
+    )
+    judge.add_argument("--judge-model", metavar="MODEL", help="the judging model; 'official' for the official one")
+    judge.add_argument("--judge-url", metavar="URL", help="an OpenAI-compatible server; by default OPENAI_BASE_URL")
+    judge.add_argument(
+        "--judge-revision", metavar="COMMIT", help="of the open weights that the server was started with"
+    )
+    judge.add_argument(
+        "--judge-wording",
+        choices=["official", "own"],
+        help="the prompt's wording; by default the official one where it was fetched",
+    )
+    judge.add_argument(
+        "--judge-key-env",
+        metavar="NAME",
+        help="environment variable that holds the key (default: OPENAI_API_KEY)",
+    )
+    judge.add_argument(
+        "--judge-cache",
+        metavar="FILE",
+        type=Path,
+        help="every reply is kept here, nothing is asked twice (default: outputs/judge_replies.jsonl)",
+    )
+    judge.add_argument("--judge-token-budget", metavar="N", type=int, help="stop before more tokens would be used")
+    judge.add_argument(
+        "--judge-ask-again",
+        action="store_true",
+        default=None,
+        help="ask once more for replies on disk that could not be read, after a server has been mended",
+    )
+
+
 def _judge(given: argparse.Namespace) -> Any:
     from povid.benchmarks.judge import Judge  # only here: most benchmarks need no judge
 
-    settings = {
+    settings = {"cache": Path("outputs/judge_replies.jsonl")} | (_judge_file(given.judge) if given.judge else {})
+    options = {
         "cache": given.judge_cache,
-        "model": None if given.judge_model == "official" else given.judge_model,
+        "model": given.judge_model,
+        "revision": given.judge_revision,
+        "wording": given.judge_wording,
         "base_url": given.judge_url,
         "api_key_env": given.judge_key_env,
         "token_budget": given.judge_token_budget,
+        "ask_again": given.judge_ask_again,
     }
+    if given.judge_model and "revision" in settings:
+        del settings["revision"]  # it is that of another model
+    settings |= {key: value for key, value in options.items() if value is not None}
+    if given.judge_model == "official":
+        settings["model"] = None
     return validated(Judge, settings, "judge")
+
+
+def _judge_file(name: str) -> dict[str, Any]:
+    """The settings of conf/judge/NAME.yaml. Raises Fault if there is no such judge."""
+    from omegaconf import OmegaConf  # only here: most benchmarks need no judge
+
+    known = {file.stem: file for file in sorted((conf_folder() / "judge").glob("*.yaml")) if file.stem != "none"}
+    if name not in known:
+        raise Fault(f"there is no judge {name!r}{did_you_mean(name, list(known), 'judges')}")
+    node = OmegaConf.merge({"outputs": "outputs"}, {"judge": OmegaConf.load(known[name])})
+    settings: Any = OmegaConf.to_container(node.judge, resolve=True)
+    return {key: value for key, value in settings.items() if key != "_target_"}
+
+
+def _calibrate(arguments: Sequence[str]) -> int:
+    parser = _Help(
+        prog="python -m povid.benchmarks calibrate",
+        description="Compare a judge with the official one, on answers whose official grades are published: mm_vet and "
+        "llava_bench.",
+    )
+    parser.add_argument("name", metavar="NAME", help="the benchmark")
+    parser.add_argument("--data", metavar="DIR", type=Path, required=True, help="folder that `fetch` filled")
+    parser.add_argument("--limit", metavar="N", type=int, help="only the questions about the first N pictures")
+    parser.add_argument(
+        "--resamples", metavar="N", type=int, default=2000, help="of the bootstrap (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="OUT", type=Path, help="write the figures and every answer's grades here")
+    _judge_arguments(parser, "judge")
+    given = parser.parse_args(arguments)
+    from povid.benchmarks import calibrate
+
+    kind = find(given.name)
+    if not (given.judge_model or given.judge):
+        raise Fault("which judge? Name a file of settings with --judge, or a model with --judge-model")
+    if given.resamples < 100:
+        raise Fault(f"--resamples is {given.resamples}; an interval needs at least 100")
+    benchmark = validated(kind, {"data": given.data, "limit": given.limit}, given.name)
+    found = calibrate.calibrate(benchmark, _judge(given), given.resamples)
+    if given.json:
+        write_text(given.json, json.dumps(found, indent=1))
+    print(calibrate.text(found, table))
+    return 0
 
 
 def table(scores: Mapping[str, Any], *, decimals: int = 1, indent: str = "") -> str:

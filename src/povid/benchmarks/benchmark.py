@@ -73,7 +73,8 @@ class Benchmark(BaseModel, ABC):
         columns: what tables show of its scores.
         sources: official files that can be downloaded; notice: what to do by hand, with ``{data}`` for the folder.
         judged: whether a judge scores it ("always"), helps where it can ("optional") or has no part in it ("never").
-        official_judge, wording: the official judge's model, and the version of our wording of its prompt.
+        official_judge: the official judge's model.
+        wording: the version of the judge's prompt in our own words. prompt_sources: the official scripts that have it.
         decimals: digits after the point when its scores are printed. stop: see ``Decoding``.
         again: the benchmark whose answers it scores again: where a selection holds both and they are decoded alike, a
             question of both (with the same id, text and picture) is asked once.
@@ -95,6 +96,7 @@ class Benchmark(BaseModel, ABC):
     judged: ClassVar[Literal["never", "optional", "always"]] = "never"
     official_judge: ClassVar[str] = ""
     wording: ClassVar[str] = ""
+    prompt_sources: ClassVar[tuple[Source, ...]] = ()
     decimals: ClassVar[int] = 1
     stop: ClassVar[str | None] = None
     again: ClassVar[type[Benchmark] | None] = None
@@ -146,6 +148,19 @@ class Benchmark(BaseModel, ABC):
     def for_answers(self, file: Path) -> Benchmark:
         """This benchmark, restricted to the questions that an answer file is about; by default all of them."""
         return self
+
+    @classmethod
+    def own_prompt(cls) -> dict[str, str]:
+        """The texts of the judge's prompt in our own words, by name."""
+        return {}
+
+    @classmethod
+    def official_prompt(cls, scripts: Mapping[str, str]) -> dict[str, str]:
+        """The same texts in the official words, from the content of ``prompt_sources`` by file name.
+
+        Override it together with ``prompt_sources``; see ``povid.benchmarks.wording.Script``.
+        """
+        return {}
 
     def notes(self, score: Score) -> list[str]:
         """What a reader of a score must know besides its figures, one sentence each."""

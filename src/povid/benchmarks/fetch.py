@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Literal
 
+from povid.benchmarks import wording
 from povid.benchmarks.benchmark import Benchmark
 from povid.benchmarks.suite import check_images
 from povid.fault import Fault
@@ -50,12 +51,18 @@ def _one(
     shared: dict[str, Path],
     say: Callable[[str], None],
 ) -> None:
-    """Download the files of a benchmark: archives of pictures last, and of these only what is asked for."""
+    """Download the files of a benchmark: archives of pictures late, and of these only what is asked for.
+
+    The judge's official prompt is read in the official script as soon as that is there. The official gradings, which
+    only ``calibrate`` needs, come last.
+    """
     if not benchmark.sources:
         say(f"  it names no files to download; put its files into {benchmark.data}")
-    plain = [source for source in benchmark.sources if source.each is None]
+    plain = [source for source in (*benchmark.sources, *benchmark.prompt_sources) if source.each is None]
     for file in download.fetch(plain, benchmark.data):
         say(f"  {file} is complete")
+    if (prompt := wording.store(type(benchmark), benchmark.data)) is not None:
+        say(f"  {prompt} has the judge's official prompt, word for word")
     for source in benchmark.sources:
         if source.each is None or pictures == "none" or benchmark.images is not None:
             continue
@@ -75,6 +82,8 @@ def _one(
                 download.fetch([source], benchmark.data)
         shared.setdefault(source.url, benchmark.data)
         say(f"  the pictures of {source.file} are complete")
+    for file in download.fetch(getattr(benchmark, "graded", ()), benchmark.data):
+        say(f"  {file} is complete")
 
 
 def _missing(name: str, benchmark: Benchmark, pictures: Choice) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,19 +14,22 @@ import numpy as np
 from povid.benchmarks import llava_format
 from povid.benchmarks.answer_file import read_records
 from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.calibrate import Calibrated, Published, Rating, Ratings, by_question, graded_file, nanmean, source
 from povid.benchmarks.judge import Judge, required, unreadable
+from povid.benchmarks.wording import Script
 from povid.fault import Fault
 from povid.model.question import Question, Score
 from povid.server.endpoint import Request
 
 HUB = "https://huggingface.co/datasets/liuhaotian/llava-bench-in-the-wild/resolve/main"
+LLAVA = "https://raw.githubusercontent.com/haotian-liu/LLaVA/c121f0432da27facab705978f83c4ada465e46fd/llava/eval"
 FILES = ("questions.jsonl", "context.jsonl", "answers_gpt4.jsonl")
 WHAT = "replies without two finite numbers in their first line are left out; officially they count as -1 for both"
 BY_ID = "each answer to the question that its id names, where the official script counts by line"
 CATEGORIES = ("conv", "detail", "complex")
 
 
-class LLaVABench(Benchmark):
+class LLaVABench(Benchmark, Calibrated):
     """``data`` holds questions.jsonl, context.jsonl, answers_gpt4.jsonl and images/."""
 
     name: ClassVar[str] = "llava_bench"
@@ -40,6 +44,88 @@ class LLaVABench(Benchmark):
     judged: ClassVar[Literal["never", "optional", "always"]] = "always"
     official_judge: ClassVar[str] = "gpt-4-0314"
     wording: ClassVar[str] = "povid-1"
+    prompt_sources: ClassVar[tuple[Source, ...]] = (
+        Source(
+            f"{LLAVA}/eval_gpt_review_bench.py",
+            "judge/eval_gpt_review_bench.py",
+            4172,
+            "fd6a2c3ed99b0b2881e056160c03aab17f7ea5879b9e03fd993381b4d47e63f2",
+        ),
+        Source(
+            f"{LLAVA}/table/rule.json",
+            "judge/rule.json",
+            9098,
+            "dd7345a44ce9f7a24e51a30ee030cdab32346f9d08e3359c80545ff1312b1e07",
+        ),
+    )
+
+    graded: ClassVar[tuple[Source, ...]] = (
+        source(
+            "llava-bench-in-the-wild/answers/llava-v1.5-7b.jsonl",
+            45208,
+            "4345233f37195aecb6dd6213d03978311eb0566f39e32a3d48fb00a1c463f964",
+        ),
+        source(
+            "llava-bench-in-the-wild/answers/llava-v1.5-13b.jsonl",
+            48203,
+            "73cfd344474839171ef360a7290e3f85cc1bfe633e450e4a2deb7d44b6bd6473",
+        ),
+        source(
+            "llava-bench-in-the-wild/reviews/llava-v1.5-7b-eval1.jsonl",
+            41935,
+            "4914337cce57c8a7e9c40954f896fcc63e32bbebed455d222e212bf43d97f583",
+        ),
+        source(
+            "llava-bench-in-the-wild/reviews/llava-v1.5-7b-eval2.jsonl",
+            41150,
+            "5829d7f891a39e15282963d0fd84c29c73197f01218008a8ebcbbefb50163cde",
+        ),
+        source(
+            "llava-bench-in-the-wild/reviews/llava-v1.5-7b-eval3.jsonl",
+            41942,
+            "541644fd9bb794561a65455859cd7e703ffcc07cbd5841d51351140a9a0d07db",
+        ),
+        source(
+            "llava-bench-in-the-wild/reviews/llava-v1.5-13b-eval1.jsonl",
+            42083,
+            "af2181db95fda61d929bb300e9c3934f98bd325d032c203f38f2b7e7445f16e4",
+        ),
+        source(
+            "llava-bench-in-the-wild/reviews/llava-v1.5-13b-eval2.jsonl",
+            42629,
+            "6751e48c32e7a0fc1b0f397872f3b1f1711f3c54dab35f633e52a0a88cfbdf39",
+        ),
+        source(
+            "llava-bench-in-the-wild/reviews/llava-v1.5-13b-eval3.jsonl",
+            42231,
+            "b70ee0b8c29811bed2a5cf9d94e14b79b95f5823caabfb097d3dafb1d2f9371d",
+        ),
+    )
+
+    @classmethod
+    def own_prompt(cls) -> dict[str, str]:
+        """The system message, the frame of five blocks, and a rule for each category."""
+        return {"system": SYSTEM, "frame": FRAME} | dict.fromkeys(CATEGORIES, RULE)
+
+    @classmethod
+    def official_prompt(cls, scripts: Mapping[str, str]) -> dict[str, str]:
+        """System message and frame of eval_gpt_review_bench.py, rules of rule.json."""
+        script = Script("eval_gpt_review_bench.py", scripts["eval_gpt_review_bench.py"])
+        try:
+            rules = [json.loads(scripts["rule.json"])[f"llava_bench_{category}"] for category in CATEGORIES]
+            (role,) = {rule["role"] for rule in rules}
+            prompts = dict(zip(CATEGORIES, (rule["prompt"] for rule in rules)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise Fault(f"rule.json has no rules of one role for conv, detail and complex ({error!r})") from None
+        blanks = {
+            "cap_str": "{context}",
+            "ques['text']": "{question}",
+            "ans1['text']": "{reference}",
+            "ans2['text']": "{answer}",
+            "prompt": "{rule}",
+            "role": role,
+        }
+        return {"system": script.said_by("system"), "frame": script.template("content", blanks)} | prompts
 
     def questions(self) -> list[Question]:
         """Questions without a suffix, each with its context and GPT-4's reference answer.
@@ -101,8 +187,36 @@ class LLaVABench(Benchmark):
             score.scores["unanswered"] = len(questions) - len(found)
         if by_line != by_id:
             own = self.score([question for question, _ in by_id], [answer for _, answer in by_id], judge).scores
-            score.scores["by_id"] = {name: value for name, value in own.items() if name != "judge"} | {"what": BY_ID}
+            score.scores["by_id"] = {name: value for name, value in own.items() if name not in ("judge", "judging")} | {
+                "what": BY_ID
+            }
         return score
+
+    def published(self, questions: Sequence[Question]) -> list[Published]:
+        """LLaVA-1.5 7B and 13B, three official reviews of each."""
+        sets = []
+        for model in ("llava-v1.5-7b", "llava-v1.5-13b"):
+            file = graded_file(self, f"{model}.jsonl")
+            answers = by_question(self, questions, file, llava_format.texts(file))
+            gradings = []
+            for number in (1, 2, 3):
+                file = graded_file(self, f"{model}-eval{number}.jsonl")
+                reviews = by_question(self, questions, file, llava_format.texts(file, text="content"))
+                gradings.append([_rating(parse(review)) for review in reviews])
+            sets.append(Published(model, answers, gradings))
+        return sets
+
+    def rating(self, record: Mapping[str, Any]) -> Rating:
+        """The scores of our answer and of the reference, 1 to 10."""
+        return _rating(record["scores"])
+
+    def figure(self, ratings: Ratings) -> np.ndarray:
+        """100 x mean score of the model / mean score of the reference, both with the official three decimals."""
+        return 100 * nanmean(ratings["model"], axis=-1).round(3) / nanmean(ratings["reference"], axis=-1).round(3)
+
+    def kinds(self, question: Question) -> list[str]:
+        """Its category."""
+        return [question.meta["category"]]
 
     def notes(self, score: Score) -> list[str]:
         """What is missing, what stands in another order, and how many replies could not be read."""
@@ -130,9 +244,12 @@ class LLaVABench(Benchmark):
         Raises Fault when no reply at all can be read.
         """
         judge = required(self, judge)
+        words = judge.words(self).parts
         requests = [
             request(
+                words,
                 f"llava_bench question {question.id}",
+                question.meta["category"],
                 question.meta["context"],
                 question.text,
                 question.meta["reference"],
@@ -160,7 +277,11 @@ class LLaVABench(Benchmark):
             }
             for question, answer, pair, reply in zip(questions, answers, pairs, replies)
         ]
-        return Score({**scores, "judge": judge.describe(self)}, records)
+        return Score({**scores, **judge.describe(self)}, records)
+
+
+def _rating(pair: Sequence[float] | None) -> Rating:
+    return {"model": pair[1], "reference": pair[0]} if pair else {}
 
 
 def _figures(questions: Sequence[Question], pairs: Sequence[tuple[float, float] | None]) -> dict[str, Any]:
@@ -186,6 +307,11 @@ def _finite(value: float) -> float | None:
 
 
 SYSTEM = "You are a precise and helpful assistant who checks the quality of answers."
+FRAME = (
+    "[Context]\n{context}\n\n[Question]\n{question}\n\n"
+    "[Assistant 1]\n{reference}\n\n[End of Assistant 1]\n\n"
+    "[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{rule}\n\n"
+)
 RULE = (  # one text for conv, detail and complex, as in the official rule file
     "Please judge the answers that two AI assistants gave to the user's question shown above. The user asks about an "
     "image, which is given to you as a few sentences that describe it.\n"
@@ -198,15 +324,15 @@ RULE = (  # one text for conv, detail and complex, as in the official rule file
 )
 
 
-def request(name: str, context: str, question: str, reference: str, answer: str) -> Request:
+def request(
+    words: Mapping[str, str], name: str, category: str, context: str, question: str, reference: str, answer: str
+) -> Request:
     """LLaVA llava/eval/eval_gpt_review_bench.py: five blocks, the reference first, temperature 0.2, max_tokens 1024."""
-    text = (
-        f"[Context]\n{context}\n\n[Question]\n{question}\n\n"
-        f"[Assistant 1]\n{reference}\n\n[End of Assistant 1]\n\n"
-        f"[Assistant 2]\n{answer}\n\n[End of Assistant 2]\n\n[System]\n{RULE}\n\n"
+    text = words["frame"].format(
+        context=context, question=question, reference=reference, answer=answer, rule=words[category]
     )
-    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-    return Request(messages, temperature=0.2, max_tokens=1024, name=name)
+    messages = [{"role": "system", "content": words["system"]}, {"role": "user", "content": text}]
+    return Request(messages, temperature=0.2, max_tokens=1024, name=name, reads=lambda reply: parse(reply.text))
 
 
 def parse(reply: str) -> tuple[float, float] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -15,14 +15,16 @@ from pydantic import Field
 from povid.benchmarks import llava_format
 from povid.benchmarks.answer_file import read_records
 from povid.benchmarks.benchmark import Benchmark, Column, Source
+from povid.benchmarks.calibrate import Calibrated, Published, Rating, Ratings, by_question, graded_file, nanmean, source
 from povid.benchmarks.judge import Judge, required, unreadable
+from povid.benchmarks.wording import Script
 from povid.fault import Fault
 from povid.files import write_text
 from povid.model.question import Question, Score
 from povid.server.endpoint import Request
 
 
-class MMVet(Benchmark):
+class MMVet(Benchmark, Calibrated):
     """``data`` holds mm-vet.json and images/, or the folder mm-vet with both. ``runs`` gradings are averaged."""
 
     name: ClassVar[str] = "mm_vet"
@@ -35,8 +37,60 @@ class MMVet(Benchmark):
     judged: ClassVar[Literal["never", "optional", "always"]] = "always"
     official_judge: ClassVar[str] = "gpt-4-0613"
     wording: ClassVar[str] = "povid-1"
+    prompt_sources: ClassVar[tuple[Source, ...]] = (
+        Source(
+            "https://raw.githubusercontent.com/yuweihao/MM-Vet/acde843e02dae30047bb456ee4a8ab28dee7e0ae/"
+            "mm-vet_evaluator.py",
+            "judge/mm-vet_evaluator.py",
+            15232,
+            "68cfd25dc1c83d9dbf695c86854749083fc3899398ef88ca2d70cea3ddd82cbf",
+        ),
+    )
+    graded: ClassVar[tuple[Source, ...]] = (
+        source(
+            "mm-vet/results/llava-v1.5-7b.json",
+            70506,
+            "b028bccb78a827761898f96f7221c2830b9cca6d2202304a5dc8b286f169b63c",
+        ),
+        source(
+            "mm-vet/results/llava-v1.5-7b_gpt-4-grade-1runs.json",
+            36516,
+            "24f2072f86290ddaa7c5e91dd0fab5157ffb7f36a40018b5bb6d6283b13a24cf",
+        ),
+        source(
+            "mm-vet/results/llava-v1.5-7b_gpt-4-grade-3runs.json",
+            61368,
+            "744e7f9f8013fa7dd24a255eff70635a4f719398c7f54473eddadf1392b5bbcb",
+        ),
+        source(
+            "mm-vet/results/llava-v1.5-13b.json",
+            74461,
+            "0e36bdbc09f792cceae47567ea2f25d9d1366cdb2063748f6076d383ce9a7886",
+        ),
+        source(
+            "mm-vet/results/llava-v1.5-13b_gpt-4-grade-1runs.json",
+            36516,
+            "f6cf024f900bf66c41cf20281fcce110756795df70e660e77f2924ff904ad7e5",
+        ),
+        source(
+            "mm-vet/results/llava-v1.5-13b_gpt-4-grade-3runs.json",
+            61368,
+            "437a80db3349d87aa4424830710dd3755059a3831b47d783df4f69f3e0720b54",
+        ),
+    )
 
     runs: int = Field(1, ge=1)
+
+    @classmethod
+    def own_prompt(cls) -> dict[str, str]:
+        """The table up to the open row, and the line that insists on a number."""
+        return {"prompt": PROMPT, "insist": INSIST}
+
+    @classmethod
+    def official_prompt(cls, scripts: Mapping[str, str]) -> dict[str, str]:
+        """The prompt of mm-vet_evaluator.py, and what it appends when a grade cannot be read."""
+        script = Script("mm-vet_evaluator.py", scripts["mm-vet_evaluator.py"])
+        return {"prompt": script.assigned("prompt"), "insist": script.inside("runs").appended()}
 
     def questions(self) -> list[Question]:
         """Questions of mm-vet.json in its order, without a suffix."""
@@ -109,7 +163,45 @@ class MMVet(Benchmark):
             }
             for number, (question, answer) in enumerate(zip(questions, answers))
         ]
-        return Score({**scores, "judge": {**judge.describe(self), "runs": self.runs}}, records)
+        described = judge.describe(self)
+        described["judge"]["runs"] = self.runs
+        return Score({**scores, **described}, records)
+
+    def published(self, questions: Sequence[Question]) -> list[Published]:
+        """LLaVA-1.5 7B and 13B, four gradings of each by gpt-4."""
+        sets = []
+        for model in ("llava-v1.5-7b", "llava-v1.5-13b"):
+            answers = self._object(f"{model}.json", questions)
+            gradings: list[list[Rating]] = []
+            for runs in (1, 3):
+                name = f"{model}_gpt-4-grade-{runs}runs.json"
+                graded = self._object(name, questions)
+                try:
+                    gradings += [[{"grade": float(one["score"][run])} for one in graded] for run in range(runs)]
+                except (KeyError, IndexError, TypeError, ValueError) as error:
+                    raise Fault(f"{name} has no {runs} grades of each answer ({error!r}); fetch it again") from None
+            sets.append(Published(model, answers, gradings))
+        return sets
+
+    def _object(self, name: str, questions: Sequence[Question]) -> list[Any]:
+        file = graded_file(self, name)
+        found = read_records(file)
+        if len(found) != 1 or not isinstance(found[0][1], dict):
+            raise Fault(f"{file} is not a single JSON object; fetch it again")
+        return by_question(self, questions, file, [(name, key, value) for key, value in found[0][1].items()])
+
+    def rating(self, record: Mapping[str, Any]) -> Rating:
+        """The mean grade, 0 to 1."""
+        grades = [grade for grade in record["grades"] if grade is not None]
+        return {"grade": sum(grades) / len(grades)} if grades else {}
+
+    def figure(self, ratings: Ratings) -> np.ndarray:
+        """100 x the mean grade."""
+        return 100 * nanmean(ratings["grade"], axis=-1)
+
+    def kinds(self, question: Question) -> list[str]:
+        """Its capabilities."""
+        return list(question.meta["capability"])
 
     def notes(self, score: Score) -> list[str]:
         """How many grades could not be read, and what the official script makes of them."""
@@ -125,10 +217,11 @@ class MMVet(Benchmark):
 
     def _grades(self, judge: Judge, items: Sequence[tuple[str, str, str, str]], run: int) -> list[float | None]:
         """Grades of (name, question, ground truth, prediction); five unreadable replies give None (officially 0)."""
+        words = judge.words(self).parts
         grades: list[float | None] = [None] * len(items)
         for attempt in range(len(TEMPERATURES)):
             ungraded = [number for number, grade in enumerate(grades) if grade is None]
-            requests = [request(*items[number], attempt=attempt, run=run) for number in ungraded]
+            requests = [request(words, *items[number], attempt=attempt, run=run) for number in ungraded]
             for number, reply in zip(ungraded, judge.ask(self, requests) if requests else []):
                 grades[number] = parse(reply.text)
         return grades
@@ -228,16 +321,19 @@ INSIST = "\nGive the correctness of the prediction as a number (digit): "
 TEMPERATURES = (0.0, 0.0, 0.5, 1.0, 1.5)  # of the first question and of those that insist; then the grade is 0
 
 
-def request(name: str, question: str, truth: str, prediction: str, attempt: int, run: int) -> Request:
+def request(
+    words: Mapping[str, str], name: str, question: str, truth: str, prediction: str, attempt: int, run: int
+) -> Request:
     """MM-Vet mm-vet_evaluator.py: a table whose last cell is open, max_tokens 3; attempts after the first insist."""
     truth = truth.replace("<AND>", " <AND> ").replace("<OR>", " <OR> ")
-    text = PROMPT + "\n" + " | ".join([question, truth, prediction, ""]) + (INSIST if attempt else "")
+    text = words["prompt"] + "\n" + " | ".join([question, truth, prediction, ""]) + words["insist"] * bool(attempt)
     return Request(
         [{"role": "user", "content": text}],
         temperature=TEMPERATURES[attempt],
         max_tokens=3,
         sample=run,
         name=name,
+        reads=lambda reply: parse(reply.text),
     )
 
 

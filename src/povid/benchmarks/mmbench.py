@@ -17,6 +17,7 @@ import pandas
 from povid.benchmarks import llava_format
 from povid.benchmarks.benchmark import Benchmark, Column, Source, first_groups
 from povid.benchmarks.judge import Judge
+from povid.benchmarks.wording import Script
 from povid.fault import Fault
 from povid.files import write_bytes
 from povid.model.question import Question, Score
@@ -63,6 +64,29 @@ class MMBench(Benchmark):
     judged: ClassVar[Literal["never", "optional", "always"]] = "optional"
     official_judge: ClassVar[str] = "gpt-3.5-turbo-0613"
     wording: ClassVar[str] = "povid-1"
+    prompt_sources: ClassVar[tuple[Source, ...]] = (
+        Source(
+            "https://raw.githubusercontent.com/EvolvingLMMs-Lab/lmms-eval/75571cfe0fa36ca5ec2e6aa2bb268f9d38295af3/"
+            "lmms_eval/tasks/mmbench/mmbench_evals.py",
+            "judge/mmbench_evals.py",
+            12900,
+            "9ee5d11a3fe1044dd697d1ac35cb3450cbba9d8cbbc9295db427c65217149fae",
+        ),
+    )
+
+    @classmethod
+    def own_prompt(cls) -> dict[str, str]:
+        """The prompt, and the line above its options."""
+        return {"prompt": PROMPT, "options": OPTIONS}
+
+    @classmethod
+    def official_prompt(cls, scripts: Mapping[str, str]) -> dict[str, str]:
+        """What build_prompt and build_option_str of mmbench_evals.py begin with."""
+        script = Script("mmbench_evals.py", scripts["mmbench_evals.py"])
+        return {
+            "prompt": script.inside("build_prompt").assigned("tmpl"),
+            "options": script.inside("build_option_str").assigned("s"),
+        }
 
     def questions(self) -> list[Question]:
         """One question for each row of the table, rotated copies included; pictures are inside the table.
@@ -222,7 +246,7 @@ class MMBench(Benchmark):
             "matched_by_rule": sum(option is not None for option in parsed),
             "matched_by_judge": len(matched),
             "random": len(random_rows),
-            "judge": judge.describe(self) if judge else None,
+            **(judge.describe(self) if judge else {"judge": None}),
         }
         if judge is None:
             scores["note"] = "no judge: answers that no rule matches count as wrong"
@@ -244,11 +268,12 @@ class MMBench(Benchmark):
         self, questions: Sequence[Question], answers: Sequence[str], rows: Sequence[int], judge: Judge
     ) -> dict[int, str]:
         """Row → option (E: none of them) for the rows where the rules could read one of three replies."""
-        matched: dict[int, str] = {}
+        words, matched = judge.words(self).parts, {}
         for attempt in range(3):
             asked = [row for row in rows if row not in matched]
             requests = [
                 request(
+                    words,
                     f"mmbench index {questions[row].id}",
                     questions[row].meta["question"],
                     questions[row].meta["options"],
@@ -258,13 +283,12 @@ class MMBench(Benchmark):
                 for row in asked
             ]
             for row, reply in zip(asked, judge.ask(self, requests) if requests else []):
-                text = reply.text.strip()
-                if NO_ANSWER not in text and (option := parse(text, questions[row].meta["options"])):
+                if option := _matched(reply.text, questions[row].meta["options"]):
                     matched[row] = option
         return matched
 
 
-def parse(answer: str, options: dict[str, str]) -> str | None:
+def parse(answer: str, options: Mapping[str, str]) -> str | None:
     """The option that rules find in an answer: its letter as a word, else its text; None leaves it to the judge.
 
     Official rules, quirks included: exactly one of the letters A to E among the words, bare or decorated ("A.", "(A)",
@@ -376,15 +400,29 @@ Options: A. horse B. goat C. sheep D. cow
 Answer: A bicycle
 Your output: E
 Example 3:
-Question: {question}?
-Options: There are several options:
-{options}
-Answer: {answer}
+Question: {}?
+Options: {}Answer: {}
 Your output: """
+OPTIONS = "There are several options:\n"
 
 
-def request(name: str, question: str, options: Mapping[str, str], answer: str, attempt: int) -> Request:
+def request(
+    words: Mapping[str, str], name: str, question: str, options: Mapping[str, str], answer: str, attempt: int
+) -> Request:
     """lmms-eval mmbench_evals.py build_prompt: temperature 0, max_tokens 256; a further attempt is a new sample."""
-    listed = "\n".join(f"{letter}. {text}" for letter, text in options.items())
-    text = PROMPT.format(question=question, options=listed, answer=answer)
-    return Request([{"role": "user", "content": text}], temperature=0.0, max_tokens=256, sample=attempt, name=name)
+    listed = words["options"] + "".join(f"{letter}. {text}\n" for letter, text in options.items())
+    text = words["prompt"].format(question, listed, answer)
+    return Request(
+        [{"role": "user", "content": text}],
+        temperature=0.0,
+        max_tokens=256,
+        sample=attempt,
+        name=name,
+        reads=lambda reply: _matched(reply.text, options),
+    )
+
+
+def _matched(reply: str, options: Mapping[str, str]) -> str | None:
+    """The option that a reply of the judge names."""
+    text = reply.strip()
+    return None if NO_ANSWER in text else parse(text, options)

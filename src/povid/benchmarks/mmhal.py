@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any, ClassVar, Literal
@@ -14,6 +14,7 @@ from povid.benchmarks import llava_format
 from povid.benchmarks.answer_file import read_records
 from povid.benchmarks.benchmark import Benchmark, Column, Source
 from povid.benchmarks.judge import Judge, required, unreadable
+from povid.benchmarks.wording import Script
 from povid.files import write_text
 from povid.model.question import Question, Score
 from povid.server.endpoint import Request
@@ -36,6 +37,25 @@ class MMHal(Benchmark):
     judged: ClassVar[Literal["never", "optional", "always"]] = "always"
     official_judge: ClassVar[str] = "gpt-4-0314"
     wording: ClassVar[str] = "povid-1"
+    prompt_sources: ClassVar[tuple[Source, ...]] = (
+        Source(
+            "https://raw.githubusercontent.com/llava-rlhf/LLaVA-RLHF/830a083fd83e607da3c35f2e6aef833523c1e722/Eval/"
+            "eval_gpt_mmhal.py",
+            "judge/eval_gpt_mmhal.py",
+            9601,
+            "5ba718be65d03cb9e80321ad9eb08b37a0eb0040372e1fa20f78eaf525fe8f7c",
+        ),
+    )
+
+    @classmethod
+    def own_prompt(cls) -> dict[str, str]:
+        """See :data:`PROMPT`."""
+        return {"prompt": PROMPT}
+
+    @classmethod
+    def official_prompt(cls, scripts: Mapping[str, str]) -> dict[str, str]:
+        """The template of eval_gpt_mmhal.py."""
+        return {"prompt": Script("eval_gpt_mmhal.py", scripts["eval_gpt_mmhal.py"]).assigned("template")}
 
     def questions(self) -> list[Question]:
         """Questions of the official response template, without a suffix; pictures by the last part of their address."""
@@ -80,13 +100,13 @@ class MMHal(Benchmark):
         that a reply states and leaves out replies without one. Raises Fault when no reply at all can be read.
         """
         judge = required(self, judge)
-        requests = []
+        words, requests = judge.words(self).parts, []
         for question, answer in zip(questions, answers, strict=True):
             record = question.meta["record"]
             contents = record["image_content"]
             contents = contents["class"] if isinstance(contents, dict) else contents  # as a data set loader gives them
             requests.append(
-                request(f"mmhal question {question.id}", contents, question.text, record["gt_answer"], answer)
+                request(words, f"mmhal question {question.id}", contents, question.text, record["gt_answer"], answer)
             )
         replies = [reply.text for reply in judge.ask(self, requests)]
         official = [parse(reply) for reply in replies]
@@ -111,7 +131,7 @@ class MMHal(Benchmark):
             }
             for question, kind, answer, rating, reply in zip(questions, types, answers, official, replies)
         ]
-        return Score({**scores, "judge": judge.describe(self)}, records)
+        return Score({**scores, **judge.describe(self)}, records)
 
 
 def _figures(types: Sequence[str], ratings: Sequence[int]) -> dict[str, Any]:
@@ -196,26 +216,30 @@ First explain your judgement in a few sentences. Then rate the answer with exact
 - Rating: 0, not informative, with hallucination
 
 ### Image contents
-{contents}
+{}
 
 ### Question
-{question}
+{}
 
 ### Human answer
-{reference}
+{}
 
 ### Model answer
-{answer}
+{}
 """
 
 
-def request(name: str, contents: Sequence[str], question: str, reference: str, answer: str) -> Request:
+def request(
+    words: Mapping[str, str], name: str, contents: Sequence[str], question: str, reference: str, answer: str
+) -> Request:
     """LLaVA-RLHF Eval/eval_gpt_mmhal.py: one user message without an image, temperature 0.
 
-    The prompt's structure is the official one, its wording our own.
+    ``words`` holds the "prompt", whose four fields are the contents, the question and both answers.
     """
-    text = PROMPT.format(contents=", ".join(contents), question=question, reference=reference, answer=answer)
-    return Request([{"role": "user", "content": text}], temperature=0.0, max_tokens=1024, name=name)
+    text = words["prompt"].format(", ".join(contents), question, reference, answer)
+    return Request(
+        [{"role": "user", "content": text}], 0.0, 1024, name=name, reads=lambda reply: parse_corrected(reply.text)
+    )
 
 
 def parse(reply: str) -> int | None:

@@ -37,18 +37,21 @@ class Plan:
 
 
 def check(benchmarks: Mapping[str, Benchmark], judge: Any = None) -> dict[str, dict[str, str]]:
-    """What is missing, files or a judge: name → {"missing", "cure"}, empty if nothing is. Nothing is answered."""
+    """What is missing, files or a judge: name → {"missing", "cure"}, empty if nothing is. Nothing is answered.
+
+    The judge's server is tried, so that one which is away is told before hours of work and not after them.
+    """
     missing = {}
     for name, plan in _plans(benchmarks).items():
         if isinstance(plan, dict):
             missing[name] = plan
         elif plan.benchmark.judged == "always":
-            usable, reason = _usable(judge, plan.benchmark)
+            usable, reason = _usable(judge, plan.benchmark, reach=True)
             if usable is None:
                 missing[name] = {
                     "missing": reason,
-                    "cure": "set judge.model, judge.base_url or its key; until then answers are kept and can be judged "
-                    "later",
+                    "cure": "start the judge's server, or set judge.model, judge.base_url or its key; until then "
+                    "answers are kept and can be judged later",
                 }
     return missing
 
@@ -108,12 +111,14 @@ def columns(benchmarks: Mapping[str, Benchmark]) -> list[dict[str, Any]]:
     ]
 
 
-def _usable(judge: Any, benchmark: Benchmark) -> tuple[Any, str]:
-    """The judge, or None with the reason: there is none, or it has no key."""
+def _usable(judge: Any, benchmark: Benchmark, *, reach: bool = False) -> tuple[Any, str]:
+    """The judge, or None with the reason: there is none, it has no key, or with ``reach`` its server is away."""
     if judge is None:
         return None, f"{benchmark.name} needs a judge, and none is configured"
     try:
-        judge.endpoint(benchmark)
+        endpoint = judge.endpoint(benchmark)
+        if reach:
+            endpoint.reach()
     except Fault as fault:
         return None, str(fault)
     return judge, ""

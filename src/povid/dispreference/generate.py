@@ -8,12 +8,13 @@ same settings; its result depends on the replies alone, not on their order.
 from __future__ import annotations
 
 import fcntl
+import functools
 import hashlib
 import json
 import logging
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,12 +23,13 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from povid.dispreference.gates import Gates, judge
-from povid.dispreference.parse import Unusable
+from povid.dispreference.parse import Parsed, Unusable
 from povid.dispreference.prompts import CAPTIONING, REASONING, prompt
 from povid.dispreference.rows import Made, Row
 from povid.fault import Fault
 from povid.files import write_text
 from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
+from povid.server.replies import Reply
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +73,8 @@ class VisionModel(BaseModel):
 
     def identity(self, rows: Sequence[Row], seed: int) -> dict[str, Any]:
         """What the result depends on besides the rows."""
-        model = self.endpoint.model
-        return {"model": model, "sampling": self.sampling.model_dump(), "gates": self.gates.model_dump()}
+        asked = {"sampling": self.sampling.model_dump(), "gates": self.gates.model_dump()}
+        return self.endpoint.identity() | asked
 
     def generate(self, rows: Sequence[Row], folder: Path, seed: int) -> Made | None:
         """Ask for every row, keeping each reply in ``folder``; None if only an estimate was wanted."""
@@ -162,11 +164,11 @@ def generate(
     refused: dict[int, list[str]] = {}
     silent: dict[int, str] = {}
     waiting = list(range(len(rows)))
-    replies = 0
+    replies = stale = 0
     with tqdm(total=len(rows), desc="dispreferences", unit="row", disable=quiet, smoothing=0.05) as bar:
         for attempt in range(sampling.attempts):
             asked: list[int] = []
-            for position, reply in endpoint.ask_all(_requests(rows, waiting, sampling, attempt, asked, refused)):
+            for position, reply in endpoint.ask_all(_requests(rows, waiting, sampling, gates, attempt, asked, refused)):
                 index = asked[position]
                 if isinstance(reply, NoReply):
                     silent[index] = str(reply)
@@ -176,6 +178,7 @@ def generate(
                     accepted[index] = judge(rows[index], reply.text, reply.finish_reason, gates)
                 except Unusable as reason:
                     refused.setdefault(index, []).append(str(reason))
+                    stale += reply.cached
                 if index in accepted or len(refused.get(index, ())) == sampling.attempts:
                     if reply.cached and not quiet:
                         bar.initial += 1  # replies from disk do not show the server's speed
@@ -189,6 +192,12 @@ def generate(
                 for index in waiting
                 if index not in accepted and index not in silent and _BROKEN not in refused.get(index, ())
             ]
+    if stale and not endpoint.settings.ask_again:
+        log.warning(
+            "refused replies that were on disk: %d; if the server has been mended since, endpoint.ask_again=true asks "
+            "for them once more",
+            stale,
+        )
     if silent and not give_up:
         raise Fault(
             f"{len(silent)} of {len(rows)} rows got no reply (first: {next(iter(silent.values()))}); all other "
@@ -213,6 +222,7 @@ def _requests(
     rows: Sequence[Row],
     waiting: Sequence[int],
     sampling: Sampling,
+    gates: Gates,
     attempt: int,
     asked: list[int],
     refused: dict[int, list[str]],
@@ -226,10 +236,20 @@ def _requests(
             refused[index] = [_BROKEN]
             continue
         asked.append(index)
-        yield _request(rows[index], sampling, attempt, part)
+        yield _request(rows[index], sampling, attempt, part, functools.partial(_read, rows[index], gates))
 
 
-def _request(row: Row, sampling: Sampling, attempt: int, part: dict[str, Any]) -> Request:
+def _read(row: Row, gates: Gates, reply: Reply) -> Parsed | None:
+    """What passes the gates, if the reply does."""
+    try:
+        return judge(row, reply.text, reply.finish_reason, gates)
+    except Unusable:
+        return None
+
+
+def _request(
+    row: Row, sampling: Sampling, attempt: int, part: dict[str, Any], reads: Callable[[Reply], Any] | None = None
+) -> Request:
     content = [part, {"type": "text", "text": prompt(row.kind, row.question, row.answer)}]
     return Request(
         [{"role": "user", "content": content}],
@@ -238,4 +258,5 @@ def _request(row: Row, sampling: Sampling, attempt: int, part: dict[str, Any]) -
         attempt,
         f"record {row.id!r}",
         {"seed": attempt} if sampling.send_seed else {},
+        reads,
     )

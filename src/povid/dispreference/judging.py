@@ -173,7 +173,7 @@ class VisionJudge(BaseModel):
         if self.endpoint.model is None:
             raise Fault("no model is named for the judge; set endpoint.model to the name by which the server knows it")
         asked = self.sampling.model_dump()
-        return {"model": self.endpoint.model, "sampling": asked, "prompt": digest(PROMPT)}
+        return self.endpoint.identity() | {"sampling": asked, "prompt": digest(PROMPT)}
 
     def read(
         self, rows: Sequence[Row], captions: Sequence[Sequence[str]], folder: Path
@@ -190,6 +190,7 @@ class VisionJudge(BaseModel):
         judged: dict[int, list[Reading] | str] = {}
         silent: dict[int, str] = {}
         waiting = list(range(len(rows)))
+        stale = 0
         with counted(log, "judgements", len(rows), unit="pictures") as count:
             for attempt in range(self.sampling.attempts):
                 asked: list[int] = []
@@ -200,9 +201,16 @@ class VisionJudge(BaseModel):
                         silent[index] = str(reply)
                         continue
                     judged[index] = parse(reply.text, captions[index])
+                    stale += reply.cached and isinstance(judged[index], str)
                     if not isinstance(judged[index], str) or attempt + 1 == self.sampling.attempts:
                         count()
                 waiting = [i for i in waiting if judged.get(i) in (UNREADABLE, CONTRADICTORY) and i not in silent]
+        if stale and not self.endpoint.ask_again:
+            log.warning(
+                "judgements that were on disk and cannot be read: %d; if the server has been mended since, "
+                "endpoint.ask_again=true asks for them once more",
+                stale,
+            )
         if silent and not self.give_up:
             raise Fault(
                 f"the captions of {len(silent)} of {len(rows)} pictures were not judged (first: "
@@ -258,6 +266,7 @@ class VisionJudge(BaseModel):
             attempt,
             f"record {row.id!r}",
             {"seed": attempt} if self.sampling.send_seed else {},
+            lambda reply: None if isinstance(parse(reply.text, captions), str) else True,
         )
 
 

@@ -7,7 +7,7 @@ import io
 import math
 from collections.abc import Iterator, Sequence
 
-from povid.report.tables import Cell, Column, Line, Table
+from povid.report.tables import OWN_WORDS, OWN_WORDS_MEANS, Cell, Column, Line, Table
 
 DAGGER = "†"
 
@@ -132,6 +132,8 @@ def plain(table: Table) -> str:
         heading = [block.title] if block.title else []
         parts.append("\n".join([*heading, *block.warnings, rule, text[0], rule, *text[1:], rule, *block.notes]))
     parts += [f"{mark} {text}" for mark, text in notes if mark == DAGGER]
+    if any(cell.own_words for block in table.blocks for line in block.lines for cell in line.cells.values()):
+        parts.append(f"{OWN_WORDS} {OWN_WORDS_MEANS}")
     return "".join(letter for letter in "\n\n".join(parts) if letter == "\n" or ord(letter) >= 32) + "\n"
 
 
@@ -220,6 +222,7 @@ LATEX = {
     "✓": r"\checkmark",
     "✗": r"$\times$",
     DAGGER: r"$\dagger$",
+    OWN_WORDS: r"$\ddagger$",
     "<": "$<$",
     ">": "$>$",
     "|": "$|$",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from povid.benchmarks.benchmark import Column
 from povid.benchmarks.yes_no import FEW
@@ -46,15 +46,22 @@ BREAKDOWN = tuple(
 )
 BESIDE = ("chair.coverage", "chair.words", "pope.yes_ratio")  # explain a score; the paper prints none of them
 
+OWN_WORDS = "‡"
+OWN_WORDS_MEANS = "the judge was asked in our wording of the prompt, not in the official one"
+
 
 @dataclass
 class Cell:
-    """One score of one row. ``place`` is 1 for the best in its column, 2 for the second best. ``notes``: footnotes."""
+    """One score of one row. ``place`` is 1 for the best in its column, 2 for the second best. ``notes``: footnotes.
+
+    ``own_words``: a judge gave it who was asked in our wording, which OWN_WORDS marks wherever it is shown.
+    """
 
     summary: Summary
     place: int = 0
     notes: list[str] = field(default_factory=list)
     difference: bool = False
+    own_words: bool = False
 
     def text(self, decimals: int) -> str:
         if self.summary.mean is None:
@@ -62,7 +69,7 @@ class Cell:
         error = self.summary.se if self.difference else self.summary.sd
         spread = "" if math.isnan(error) else f" ± {error:.{decimals}f}"
         number = f"{self.summary.mean:{'+' if self.difference else ''}.{decimals}f}"
-        return number.replace("-", "−") + spread
+        return number.replace("-", "−") + spread + (OWN_WORDS if self.own_words else "")
 
 
 @dataclass
@@ -462,8 +469,10 @@ def _ours(
     for column in columns:
         summary = summarise(row, column.key)
         notes = [note for note in (summary.reason, summary.remark) if note]
-        notes += _corrected(row, column, summary) + _explained(row, column, summary) + _judged(row, column, summary)
-        cells[column.key] = Cell(summary, notes=notes)
+        judges = _judges(row, column, summary)
+        notes += _corrected(row, column, summary) + _explained(row, column, summary) + _judged(column, judges)
+        own_words = any(judge["wording"] != "official" for judge in judges)
+        cells[column.key] = Cell(summary, notes=notes, own_words=own_words)
     seeds = f"n = {len(row.runs)}"
     remarks = [f"{row.name}: {remark}" for remark in row.remarks]
     return Line(row.name, kind, (*lead, f"{row.label}, {seeds}"), cells, remarks, _says_less(row, bases))
@@ -501,18 +510,21 @@ def _explained(row: Row, column: Column, summary: Summary) -> list[str]:
     return notes
 
 
-def _judged(row: Row, column: Column, summary: Summary) -> list[str]:
-    """Who judged a score, and that the prompt is in our wording: the official texts are not part of this package."""
-    if summary.mean is None:
-        return []
+def _judges(row: Row, column: Column, summary: Summary) -> list[dict[str, Any]]:
+    """The judges behind a score, as results.json describes them."""
     name = column.key.partition(".")[0]
-    judges = [lookup(run.results["benchmarks"], f"{name}.judge") for run in row.runs]
+    found = [lookup(run.results["benchmarks"], f"{name}.judge") for run in row.runs if summary.mean is not None]
+    return [judge for judge in found if isinstance(judge, dict) and judge.get("wording")]
+
+
+def _judged(column: Column, judges: Sequence[dict[str, Any]]) -> list[str]:
+    """Who judged a score, and whether asked in the official words or in ours."""
+    name = column.key.partition(".")[0]
     return sorted(
-        f"{name}: judged by {model} (officially {official}), the prompt in our own wording ({wording})"
-        for model, official, wording in {
-            tuple(judge.get(key) for key in ("model", "official_model", "wording"))
-            for judge in judges
-            if isinstance(judge, dict) and judge.get("wording")
+        f"{name}: judged by {model}{f' at revision {revision}' if revision else ''} (officially {official}), "
+        + ("the official prompt" if wording == "official" else f"the prompt in our own wording ({wording})")
+        for model, revision, official, wording in {
+            tuple(judge.get(key) for key in ("model", "revision", "official_model", "wording")) for judge in judges
         }
     )
 

@@ -43,6 +43,7 @@ FREE = (
     "launcher",
     "logger",
     "model.api_key_env",
+    "model.ask_again",
     "model.backoff",
     "model.budget",
     "model.cache",

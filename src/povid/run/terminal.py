@@ -17,7 +17,7 @@ from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
 from povid.report.runs import read
-from povid.report.tables import row_of
+from povid.report.tables import OWN_WORDS, OWN_WORDS_MEANS, row_of
 from povid.run.processes import first
 from povid.run.wandb_run import sync_line
 from povid.terminal import EVERY, redraws, show, spoken, width
@@ -187,7 +187,10 @@ def finished(run: Path, seconds: float | None = None) -> None:
 def summary(run: Path) -> tuple[str, list[tuple[str, str]]]:
     """The closing panel's title and rows, from results.json and the files beside it."""
     found = read(run / "results.json")
-    rows = [("scores", in_columns([(column.heading, cell.text(column.decimals)) for column, cell in row_of(found)]))]
+    row = row_of(found)
+    rows = [("scores", in_columns([(column.heading, cell.text(column.decimals)) for column, cell in row]))]
+    if any(cell.own_words for _, cell in row):
+        rows.append((OWN_WORDS, OWN_WORDS_MEANS))
     if found.limit:
         asked = ", ".join(f"{name} {one['asked']} of {one['of']} questions" for name, one in found.limits.items())
         rows.append(("quick look", f"{found.limit}: {asked}; compare with nothing else"))

@@ -10,6 +10,7 @@ from typing import Any
 import openai
 
 MOST_BYTES = 16 << 20  # of one reply, unpacked
+CONNECT = 4.0  # seconds for a connection, however long a reply may take
 
 
 class BoundedClient(openai.DefaultHttpxClient):
@@ -19,11 +20,15 @@ class BoundedClient(openai.DefaultHttpxClient):
     of the reply is under way, and every request has a connection of its own, so that no other request is on it.
 
     openai 2 builds on httpx and openai 3 on httpx2, so neither is named here.
+
+    Attributes:
+        connected: set by every connection that is made, its encryption included.
     """
 
     def __init__(self, seconds: float, most_bytes: int = MOST_BYTES) -> None:
-        super().__init__(timeout=seconds)
+        super().__init__(timeout=patience(seconds))
         self.seconds, self.most_bytes = seconds, most_bytes
+        self.connected = threading.Event()
 
     def send(self, request: Any, **options: Any) -> Any:
         """The response, read to its end.
@@ -33,10 +38,13 @@ class BoundedClient(openai.DefaultHttpxClient):
             ValueError: the reply is longer than ``most_bytes``.
         """
         late, streams = threading.Event(), []
+        last = "start_tls.complete" if request.url.scheme == "https" else "connect_tcp.complete"
 
         def trace(event: str, info: dict[str, Any]) -> None:
             if event.endswith(("connect_tcp.complete", "start_tls.complete")):
                 streams.append(info["return_value"])
+                if event.endswith(last):
+                    self.connected.set()
                 if late.is_set():
                     close()
 
@@ -70,3 +78,8 @@ class BoundedClient(openai.DefaultHttpxClient):
         told = ("content-encoding", "content-length", "transfer-encoding")  # of what was sent, not of what it holds
         headers = [(name, value) for name, value in response.headers.multi_items() if name not in told]
         return type(response)(response.status_code, headers=headers, content=bytes(body), request=response.request)
+
+
+def patience(seconds: float) -> openai.Timeout:
+    """The time-outs of one request: ``seconds`` for each read and write, CONNECT at most for the connection."""
+    return openai.Timeout(seconds, connect=min(seconds, CONNECT))

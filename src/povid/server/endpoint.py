@@ -10,12 +10,13 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import random
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -30,7 +31,8 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from povid.fault import Fault
 from povid.preferences.pictures import rgb
-from povid.server.bounded import BoundedClient
+from povid.server import retired
+from povid.server.bounded import BoundedClient, patience
 from povid.server.replies import Reply, ReplyFile, Spent
 
 log = logging.getLogger(__name__)
@@ -38,10 +40,15 @@ log = logging.getLogger(__name__)
 RETRIED = {408, 409, 425, 429}  # and every 5xx
 LOCAL_KEY = "none"  # local servers ask for no key, but the client insists on one
 MOST_TOKENS = 100_000_000  # that a server may say a request took
+QUIET = 8.0  # seconds without a first reply after which that is said, and again after twice as many
 
 
 class NoReply(Fault):
     """The server did not answer one request in any attempt."""
+
+
+class Unreachable(Fault):
+    """Nobody can be connected to at the server's address, so no request is worth sending."""
 
 
 class _Malformed(ValueError):
@@ -53,7 +60,8 @@ class Request:
     """One request to the server. ``name`` identifies it in errors ("record 17") and is not part of the cache key.
 
     ``sample`` distinguishes several replies to the same request; ``extra`` holds further arguments of the API.
-    ``temperature=None`` leaves the choice to the server.
+    ``temperature=None`` leaves the choice to the server. ``reads`` is what its sender makes of a reply: None if that is
+    of no use, which ``ask_again`` is about; not part of the cache key either.
     """
 
     messages: Sequence[Mapping[str, Any]]
@@ -62,6 +70,11 @@ class Request:
     sample: int = 0
     name: str = "a request"
     extra: Mapping[str, Any] = field(default_factory=dict)
+    reads: Callable[[Reply], Any] | None = field(default=None, compare=False)
+
+    def useless(self, reply: Reply) -> bool:
+        """Whether a reply is empty or its sender cannot read it."""
+        return not reply.text.strip() or (self.reads is not None and self.reads(reply) is None)
 
 
 class EndpointSettings(BaseModel):
@@ -69,6 +82,10 @@ class EndpointSettings(BaseModel):
 
     Attributes:
         model: name of the model as the server knows it; None where the caller chooses it, as a judge does.
+        revision: commit of the open weights that the server was started with. No server tells it, so it is taken at
+            your word: replies under another one are not used, and it stands beside every result.
+        extra: arguments of the API for every request, as ``reasoning_effort``; part of what a reply depends on. They
+            take the place of ours, and one that is null is not sent.
         base_url: address up to ``/v1``, without user name and password; None takes OPENAI_BASE_URL from the
             environment, else OpenAI's own server.
         api_key_env: environment variable that holds the key; it may be unset when a ``base_url`` is known.
@@ -83,11 +100,14 @@ class EndpointSettings(BaseModel):
         token_budget: tokens that all replies in the cache together may take.
         image_tokens: tokens reserved for one image until the server has reported what it took.
         max_tokens_key: name of the API's length limit; some newer models want ``max_completion_tokens``.
+        ask_again: ask once more for replies on disk that are of no use, after a server has been mended.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     model: str | None = Field(None, min_length=1)
+    revision: str | None = Field(None, min_length=1)
+    extra: dict[str, Any] = Field(default_factory=dict)
     base_url: str | None = None
     api_key_env: str = "OPENAI_API_KEY"
     concurrency: int = Field(8, ge=1)
@@ -102,6 +122,7 @@ class EndpointSettings(BaseModel):
     token_budget: int | None = Field(None, ge=0)
     image_tokens: int = Field(1100, ge=0)
     max_tokens_key: str = Field("max_tokens", min_length=1)
+    ask_again: bool = False
 
     @field_validator("base_url")
     @classmethod
@@ -123,6 +144,11 @@ class EndpointSettings(BaseModel):
                 "give both, or use token_budget"
             )
         return self
+
+    def identity(self) -> dict[str, Any]:
+        """Who answers: the model, and its revision and further arguments where they are given."""
+        found = {"model": self.model, "revision": self.revision, "extra": self.extra}
+        return {key: value for key, value in found.items() if key == "model" or value}
 
 
 def plain_address(address: str) -> str:
@@ -156,7 +182,8 @@ class Endpoint:
     Requests that timed out do not count as spent: no server reports what they cost.
 
     Raises:
-        Fault: no model is named, or a key is needed and its environment variable is not set.
+        Fault: no model is named, a key is needed and its environment variable is not set, or the model is retired and
+            has not left a reply in ``cache``.
     """
 
     def __init__(self, settings: EndpointSettings, cache: str | Path) -> None:
@@ -181,28 +208,48 @@ class Endpoint:
         self._interval = 60.0 / settings.requests_per_minute if settings.requests_per_minute else 0.0
         self._next_start = 0.0
         self._lock = threading.RLock()
+        self._away = threading.Lock()  # taken by the first request that finds nobody
         self._file = ReplyFile(Path(cache), settings.budget, settings.token_budget)
+        self._asked_again: set[str] = set()
+        self._gone = self._retired()
+        if self._gone and self.model not in self._file.models:
+            raise Fault(self._gone)
+        self._http = BoundedClient(settings.timeout)
         self._client = openai.OpenAI(
             base_url=base_url,
             api_key=key,
-            timeout=settings.timeout,
+            timeout=patience(settings.timeout),
             max_retries=0,
-            http_client=BoundedClient(settings.timeout),
+            http_client=self._http,
         )
+
+    def _retired(self) -> str:
+        """Why the model cannot be asked any more, or ""; a coming end is a warning."""
+        if (known := retired.retirement(self.model, self.base_url)) is None:
+            return ""
+        day, replacement = known
+        instead = f"use {replacement} with extra={{reasoning_effort: none}} and max_tokens_key=max_completion_tokens"
+        instead += ", as judge=openai does"
+        if retired.today() >= day:
+            return f"OpenAI shut {self.model} down on {day}; {instead}, or name your own server with base_url"
+        log.warning("OpenAI will shut %s down on %s; then %s", self.model, day, instead)
+        return ""
 
     # ------------------------------------------------------------------ asking
 
     def ask(self, request: Request, stop: threading.Event | None = None) -> Reply:
         """Send one request and wait for its reply; setting ``stop`` ends the wait between attempts.
 
-        Raises NoReply, BudgetReached, or a Fault with the server's own sentence for a refused request (status 4xx).
+        Raises NoReply, Unreachable, BudgetReached, or a Fault with the server's own sentence for a refused request
+        (status 4xx).
         """
         key = self.key(request)
-        if (known := self._file.get(key)) is not None:
-            return known
+        old = self._file.get(key)
+        if old is not None and not self._mended(key, request, old):
+            return old
         with self._file.claim(key) as claim:
             self._file.read_new()
-            if (known := self._file.get(key)) is not None:
+            if (known := self._file.get(key)) is not old:
                 return known
             stop = stop or threading.Event()
             self._file.reserve(claim, request.name, self.estimate(request), stop)
@@ -222,16 +269,27 @@ class Endpoint:
             )
         return reply
 
+    def _mended(self, key: str, request: Request, reply: Reply) -> bool:
+        """Whether a reply on disk is to be replaced: once in this process, and only if it is of no use."""
+        if not self.settings.ask_again or not request.useless(reply):
+            return False
+        with self._lock:
+            first = key not in self._asked_again
+            self._asked_again.add(key)
+        return first
+
     def ask_all(self, requests: Iterable[Request]) -> Iterator[tuple[int, Reply | NoReply]]:
         """Send many requests, ``concurrency`` at once; yields (position, reply) in the order in which replies arrive.
 
         ``requests`` is consumed lazily, so a generator that encodes images holds few of them in memory. A request that
-        gets no reply is yielded as its NoReply, and the others continue. A Fault (budget reached, key refused, request
-        rejected) is raised after the replies in flight have been yielded.
+        gets no reply is yielded as its NoReply, and the others continue. A Fault (budget reached, server out of reach,
+        key refused, request rejected) is raised after the replies in flight have been yielded. As long as no reply at
+        all has come, that is said every now and then.
         """
         numbered = enumerate(requests)
         stop, flying = threading.Event(), {}
         failure: BaseException | None = None
+        started, quiet = time.monotonic(), QUIET
         pool = ThreadPoolExecutor(self.settings.concurrency, thread_name_prefix="endpoint")
         try:
             while True:
@@ -246,7 +304,14 @@ class Endpoint:
                     flying[pool.submit(self.ask, request, stop)] = position
                 if not flying:
                     break
-                for future in wait(flying, return_when=FIRST_COMPLETED).done:
+                done = wait(flying, None if math.isinf(quiet) else quiet, return_when=FIRST_COMPLETED).done
+                if done:
+                    quiet = math.inf
+                else:
+                    since = time.monotonic() - started
+                    log.warning("%s: no reply for %.0f s; requests under way: %d", self._who(), since, len(flying))
+                    quiet *= 2
+                for future in done:
                     position, raised = flying.pop(future), future.exception()
                     if raised is None:
                         yield position, future.result()
@@ -259,6 +324,22 @@ class Endpoint:
         finally:
             stop.set()
             pool.shutdown(wait=False, cancel_futures=True)
+
+    def reach(self) -> None:
+        """Raise Unreachable unless something answers at the address within QUIET seconds; no request is paid for."""
+        http, reason = BoundedClient(QUIET), ""
+        try:
+            self._client.with_options(http_client=http, timeout=patience(QUIET)).models.list()
+        except Exception as error:  # what a server says of its models, and how, does not matter
+            reason = self._said(error.__cause__ or error)
+        if not http.connected.is_set():
+            raise self._unreachable(reason)
+
+    def _unreachable(self, reason: str) -> Unreachable:
+        return Unreachable(
+            f"{self._who()} cannot be reached ({reason}); start the server or correct base_url and run again, all "
+            "replies so far are kept"
+        )
 
     @property
     def total(self) -> Spent:
@@ -275,13 +356,14 @@ class Endpoint:
         Two servers may know different models by the same name. Without an address the server is OpenAI's own.
         """
         whole = {
+            **({"revision": self.settings.revision} if self.settings.revision else {}),
             **({"base_url": self.base_url.rstrip("/")} if self.base_url else {}),
             "model": self.model,
             "messages": list(request.messages),
             "temperature": request.temperature,
             "max_tokens": request.max_tokens,
             "sample": request.sample,
-            "extra": dict(request.extra),
+            "extra": dict(request.extra) | self.settings.extra,
         }
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
@@ -294,24 +376,28 @@ class Endpoint:
                 images += "image_url" in part
                 size += len(part.get("text", "").encode("utf-8", "replace"))
         prompt = size // 3 + 8 * len(request.messages) + 8 + images * self.settings.image_tokens
-        return Reply("", prompt, request.max_tokens, self._price(prompt, request.max_tokens), "")
+        longest = self.settings.extra.get(self.settings.max_tokens_key) or request.max_tokens
+        return Reply("", prompt, longest, self._price(prompt, longest), "")
 
     # ------------------------------------------------------------------ one request on the wire
 
     def _send(self, request: Request, stop: threading.Event) -> Reply:
+        if self._gone:
+            raise Fault(f"{request.name}: {self._gone}; only its replies on disk can still be used")
         # lone surrogates cannot be sent as UTF-8
         sendable = json.loads(json.dumps(list(request.messages), ensure_ascii=False).encode("utf-8", "replace"))
         arguments: dict[str, Any] = {
             "model": self.model,
             "messages": sendable,
             self.settings.max_tokens_key: request.max_tokens,
+            "temperature": request.temperature,
             **request.extra,
+            **self.settings.extra,
         }
-        if request.temperature is not None:
-            arguments["temperature"] = request.temperature
+        arguments = {key: value for key, value in arguments.items() if value is not None}
         for attempt in range(self.settings.retries + 1):
             self._pace(stop)
-            asked_wait = 0.0
+            asked_wait, failed = 0.0, ""
             try:
                 return self._read(self._client.chat.completions.create(**arguments), request)
             except openai.APIStatusError as error:
@@ -324,7 +410,7 @@ class Endpoint:
                     ) from error
                 asked_wait = _retry_after(error.response.headers.get("retry-after"))
             except openai.APITimeoutError:
-                reason = f"no answer within {self._client.timeout} s"
+                reason = f"no answer within {self.settings.timeout:g} s"
             except openai.APIConnectionError as error:
                 failed = self._said(error.__cause__ or error)
                 reason = failed if isinstance(error.__cause__, TimeoutError) else f"the connection failed ({failed})"
@@ -333,13 +419,30 @@ class Endpoint:
             except (openai.APIError, ValueError, TypeError, AttributeError, LookupError, RecursionError) as error:
                 # whatever the client makes of a body that is no completion
                 reason = f"a reply that is not a chat completion ({self._said(error)})"
+            unconnected = not self._http.connected.is_set()
+            if unconnected and (attempt or not self.settings.retries):
+                raise self._unreachable(reason)
             if attempt == self.settings.retries or stop.is_set():
                 break
             pause = min(self.settings.backoff * 2**attempt * random.uniform(0.5, 1.5), self.settings.longest_wait)
+            pause = min(pause, 1.0) if unconnected else pause
             if asked_wait:
                 self._hold_off(min(asked_wait, self.settings.longest_wait))
-            log.info("%s: %s; retrying in %.1f s", request.name, reason, max(pause, asked_wait))
+            if not unconnected:
+                tries, seconds = self.settings.retries + 1, max(pause, asked_wait)
+                log.warning(
+                    "%s: attempt %d of %d failed (%s); the next in %.1f s",
+                    request.name,
+                    attempt + 1,
+                    tries,
+                    reason,
+                    seconds,
+                )
+            elif self._away.acquire(blocking=False):  # all requests in flight find the same: one says it
+                log.warning("%s cannot be reached (%s); once more in %.1f s", self._who(), reason, pause)
             stop.wait(pause)
+        if failed:
+            self._http.connected.clear()  # a server that went away is tried twice by the next request, not seven times
         raise NoReply(
             f"{request.name}: {self._who()} gave no reply in {attempt + 1} attempts (the last: {reason}); "
             "run again to send only the unanswered requests, or raise timeout or retries"

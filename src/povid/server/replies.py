@@ -70,13 +70,14 @@ class ReplyFile:
     Every process appends under a file lock. A claim is a locked file named by its key: its holder sends the request,
     the others wait and then find the reply. A lock ends with its process, so a kill blocks nobody.
 
-    ``total`` is what all processes that wrote to the file have spent. ``budget`` (currency) and ``token_budget`` bound
-    it, including what requests in flight may still cost.
+    ``total`` is what all processes that wrote to the file have spent, ``models`` are those that replied. ``budget``
+    (currency) and ``token_budget`` bound the total, including what requests in flight may still cost.
     """
 
     def __init__(self, file: Path, budget: float | None = None, token_budget: int | None = None) -> None:
         self.file, self.budget, self.token_budget = file, budget, token_budget
         self.total = Spent()
+        self.models: set[str] = set()
         self._claims = file.with_name(file.name + ".claims")
         self._replies: dict[str, Reply] = {}
         self._read_to = 0
@@ -235,6 +236,7 @@ class ReplyFile:
                 f"{self.file}: a line is not a reply ({what}); name another file, this one belongs to something else"
             ) from error
         self.total.add(reply)
+        self.models.add(str(record.get("model")))
 
     @contextmanager
     def _locked(self) -> Iterator[Any]:
