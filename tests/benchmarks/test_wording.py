@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from servers import ChatServer, Files, Say, file_server, last_text
 
 from povid.benchmarks import __main__ as command
@@ -124,6 +125,8 @@ def test_fetch_reads_it_and_the_judge_is_asked_in_it(tmp_path, monkeypatch, caps
     monkeypatch.setattr(MMVet, "graded", ())
     rows = {"v1_0": {"imagename": "a.png", "question": "Q?", "answer": "1<AND>2", "capability": ["rec"]}}
     (tmp_path / "mm-vet.json").write_text(json.dumps(rows))
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (2, 2)).save(tmp_path / "images" / "a.png")
     benchmark = MMVet(data=tmp_path)
     questions = benchmark.questions()
     with ChatServer(lambda body, n: Say("good" if n % 2 == 0 else "0.5")) as server:
