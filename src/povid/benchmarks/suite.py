@@ -109,9 +109,7 @@ def run(
     return {name: results[name] for name in benchmarks}
 
 
-def follow(
-    benchmarks: Mapping[str, Benchmark], answer: Answerer, out: Path, model: str, processes: Processes
-) -> bool:
+def follow(benchmarks: Mapping[str, Benchmark], answer: Answerer, out: Path, model: str, processes: Processes) -> bool:
     """Answer this process's share of what the first process asks (:func:`run`) into a file beside the first one's.
 
     Returns whether every benchmark was answered and scored.

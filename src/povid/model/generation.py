@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from povid.fault import Fault
 from povid.model.packing import shared_length, stack
 from povid.model.policy import Policy
-from povid.model.question import Decoding, Question, Share
+from povid.model.question import WHOLE, Decoding, Question, Share
 from povid.model.template import Template
 from povid.preferences.triple import Turn
 
@@ -65,7 +65,7 @@ class Answers:
     batch_size: int = 32
     seed: int = 0
     share_prefix: bool = True
-    share: Share = Share()
+    share: Share = WHOLE
 
     @torch.inference_mode()  # a decorator, since the context manager would stay active between yields
     def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:

@@ -17,7 +17,7 @@ from povid.fault import Fault
 from povid.internals import keep_input_gradients, processor_class, without_video
 from povid.model.architectures import Architecture, architecture_of
 from povid.model.policy import Policy
-from povid.model.question import Answerer, Share
+from povid.model.question import WHOLE, Answerer, Share
 from povid.model.template import Template
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -143,7 +143,7 @@ class LocalModel(BaseModel):
         batch_size: int,
         seed: int = 0,
         device: torch.device | None = None,
-        share: Share = Share(),  # noqa: B008  # frozen
+        share: Share = WHOLE,
     ) -> Answerer:
         """The model with its adapters, ready to answer questions on a device (None: the CPU).
 

@@ -25,7 +25,6 @@ class Question:
     meta: Mapping[str, Any] = field(default_factory=dict)
     sample: int | None = None
 
-
     def seed(self, seed: int) -> int:
         """The seed, 56 bits, from which its answer is sampled: it depends on ``seed``, id and text."""
         return int.from_bytes(hashlib.sha256(f"{seed} {self.id!r} {self.text}".encode()).digest()[:7], "big")
@@ -43,6 +42,9 @@ class Share:
         keys = [index if question.image is None else question.image for index, question in enumerate(questions)]
         place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
         return [index for index, key in enumerate(keys) if place[key] % self.of == self.number]
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True, slots=True)

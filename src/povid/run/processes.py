@@ -16,10 +16,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import distributed
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import open_dict, read_write
+from torch import distributed
 
 from povid import files
 from povid.benchmarks.processes import Processes, ProcessFailed
@@ -106,20 +106,19 @@ KEPT = "what was answered is kept: resume with resume=latest"
 
 
 class Group(Processes):
-    """The processes that a trainer makes, for the time of a run; they talk to each other over gloo, on the CPU.
+    """The processes of torch's process group, which talk to each other over gloo, on the CPU.
 
     Waiting has no time limit, since shares may take hours, and a signal interrupts it.
 
     Args:
-        trainer: makes the processes, unless they exist.
         folder: of the run, which all of them see.
+        launcher: has started the others from this process; None where somebody else has.
+        strategy: Lightning's, which made the group.
     """
 
-    def __init__(self, trainer: L.Trainer, folder: Path) -> None:
-        self.launcher = form_group(trainer)
-        stop_watching_children()  # its observer would end this process before it can say why
-        self.strategy = trainer.strategy
-        self.number, self.of = trainer.global_rank, trainer.world_size
+    def __init__(self, folder: Path, launcher: Any = None, strategy: Any = None) -> None:
+        self.launcher, self.strategy = launcher, strategy
+        self.number, self.of = distributed.get_rank(), distributed.get_world_size()
         self.control = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
         self.note, self.looked = folder / "process_failed.txt", 0.0
         if self.number == 0:
@@ -193,15 +192,15 @@ def gathered(trainer: L.Trainer | None, folder: Path, signals: Signals) -> Itera
         yield Processes()
         return
     try:
-        group = Group(trainer, folder)
-        signals.launcher = group.launcher
-        yield group
+        signals.launcher = form_group(trainer)
+        stop_watching_children()  # Lightning's observer would end this process before it can say why
+        yield Group(folder, signals.launcher, trainer.strategy)
     except BaseException:
         end_children(script_launcher(trainer), 0)
         raise
     finally:
         signals.launcher = None
-    end_children(group.launcher, 60)
+    end_children(script_launcher(trainer), 60)
 
 
 def end_children(launcher: Any, seconds: float) -> None:

@@ -132,7 +132,8 @@ def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 def ask_before(settings: Settings, run: Path, answers: Answerer, processes: Processes) -> None:
     """Ask the first yes/no questions of the run's POPE benchmarks before the first stage."""
     file = run / "answers_before.json"
-    there = [name for name, benchmark in settings.benchmarks.items() if isinstance(benchmark, POPE) and loads(benchmark)]
+    known = settings.benchmarks.items()
+    there = [name for name, benchmark in known if isinstance(benchmark, POPE) and loads(benchmark)]
     wanted = None if file.exists() or not settings.loggers else there
     if (names := processes.exchange(wanted)[0]) is None:
         return

@@ -217,7 +217,8 @@ class Settings:
 
     ``objectives`` and ``terms`` are by stage, for the stages of the ablation. ``trainer``, ``callbacks``, ``loggers``,
     ``judge`` and ``prepare`` are checked nodes that are built when they are needed
-    (:func:`povid.run.build.make`). ``engine`` answers in place of the model's own generation, if there is one. ``tree`` is the configuration as it is written to config.yaml and hashed.
+    (:func:`povid.run.build.make`). ``engine`` answers the benchmarks in place of the model's own generation, if it is
+    not None. ``tree`` is the configuration as it is written to config.yaml and hashed.
     """
 
     plain: Plain
