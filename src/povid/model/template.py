@@ -151,6 +151,16 @@ class Template:
         """A single question as text, ready to be answered."""
         return self.text([Turn("user", question)])[0]
 
+    def unexpanded(self, question: str, image: bool, name: str | int) -> list[int]:
+        """Token ids of a single question with one token for its image, where the processor would put as many as it has.
+
+        Raises:
+            Fault: the text holds the image marker.
+        """
+        text = self.text([Turn("user", question)], image=image)[0]
+        self._after_image(text, [], image, name)
+        return self.processor.tokenizer(text, **self._special(text))["input_ids"]
+
     def encode(
         self, conversations: Sequence[Sequence[Turn]], image: Path | bytes | None, name: str | int
     ) -> tuple[list[Encoded], dict[str, Any]]:

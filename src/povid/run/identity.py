@@ -37,6 +37,7 @@ FREE = (
     "dispreference.objects",
     "dispreference.synonyms",
     "generation.batch_size",
+    "generation.engine.folder",
     "init_from",
     "judge",
     "launcher",

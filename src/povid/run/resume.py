@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 
 from povid import files
 from povid.fault import Fault
+from povid.machine import conf_folder
 from povid.run.identity import flat, is_free
 from povid.run.lock import in_progress
 
@@ -132,7 +133,8 @@ def distrusted(override: str) -> str | None:
         return "it holds a resolver"
     if any(address in override for address in ADDRESSES):
         return "keys are sent to it"
-    if "." not in key and any(".." in PurePosixPath(text).parts or text.startswith("/") for text in _names(value)):
+    is_group = "." not in key or (conf_folder() / key).is_dir()
+    if is_group and any(".." in PurePosixPath(text).parts or text.startswith("/") for text in _names(value)):
         return "it may lead out of conf/" if key not in _PLACES else None
     return None
 
