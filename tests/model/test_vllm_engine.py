@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -209,7 +210,7 @@ def test_a_run_answers_through_the_engine_under_an_identity_of_its_own(vllm, fol
         (["model.quantize=4bit"], "generation.engine: vLLM would load whole weights, which are another model"),
         (["model.dtype=float64"], "generation.engine: vLLM computes in float32 at most; set model.dtype=float32"),
         (["model=instructblip"], "generation.engine: vLLM needs a prompt that marks the picture"),
-        (["generation.engine.arguments={seed: 3}"], "generation.engine.arguments: the run sets seed itself"),
+        (["+generation.engine.arguments.seed=3"], "generation.engine.arguments: the run sets seed itself"),
     ],
 )
 def test_what_the_engine_cannot_do_is_said_before_anything_loads(vllm, overrides, sentence):
@@ -218,6 +219,7 @@ def test_what_the_engine_cannot_do_is_said_before_anything_loads(vllm, overrides
     assert sentence in str(fault.value)
 
 
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_one_sentence_says_how_to_install_it():
     with pytest.raises(Fault) as fault:
         build(composed("generation.engine=vllm", "ablation=none"))

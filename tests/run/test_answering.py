@@ -206,14 +206,9 @@ def test_split_weights_answer_what_whole_ones_answer(tmp_path):
 def test_a_run_of_two_processes_is_that_of_one(tmp_path):
     """Benchmarks, captions and identity; nothing is trained, so that the processes exist only to answer."""
     tiny.save_tiny_llava(tmp_path / "tiny")
-    common = (
-        "ablation=none",
-        "data.prepare.evaluation=5",
-        "data.prepare.preferences=3",
-        "benchmarks=[chair,pope]",
-        "benchmarks.chair.max_new_tokens=8",
-        "benchmarks.pope.max_new_tokens=4",
-    )
+    pictures = ("data.prepare.evaluation=5", "data.prepare.preferences=3")
+    short = ("benchmarks=[chair,pope]", "benchmarks.chair.max_new_tokens=8", "benchmarks.pope.max_new_tokens=4")
+    common = ("ablation=none", *pictures, *short)
     command = [*settings(tmp_path, *common), "samples=3"]
     two = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
     status, printed = train(*command, *two, f"hydra.run.dir={tmp_path}/two", log=tmp_path / "log")
