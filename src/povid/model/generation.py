@@ -69,6 +69,10 @@ class Answers:
 
     @torch.inference_mode()  # a decorator, since the context manager would stay active between yields
     def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
+        yield from self.stream(questions, decoding)
+
+    def stream(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
+        """The same for a caller that switches gradients off by itself: split weights refuse inference mode."""
         self.policy.eval()
         batches = self._batches(questions)[self.share.number :: self.share.of]
         with ThreadPoolExecutor(1) as ahead:  # decodes the next batch's pictures while the model generates

@@ -74,9 +74,10 @@ class InStep:
     def __init__(self, answers: Answers, processes: Processes) -> None:
         self.answers, self.processes = answers, processes
 
+    @torch.no_grad()
     def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
         with self._in_step():
-            yield from self.answers(questions, decoding)
+            yield from self.answers.stream(questions, decoding)
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
@@ -102,7 +103,6 @@ class InStep:
         finally:
             hook.remove()
 
-    @torch.inference_mode()
     def _go_along(self, decoder: Any) -> None:
         token = torch.zeros(1, 1, dtype=torch.long, device=device())
         decoder(inputs_embeds=self.answers.policy.network.get_input_embeddings()(token), use_cache=False)
