@@ -203,20 +203,55 @@ def test_split_weights_answer_what_whole_ones_answer(tmp_path):
     assert "none.png" in reason and "process 0 of 2" in reason and kind == "Fault"
 
 
-def test_a_run_of_two_processes_is_that_of_one(tmp_path):
+def command(folder: Path) -> list[str]:
     """Benchmarks, captions and identity; nothing is trained, so that the processes exist only to answer."""
-    tiny.save_tiny_llava(tmp_path / "tiny")
+    tiny.save_tiny_llava(folder / "tiny")
     pictures = ("data.prepare.evaluation=5", "data.prepare.preferences=3")
     short = ("benchmarks=[chair,pope]", "benchmarks.chair.max_new_tokens=8", "benchmarks.pope.max_new_tokens=4")
-    common = ("ablation=none", *pictures, *short)
-    command = [*settings(tmp_path, *common), "samples=3"]
-    two = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
-    status, printed = train(*command, *two, f"hydra.run.dir={tmp_path}/two", log=tmp_path / "log")
-    assert status == 0, printed
-    assert finish(command, tmp_path / "one") == 0
-    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", "two")]
+    return [*settings(folder, "ablation=none", *pictures, *short), "samples=3"]
+
+
+TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
+
+
+def same(one: Path, other: Path) -> None:
+    results = [json.loads((run / "results.json").read_text()) for run in (one, other)]
     for result in results:
         del result["timings"], result["started"]
     assert results[0] == results[1]
     for name in ("benchmarks/chair/answers.jsonl", "benchmarks/pope/answers.jsonl", "samples/samples.json"):
-        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes(), name
+        assert (one / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_a_run_of_two_processes_is_that_of_one(tmp_path):
+    run = command(tmp_path)
+    status, printed = train(*run, *TWO, f"hydra.run.dir={tmp_path}/two", log=tmp_path / "log")
+    assert status == 0, printed
+    assert finish(run, tmp_path / "one") == 0
+    same(tmp_path / "one", tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_and_one_resumes(tmp_path):
+    """SIGTERM reaches the first process while it answers, after an answer of the other one."""
+
+    def stop() -> None:
+        honest = Answers._answer
+
+        def answer(self, questions, groups, decoding):
+            yield from honest(self, questions, groups, decoding)
+            while decoding.max_new_tokens == 4 and not list(tmp_path.glob("two/benchmarks/pope/answers.1.jsonl")):
+                pass
+            if decoding.max_new_tokens == 4:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        Answers._answer = answer
+
+    run = command(tmp_path)
+    status, printed = train(*run, *TWO, f"hydra.run.dir={tmp_path}/two", log=tmp_path / "log", sabotage=stop)
+    assert status == 143, printed
+    assert "stopped: SIGTERM: what is finished is kept" in printed and "Traceback" not in printed
+    assert not (tmp_path / "two" / "results.json").exists()
+    assert finish([*run, "resume=true"], tmp_path / "two") == 0, (tmp_path / "two.log").read_text()
+    assert finish(run, tmp_path / "one") == 0
+    same(tmp_path / "one", tmp_path / "two")
