@@ -30,8 +30,8 @@ def answerer(settings: Settings, adapters: Sequence[Path], processes: Processes)
     questions; if none can, it stays split, and all processes compute every step together.
     """
     batch_size, seed = settings.generation.batch_size, settings.plain.seed
-    share = {"share": Share(processes.number, processes.of)} if processes.of > 1 else {}
-    options = {"batch_size": batch_size, "seed": seed, "device": device(), **share}
+    share = Share(processes.number, processes.of)
+    options = {"batch_size": batch_size, "seed": seed, "device": device()} | ({"share": share} if share.of > 1 else {})
     if settings.engine is not None:
         return settings.engine.answerer(settings.model, adapters, **options)
     if not (settings.split and isinstance(processes, Group)):
@@ -48,7 +48,7 @@ def answerer(settings: Settings, adapters: Sequence[Path], processes: Processes)
     strategy: Any = processes.strategy
     shard(policy, strategy.device_mesh["data_parallel"], offload=strategy.offload)
     to_device(policy, device())
-    answers = Answers(policy, settings.model.template(policy.processor), batch_size, seed, **share)
+    answers = Answers(policy, settings.model.template(policy.processor), batch_size, seed, share=share)
     return InStep(answers, processes)
 
 
