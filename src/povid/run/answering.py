@@ -23,17 +23,17 @@ log = logging.getLogger(__name__)
 SPARE = 2**30  # bytes beside the weights, for a batch of one and what computing it takes
 
 
-def answerer(settings: Settings, adapters: Sequence[Path], processes: Processes) -> Answerer:
+def answerer(settings: Settings, adapters: Sequence[Path], processes: Processes, engine: Any = None) -> Answerer:
     """The model with its adapters, which answers this process's share of the questions. All processes must call it.
 
-    A model whose weights the trainer splits is loaded whole by every process that can hold it, and these share the
+    ``engine`` (``povid.model.vllm_engine``) answers in place of the model's own generation. A model whose weights the trainer splits is loaded whole by every process that can hold it, and these share the
     questions; if none can, it stays split, and all processes compute every step together.
     """
     batch_size, seed = settings.generation.batch_size, settings.plain.seed
     share = Share(processes.number, processes.of)
     options = {"batch_size": batch_size, "seed": seed, "device": device()} | ({"share": share} if share.of > 1 else {})
-    if settings.engine is not None:
-        return settings.engine.answerer(settings.model, adapters, **options)
+    if engine is not None:
+        return engine.answerer(settings.model, adapters, **options)
     if not (settings.split and isinstance(processes, Group)):
         return settings.model.answerer(adapters, **options)
     policy = settings.model.policy(adapters, adapted=False)

@@ -67,7 +67,7 @@ def evaluate(
     """
     batch = batch_that_counts(settings)
     with processes.together():
-        answers = answerer(settings, adapters, processes)
+        answers = answerer(settings, adapters, processes, settings.engine)
     samples, model = sample_questions(triples, settings.plain.samples), f"povid-{identity.digest}"
     if processes.number:
         if suite.follow(settings.benchmarks, answers, run / "benchmarks", model, processes):
