@@ -26,8 +26,9 @@ SPARE = 2**30  # bytes beside the weights, for a batch of one and what computing
 def answerer(settings: Settings, adapters: Sequence[Path], processes: Processes, engine: Any = None) -> Answerer:
     """The model with its adapters, which answers this process's share of the questions. All processes must call it.
 
-    ``engine`` (``povid.model.vllm_engine``) answers in place of the model's own generation. A model whose weights the trainer splits is loaded whole by every process that can hold it, and these share the
-    questions; if none can, it stays split, and all processes compute every step together.
+    ``engine`` (``povid.model.vllm_engine``) answers in place of the model's own generation. A model whose weights the
+    trainer splits is loaded whole by every process that can hold it, and these share the questions; if none can, it
+    stays split, and all processes compute every step together.
     """
     batch_size, seed = settings.generation.batch_size, settings.plain.seed
     share = Share(processes.number, processes.of)
@@ -36,7 +37,8 @@ def answerer(settings: Settings, adapters: Sequence[Path], processes: Processes,
         return engine.answerer(settings.model, adapters, **options)
     if not (settings.split and isinstance(processes, Group)):
         return settings.model.answerer(adapters, **options)
-    policy = settings.model.policy(adapters, adapted=False)
+    with processes.together():
+        policy = settings.model.policy(adapters, adapted=False)
     holders = processes.exchange(fits(policy, device()))
     if any(holders):
         if not holders[processes.number]:
