@@ -102,6 +102,7 @@ def leave_group() -> None:
         os.environ.pop(name, None)
 
 
+FAILED = "process_failed.txt"  # in the run's folder: what a process that failed says to those that still answer
 KEPT = "what was answered is kept: resume with resume=latest"
 
 
@@ -120,10 +121,8 @@ class Group(Processes):
         self.launcher, self.strategy = launcher, strategy
         self.number, self.of = distributed.get_rank(), distributed.get_world_size()
         self.control = distributed.new_group(backend="gloo", timeout=timedelta(days=365))
-        self.note, self.looked = folder / "process_failed.txt", 0.0
-        if self.number == 0:
-            self.note.unlink(missing_ok=True)
-        self.exchange(None)  # nobody goes on before an earlier run's note is gone
+        self.note, self.looked = folder / FAILED, 0.0
+        self.exchange(None)  # so that all of them exist
 
     def exchange(self, value: Any) -> list[Any]:
         content = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
@@ -159,7 +158,7 @@ class Group(Processes):
             own, failure = fault, Fault(f"{fault} (process {self.number} of {self.of})")
         except Exception as error:
             said = f"process {self.number} of {self.of} failed: {type(error).__name__}: {error}"
-            files.write_text(self.note, said)  # for those that still answer
+            files.write_text(self.note, said)
             own, failure = error, ProcessFailed(f"{said}; {KEPT}")
         failures = [found for found in self.exchange(failure) if found is not None]
         if own is not None and not isinstance(own, ProcessFailed):
@@ -188,13 +187,16 @@ class Group(Processes):
 @contextmanager
 def gathered(trainer: L.Trainer | None, folder: Path, signals: Signals) -> Iterator[Processes]:
     """Inside, the processes of a run exist, and hear of its signals; None for a run of one process."""
+    if first():
+        (folder / FAILED).unlink(missing_ok=True)
     if trainer is None or not runs_the_script(trainer):
         yield Processes()
         return
     try:
         signals.launcher = form_group(trainer)
+        group = Group(folder, signals.launcher, trainer.strategy)
         stop_watching_children()  # Lightning's observer would end this process before it can say why
-        yield Group(folder, signals.launcher, trainer.strategy)
+        yield group
     except BaseException:
         end_children(script_launcher(trainer), 0)
         raise
