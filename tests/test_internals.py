@@ -181,6 +181,26 @@ def test_a_launcher_that_starts_processes_is_known_and_reaches_them(trainer):
         child.kill()
 
 
+def test_trainers_whose_processes_run_the_script_are_known(trainer):
+    kinds = {"ddp": True, "ddp_spawn": False}
+    quiet = {"logger": False, "enable_checkpointing": False}
+    found = {
+        kind: internals.runs_the_script(L.Trainer(accelerator="cpu", devices=2, strategy=kind, **quiet))
+        for kind in kinds
+    }
+    assert found == kinds and not internals.runs_the_script(trainer)
+
+
+def test_children_are_watched_again():
+    """Of a process that has ended well nothing is said; the thread looks once and ends."""
+    ended = SimpleNamespace(poll=lambda: None, returncode=0, pid=0, send_signal=lambda number: None)
+    internals.watch_children(SimpleNamespace(procs=[ended]))
+    (observer,) = (thread for thread in threading.enumerate() if thread.name == "child-process-observer")
+    assert observer._child_processes == [ended]
+    internals.stop_watching_children()
+    assert observer._child_processes == []
+
+
 def test_a_child_that_ends_is_no_longer_watched(monkeypatch):
     """Lightning's own observer thread would end this process because a child has failed."""
     from lightning.fabric.strategies.launchers import subprocess_script

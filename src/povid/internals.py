@@ -172,6 +172,39 @@ def script_launcher(trainer: Any) -> Any:
     return launcher if isinstance(launcher, _SubprocessScriptLauncher) else None
 
 
+def form_group(trainer: Any) -> Any:
+    """Start a trainer's further processes and its process group before anything is fitted (lightning >=2.6,<2.7).
+
+    A trainer that fits later finds both. Returns the launcher, whose ``procs`` were started here; None if the processes
+    exist already, as under SLURM.
+    """
+    from lightning.pytorch import LightningModule
+
+    strategy, launcher = trainer.strategy, script_launcher(trainer)
+    strategy.connect(LightningModule())  # ModelParallelStrategy tells its module of its device mesh
+    if launcher is None:
+        strategy.setup_environment()
+    else:
+        launcher.launch(strategy.setup_environment, trainer=trainer)
+    return launcher
+
+
+def runs_the_script(trainer: Any) -> bool:
+    """Whether each of a trainer's processes runs the whole script, not only a function (lightning >=2.6,<2.7)."""
+    from lightning.pytorch.strategies import ParallelStrategy
+
+    strategy = trainer.strategy
+    own = strategy.launcher is None or script_launcher(trainer) is not None
+    return isinstance(strategy, ParallelStrategy) and own
+
+
+def watch_children(launcher: Any) -> None:
+    """Let Lightning end this process when one that ``launcher`` started fails (lightning >=2.6,<2.7)."""
+    from lightning.pytorch.strategies.launchers.subprocess_script import _launch_process_observer
+
+    _launch_process_observer(launcher.procs)
+
+
 def stop_watching_children() -> None:
     """Keep Lightning from ending this process when one that it started ends (lightning >=2.6,<2.7)."""
     threads: list[Any] = threading.enumerate()

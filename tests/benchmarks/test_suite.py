@@ -86,11 +86,11 @@ def test_scores_by_hand_and_files(data: Path, tmp_path: Path) -> None:
     kept = json.loads((tmp_path / "out" / "chair" / "scores.json").read_text())
     assert kept["scores"] == results["chair"] and len(kept["records"]) == 3
     rows = [json.loads(line) for line in (tmp_path / "out" / "pope" / "answers.jsonl").read_text().splitlines()]
-    assert rows[0] == {
+    assert rows[-1] == {
         "question_id": "random/6",
         "prompt": "Is there a dog in the image?",
         "text": "yes",
-        "answer_id": rows[0]["answer_id"],
+        "answer_id": rows[-1]["answer_id"],
         "model_id": "povid",
         "metadata": {},
     }

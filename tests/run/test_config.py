@@ -39,6 +39,8 @@ def skip_without_plugin(group: str, option: str) -> None:
     """Launchers, sweeps and some loggers are extras; a launcher is named for its plugin, and `slurm` is submitit's."""
     if group == "logger" and option in ("tensorboard", "mlflow"):
         pytest.importorskip(option)
+    if group == "generation.engine":
+        pytest.importorskip(option)
     if group == "sweep":
         pytest.importorskip(f"hydra_plugins.hydra_{option}_sweeper")
     plugin = {"basic": None, "slurm": "submitit", "submitit_local": "submitit"}.get(option, option)

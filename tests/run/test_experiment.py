@@ -181,7 +181,7 @@ def test_a_benchmark_that_failed_curably_leaves_the_run_open(world, tmp_path):
     status, printed = train("resume=latest", f"outputs={tmp_path}", log=tmp_path / "log")
     assert status == 0, printed
     assert "stage 1 is finished already" in printed
-    assert (folder / "benchmarks" / "chair" / "answers.jsonl").read_text().startswith(first)
+    assert first in (folder / "benchmarks" / "chair" / "answers.jsonl").read_text()
     assert "CHAIR_S" in json.loads((folder / "results.json").read_text())["benchmarks"]["chair"]
 
 

@@ -259,6 +259,7 @@ def test_what_a_run_folder_says_is_not_trusted(tmp_path, monkeypatch):
         ([], ["experiment=../../elsewhere"], "it may lead out of conf/"),
         ([], ["data=scenes,/elsewhere"], "it may lead out of conf/"),
         ([], ["stages/for_model=../../elsewhere"], "it may lead out of conf/"),
+        ([], ["generation.engine=../../elsewhere"], "it may lead out of conf/"),
         ([], ["--config-dir=/elsewhere"], "it is not an override"),
         ([], ["data.folder=${oc.env:HOME}"], "it holds a resolver"),
         ([], ["judge.base_url=http://elsewhere"], "keys are sent to it"),

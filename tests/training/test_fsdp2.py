@@ -12,8 +12,10 @@ import torch
 from forks import at_step, finish, settings, train
 from safetensors.torch import load_file
 
+from povid.run import answering
+
 TWO = ("trainer=fsdp2", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.precision=32-true")
-COMMON = ("data.limit=8", "ablation=both", "model.train_projector=true")
+COMMON = ("data.limit=8", "ablation=both", "model.train_projector=true", "samples=2")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +31,9 @@ def losses(home: Path) -> list[dict[str, float]]:
 
 
 def equal(whole: Path, split: Path) -> None:
-    """Metrics and adapter of both stages agree within float error; the adapters' configuration and keys are equal."""
+    """Metrics and adapter of both stages agree within float error; the adapters' configuration and keys are equal, and
+    so are the captions before training."""
+    assert (whole / "captions_before.json").read_bytes() == (split / "captions_before.json").read_bytes()
     for stage in ("stage_1", "stage_2"):
         rows, others = losses(whole / stage), losses(split / stage)
         assert len(rows) == len(others) == 4
@@ -58,16 +62,21 @@ def test_split_weights_learn_what_whole_ones_learn(world):
 
 @pytest.mark.parametrize("devices", [1, 2])
 def test_offloaded_weights_learn_what_whole_ones_learn(world, devices):
-    """Gradients are clipped, which uses their norm over weights in the machine's memory."""
+    """Gradients are clipped, which uses their norm over weights in the machine's memory. The single process is told
+    that its device cannot hold the model, so that it captions and answers with split weights.
+    """
     clipped = ("model.lora.dropout=0", "stages.1.max_grad_norm=0.01", "stages.2.max_grad_norm=0.01")
     offload = ("trainer=offload", f"trainer.devices={devices}", *TWO[1:2], *TWO[3:])
     sizes = () if devices == 2 else ("stages.1.batch_size=4", "stages.2.batch_size=4")
     folder = world / f"offloaded_{devices}"
     status, printed = train(
-        *settings(world, *COMMON, *offload, *clipped, *sizes, f"hydra.run.dir={folder}"), log=world / "log"
+        *settings(world, *COMMON, *offload, *clipped, *sizes, f"hydra.run.dir={folder}"),
+        log=world / "log",
+        sabotage=lambda: setattr(answering, "fits", lambda *_: devices == 2),
     )
     assert status == 0, printed
     assert "the weights are split" in printed
+    assert printed.count("it answers with its weights split") == (2 if devices == 1 else 0), "before and after"
     if not (world / "one" / "results.json").exists():
         assert (
             finish(settings(world, *COMMON, *clipped, "stages.1.batch_size=4", "stages.2.batch_size=4"), world / "one")

@@ -6,7 +6,8 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from povid.benchmarks.benchmark import Benchmark
+from povid.benchmarks.processes import ALONE, Processes, ProcessFailed
 from povid.fault import Fault
 from povid.files import read_json, write_bytes, write_json, write_text
 from povid.model.question import Answerer, Decoding, Question
@@ -63,6 +65,7 @@ def run(
     judge: Any = None,
     *,
     model: str = "povid",
+    processes: Processes = ALONE,
 ) -> dict[str, dict[str, Any]]:
     """Name → scores, or {"missing": reason, "cure": what to do} if a benchmark could not be answered or scored.
 
@@ -72,6 +75,12 @@ def run(
     ``out/NAME`` receives answers.jsonl (LLaVA's records, one line as each answer arrives), the official answer files in
     ``official`` and scores.json; a second run resumes where the first stopped. ``model`` identifies who answers:
     answers of another model, to other questions or with other decoding settings are refused.
+
+    With several ``processes`` this is the first one's part: the others :func:`follow`, and ``answer`` is each one's
+    share. It ends with what they are told: whether every benchmark was answered and scored.
+
+    Raises:
+        ProcessFailed: another process failed in a way that ends the run.
     """
     results: dict[str, dict[str, Any]] = {}
     answered: list[tuple[Plan, list[str]]] = []
@@ -92,14 +101,49 @@ def run(
                 model,
                 _given(plan, answered),
                 benchmark.limited,
+                processes,
             )
+        except ProcessFailed:
+            raise
         except Fault as fault:
             cure = "fix that and run again; the answers so far are kept"
             results[name] = {"missing": str(fault), "cure": cure, "open": True}
             continue
         answered.append((plan, answers))
         results[name] = _scored(plan, answers, folder, judge)
+    processes.exchange(not any(result.get("open") for result in results.values()))
     return {name: results[name] for name in benchmarks}
+
+
+def follow(benchmarks: Mapping[str, Benchmark], answer: Answerer, out: Path, model: str, processes: Processes) -> bool:
+    """Answer this process's share of what the first process asks (:func:`run`) into a file beside the first one's.
+
+    Returns whether every benchmark was answered and scored.
+
+    Raises:
+        ProcessFailed: another process failed in a way that ends the run.
+    """
+    while isinstance(order := processes.exchange(None)[0], dict):
+        name = order["name"]
+        try:
+            with processes.together():
+                benchmark = benchmarks[name]
+                questions = benchmark.loaded()
+                asked = _asked(questions, benchmark.decoding, benchmark.limited, model)
+                if differing := [key for key in asked if asked[key] != order["asked"].get(key)]:
+                    raise Fault(
+                        f"{name}: this process would ask something else than the first ({', '.join(differing)}); give "
+                        "every machine of the run the same files"
+                    )
+                file = _part(Path(out) / name / "answers.jsonl", processes.number)
+                _write_answers(
+                    name, questions, order["unanswered"], benchmark.decoding, answer, file, model, processes.check
+                )
+        except ProcessFailed:
+            raise
+        except Fault:
+            continue  # the first process says so
+    return order
 
 
 def columns(benchmarks: Mapping[str, Benchmark]) -> list[dict[str, Any]]:
@@ -193,11 +237,13 @@ def kept_answers(
     model: str,
     given: Mapping[int, str] | None = None,
     limited: Mapping[str, int] | None = None,
+    processes: Processes = ALONE,
 ) -> list[str]:
     """Answers in the order of the questions: those on disk, those ``given`` already, then the others.
 
-    Each is written to ``folder/answers.jsonl`` as it arrives. ``model`` identifies who answers, ``limited`` is a
-    benchmark's (:attr:`Benchmark.limited`).
+    Each is written to ``folder/answers.jsonl`` as it arrives, by another process to ``answers.N.jsonl``; in the end
+    ``answers.jsonl`` holds all of them in the order of the questions. ``model`` identifies who answers, ``limited`` is
+    a benchmark's (:attr:`Benchmark.limited`).
 
     Raises:
         Fault: the folder holds answers of another model, to other questions or with other decoding settings, or a
@@ -205,34 +251,108 @@ def kept_answers(
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "answers.jsonl"
-    _claim(questions, decoding, limited, folder / "asked.json", file, model)
-    done = dict(_kept(questions, file, model))
+    wanted = _asked(questions, decoding, limited, model)
+    _claim(wanted, folder / "asked.json", file)
+    done = _collected(questions, file, model)
     if taken := {i: text for i, text in (given or {}).items() if i not in done}:
         log.info("%s: answers that are scored again, without asking: %d", name, len(taken))
         with file.open("a", encoding="utf-8") as sink:
             sink.writelines(json.dumps(_row(questions[i], text, model)) + "\n" for i, text in taken.items())
         done |= taken
     unanswered = [i for i in range(len(questions)) if i not in done]
-    asked = [questions[i] for i in unanswered]
-    if asked:
-        with (
-            file.open("a", encoding="utf-8") as sink,
-            counted(log, name, len(questions), len(done)) as count,
-        ):
-            for position, text in answer(asked, decoding):
+    if unanswered:
+        processes.exchange({"name": name, "asked": wanted, "unanswered": unanswered})
+        with counted(log, name, len(questions), len(done)) as count:
+            others = _Others([_part(file, number) for number in range(1, processes.of)], count)
+
+            def each() -> None:
+                count()
+                others.count()
+                processes.check()
+
+            with processes.together():
+                _write_answers(name, questions, unanswered, decoding, answer, file, model, each)
+            others.count(0)
+        done = _collected(questions, file, model)
+        _write(questions, done, file, model)
+    if len(done) < len(questions):
+        raise Fault(f"{name}: {len(done)} of {len(questions)} questions are answered; run again to resume")
+    return [done[i] for i in range(len(questions))]
+
+
+def _part(file: Path, number: int) -> Path:
+    """Where process ``number`` writes its part of ``file``."""
+    return file.with_suffix(f".{number}{file.suffix}") if number else file
+
+
+def _write_answers(
+    name: str,
+    questions: Sequence[Question],
+    unanswered: Sequence[int],
+    decoding: Decoding,
+    answer: Answerer,
+    file: Path,
+    model: str,
+    each: Callable[[], None],
+) -> None:
+    """Append answers to ``unanswered`` questions as they arrive; call ``each`` after each of them.
+
+    Raises:
+        Fault: a question was answered twice.
+    """
+    answers, said = answer([questions[i] for i in unanswered], decoding), set()
+    with file.open("a", encoding="utf-8") as sink:
+        try:
+            for position, text in answers:
                 index = unanswered[position]
-                if index in done:
+                if index in said:
                     raise Fault(
                         f"{name} question {questions[index].id!r} was answered twice in one run; an answerer "
                         "must yield each index once"
                     )
+                said.add(index)
                 sink.write(json.dumps(_row(questions[index], text, model)) + "\n")
                 sink.flush()
-                done[index] = text
-                count()
-    if len(done) < len(questions):
-        raise Fault(f"{name}: {len(done)} of {len(questions)} questions are answered; run again to resume")
-    return [done[i] for i in range(len(questions))]
+                each()
+        finally:
+            if close := getattr(answers, "close", None):
+                close()  # now: answers that several processes make in step must all end before the next exchange
+
+
+class _Others:
+    """Counts the lines that other processes write to ``files`` while this one answers."""
+
+    def __init__(self, files: Sequence[Path], count: Callable[[], None]) -> None:
+        self.files, self.one, self.seen, self.looked = files, count, 0, time.monotonic()
+
+    def count(self, every: float = 1.0) -> None:
+        """Count what is new, if nobody has looked for ``every`` seconds."""
+        if self.files and time.monotonic() - self.looked >= every:
+            lines = sum(file.read_bytes().count(b"\n") for file in self.files if file.exists())
+            for _ in range(lines - self.seen):
+                self.one()
+            self.seen, self.looked = lines, time.monotonic()
+
+
+def _collected(questions: Sequence[Question], file: Path, model: str) -> dict[int, str]:
+    """Index → answer of what is on disk; what other processes have written is merged into ``file``."""
+    done = dict(_kept(questions, file, model))
+    parts = sorted(file.parent.glob(f"{file.stem}.[0-9]*{file.suffix}"))
+    for part in parts:
+        done = dict(_kept(questions, part, model)) | done
+    if parts:
+        _write(questions, done, file, model)
+        for part in parts:
+            part.unlink()
+    return done
+
+
+def _write(questions: Sequence[Question], done: Mapping[int, str], file: Path, model: str) -> None:
+    """Make ``file`` hold these answers in the order of the questions, whoever gave them in whatever order."""
+    rows = (json.dumps(_row(questions[i], done[i], model)) + "\n" for i in sorted(done))
+    content = "".join(rows).encode()
+    if not file.is_file() or file.read_bytes() != content:
+        write_bytes(file, content)
 
 
 def _row(question: Question, text: str, model: str) -> dict[str, Any]:
@@ -248,19 +368,16 @@ def _row(question: Question, text: str, model: str) -> dict[str, Any]:
     }
 
 
-def _claim(
-    questions: Sequence[Question],
-    decoding: Decoding,
-    limited: Mapping[str, int] | None,
-    note: Path,
-    answers: Path,
-    model: str,
-) -> None:
+def _asked(
+    questions: Sequence[Question], decoding: Decoding, limited: Mapping[str, int] | None, model: str
+) -> dict[str, Any]:
+    """What is asked and who answers, as asked.json records it."""
+    asked = {"model": model, "decoding": asdict(decoding), "questions": len(questions)}
+    return asked | ({"limit": limited["limit"]} if limited else {}) | content(questions)
+
+
+def _claim(wanted: Mapping[str, Any], note: Path, answers: Path) -> None:
     """Record what is asked, or refuse a folder whose answers belong to other questions, decoding or model."""
-    wanted = {"model": model, "decoding": asdict(decoding), "questions": len(questions)}
-    if limited:
-        wanted["limit"] = limited["limit"]
-    wanted |= content(questions)
     if not note.is_file():
         if answers.is_file() and answers.stat().st_size:
             raise Fault(f"{answers} exists without {note.name}, so it is unknown what was asked; move it away")

@@ -5,7 +5,6 @@ Shape suffixes: R = rows (questions) of a batch, V = vocabulary.
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import logging
 from collections.abc import Iterator, Sequence
@@ -21,7 +20,7 @@ from povid.fault import Fault
 from povid.model.architectures import SLIDING, layer_kinds
 from povid.model.packing import shared_length, stack
 from povid.model.policy import Policy
-from povid.model.question import Decoding, Question
+from povid.model.question import WHOLE, Decoding, Question, Share
 from povid.model.template import Template
 from povid.preferences.triple import Turn
 
@@ -56,6 +55,8 @@ class Answers:
         seed: of sampling. A question's answer depends on seed, id and text, not on its batch.
         share_prefix: compute an image's prefix once for all questions about it; the answers are the same. Not done for
             models with sliding-window attention.
+        share: the part that this process answers. It consists of whole batches, and where answers depend on their
+            batch (``LocalModel.answers_depend_on_batch``) the batches are those that a single process makes.
 
     Raises:
         Fault: a prompt is longer than the model reads, an image is missing or broken, or a question has no image and
@@ -67,11 +68,16 @@ class Answers:
     batch_size: int = 32
     seed: int = 0
     share_prefix: bool = True
+    share: Share = WHOLE
 
     @torch.inference_mode()  # a decorator, since the context manager would stay active between yields
     def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
+        yield from self.stream(questions, decoding)
+
+    def stream(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
+        """The same for a caller that switches gradients off by itself: split weights refuse inference mode."""
         self.policy.eval()
-        batches = self._batches(questions)
+        batches = self._batches(questions)[self.share.number :: self.share.of]
         with ThreadPoolExecutor(1) as ahead:  # decodes the next batch's pictures while the model generates
             future = ahead.submit(self._prepare, questions, batches[0]) if batches else None
             for number in range(len(batches)):
@@ -94,13 +100,16 @@ class Answers:
         for number, question in enumerate(questions):
             by_image.setdefault(question.image if share and question.image is not None else number, []).append(number)
         batches: list[list[list[int]]] = []
+        most = self.batch_size
+        if self.share.of > 1 and not self.policy.settings.answers_depend_on_batch:
+            most = min(most, -(-len(questions) // self.share.of))  # or few questions would make one process's batch
         for with_image in (True, False):
             groups = [group for group in by_image.values() if (questions[group[0]].image is not None) is with_image]
             groups.sort(key=lambda group: max(len(questions[i].text) for i in group))
-            rows = self.batch_size
+            rows = most
             for group in groups:
-                for part in (group[i : i + self.batch_size] for i in range(0, len(group), self.batch_size)):
-                    if rows + len(part) > self.batch_size:
+                for part in (group[i : i + most] for i in range(0, len(group), most)):
+                    if rows + len(part) > most:
                         batches.append([])
                         rows = 0
                     batches[-1].append(part)
@@ -153,8 +162,7 @@ class Answers:
             yield indices[row], self.template.processor.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
     def _generator(self, question: Question) -> torch.Generator:
-        digest = hashlib.sha256(f"{self.seed} {question.id!r} {question.text}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.Generator().manual_seed(question.seed(self.seed))
 
     def _generate(
         self, groups: list[Group], images: dict[str, Tensor], decoding: Decoding, generators: list[torch.Generator]

@@ -19,7 +19,7 @@ from povid.fetching import hub
 from povid.internals import keep_input_gradients, processor_class, without_video
 from povid.model.architectures import Architecture, architecture_of
 from povid.model.policy import Policy
-from povid.model.question import Answerer
+from povid.model.question import WHOLE, Answerer, Share
 from povid.model.template import Template
 
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
@@ -149,16 +149,23 @@ class LocalModel(BaseModel):
         )
 
     def answerer(
-        self, adapters: Sequence[Path] = (), *, batch_size: int, seed: int = 0, device: torch.device | None = None
+        self,
+        adapters: Sequence[Path] = (),
+        *,
+        batch_size: int,
+        seed: int = 0,
+        device: torch.device | None = None,
+        share: Share = WHOLE,
     ) -> Answerer:
         """The model with its adapters, ready to answer questions on a device (None: the CPU).
 
-        ``batch_size`` questions are answered together; ``seed`` is that of sampling.
+        ``batch_size`` questions are answered together; ``seed`` is that of sampling; ``share`` is the part of all
+        questions that this process answers.
         """
         from povid.model.generation import Answers
 
         policy = self.policy(adapters, adapted=False).to(device)
-        return Answers(policy, self.template(policy.processor), batch_size, seed)
+        return Answers(policy, self.template(policy.processor), batch_size, seed, share=share)
 
     def load_model(self, adapters: Sequence[Path] = (), *, merged: bool = False) -> Any:
         """The frozen model with earlier adapters in it, in their order.

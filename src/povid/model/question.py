@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,6 +26,27 @@ class Question:
     text: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     sample: int | None = None
+
+    def seed(self, seed: int) -> int:
+        """The seed, 56 bits, from which its answer is sampled: it depends on ``seed``, id and text."""
+        return int.from_bytes(hashlib.sha256(f"{seed} {self.id!r} {self.text}".encode()).digest()[:7], "big")
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """The part of all questions that one of ``of`` processes answers: the ``number``-th, from 0."""
+
+    number: int = 0
+    of: int = 1
+
+    def by_picture(self, questions: Sequence[Question]) -> list[int]:
+        """The indices of the questions about every ``of``-th picture; a question without one counts as a picture."""
+        keys = [index if question.image is None else question.image for index, question in enumerate(questions)]
+        place = {key: number for number, key in enumerate(dict.fromkeys(keys))}
+        return [index for index, key in enumerate(keys) if place[key] % self.of == self.number]
+
+
+WHOLE = Share()
 
 
 @dataclass(frozen=True, slots=True)

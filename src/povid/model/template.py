@@ -152,6 +152,16 @@ class Template:
         """A single question as text, ready to be answered."""
         return self.text([Turn("user", question)], pictures=pictures)[0]
 
+    def unexpanded(self, question: str, pictures: int, name: str | int) -> list[int]:
+        """Token ids of a single question with one token for each picture, where the processor would put as many as it has.
+
+        Raises:
+            Fault: the text holds the image marker.
+        """
+        text = self.prompt(question, pictures=pictures)
+        self._after_images(text, [], pictures, name)
+        return self.processor.tokenizer(text, **self._special(text))["input_ids"]
+
     def encode(
         self, conversations: Sequence[Sequence[Turn]], image: Shown, name: str | int
     ) -> tuple[list[Encoded], dict[str, Any]]:

@@ -27,7 +27,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from povid.fault import Fault
 from povid.files import files_in, remove, sync
-from povid.internals import begin_next_epoch, correct_logged_step, script_launcher, validates_next
+from povid.internals import begin_next_epoch, correct_logged_step, validates_next
 from povid.run.identity import Identity
 from povid.run.signals import Signals
 
@@ -88,7 +88,6 @@ class Checkpoints(L.Callback):
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         begin_next_epoch(trainer)
         self.saved_step, self.saved_at = trainer.global_step, time.monotonic()
-        self.signals.launcher = script_launcher(trainer)
         self.signals.training = True
         self.signals.listen()
         if self.random:  # last, to discard the draws made while loading

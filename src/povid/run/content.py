@@ -157,13 +157,20 @@ def of_stage(settings: Settings, number: int, adapters: Sequence[Path], content:
 
 
 def of_answers(settings: Settings, adapters: Sequence[Path], content: Content) -> Identity:
-    """The identity of who answers the benchmarks: the model with its adapters.
+    """The identity of who answers the benchmarks: the model with its adapters, and the engine if it is not the model's.
 
-    Where it computes in fewer than 32 bits its answers depend on how many questions are answered together.
+    Where it computes in fewer than 32 bits its answers depend on how many questions are answered together, not on how
+    many processes share them (``povid.model.generation.Answers``).
     """
-    parts = {key: value for key, value in flat({"model": settings.tree["model"]}) if not is_free(key)}
-    parts |= computing(content.weights)
-    if getattr(settings.model, "answers_depend_on_batch", True):
+    engine = settings.engine
+    chosen = {"model": settings.tree["model"]}
+    if engine is not None:
+        chosen["generation"] = {"engine": settings.tree["generation"]["engine"]}
+    parts = {key: value for key, value in flat(chosen) if not is_free(key)}
+    parts |= computing(content.weights) | {
+        f"versions.{name}": _version(name) for name in getattr(engine, "libraries", ())
+    }
+    if getattr(engine or settings.model, "answers_depend_on_batch", True):
         parts["generation.batch_size"] = settings.generation.batch_size
     below = [adapter_digest(adapter) for adapter in adapters]
     rows = [recorded_row(adapter) or found for adapter, found in zip(adapters, below)]

@@ -10,6 +10,7 @@ from typing import Any
 from povid import files
 from povid.benchmarks import suite
 from povid.benchmarks.chair_words import objects, read_synonyms
+from povid.benchmarks.processes import ALONE, Processes
 from povid.fault import Fault, did_you_mean
 from povid.machine import versions
 from povid.method.distortions import distort_picture, generator
@@ -19,12 +20,12 @@ from povid.preferences.triple import Triple
 from povid.report import dashboards
 from povid.report import samples as kept_samples
 from povid.report.runs import is_number, lookup
+from povid.run.answering import answerer
 from povid.run.build import make
 from povid.run.content import names, of_run
 from povid.run.context import RunContext
 from povid.run.identity import Identity, flat
 from povid.run.loggers import close, make_loggers, show_results
-from povid.run.processes import device
 from povid.run.samples import flipped, noise_responses
 from povid.run.settings import Settings
 from povid.run.wandb_run import WandbRun
@@ -53,20 +54,27 @@ def evaluate(
     stages: Mapping[str, Any],
     started: str,
     identity: Identity,
+    processes: Processes = ALONE,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Answer the benchmarks and the samples with the adapted model.
+    """Answer the benchmarks and the samples with the adapted model, in all processes; the first one scores.
 
-    ``identity`` is that of the answers. Returns the content of results.json, without timings, and the captions.
+    ``identity`` is that of the answers. Returns the content of results.json, without timings, and the captions; nothing
+    in a further process.
 
     Raises:
         Fault: a benchmark failed for a reason that running again can cure; the others' answers and scores are kept.
+        ProcessFailed: another process failed.
     """
     batch = batch_that_counts(settings)
-    answers = settings.model.answerer(
-        adapters, batch_size=settings.generation.batch_size, seed=settings.plain.seed, device=device()
-    )
+    with processes.together():
+        answers = answerer(settings, adapters, processes, settings.engine)
+    samples, model = sample_questions(triples, settings.plain.samples), f"povid-{identity.digest}"
+    if processes.number:
+        if suite.follow(settings.benchmarks, answers, run / "benchmarks", model, processes):
+            caption(answers, samples, processes)
+        return {}, []
     scores = suite.run(
-        settings.benchmarks, answers, run / "benchmarks", judge(settings), model=f"povid-{identity.digest}"
+        settings.benchmarks, answers, run / "benchmarks", judge(settings), model=model, processes=processes
     )
     if failed := [f"{name}: {score['missing']}" for name, score in scores.items() if score.get("open")]:
         raise Fault(
@@ -74,7 +82,7 @@ def evaluate(
             "scores are kept; resume it with resume=true (or latest) when the reason is gone:\n  - "
             + "\n  - ".join(failed)
         )
-    captions = caption(answers, sample_questions(triples, settings.plain.samples))
+    captions = caption(answers, samples, processes)
     results = {
         "row": settings.plain.row,
         "ablation": settings.ablation.name,
@@ -130,7 +138,7 @@ def optimized(results: Mapping[str, Any], names: str | list[str]) -> float | lis
 
 def batch_that_counts(settings: Settings) -> dict[str, int]:
     """``generation.batch_size`` where answers depend on it, else nothing."""
-    depends = getattr(settings.model, "answers_depend_on_batch", True)
+    depends = getattr(settings.engine or settings.model, "answers_depend_on_batch", True)
     return {"batch_size": settings.generation.batch_size} if depends else {}
 
 
@@ -143,16 +151,17 @@ def sample_questions(triples: Sequence[Triple], count: int) -> list[Question]:
     return [Question(triples[i].id, triples[i].image, triples[i].question, {"record": i}) for i in order]
 
 
-def caption(answers: Answerer, samples: Sequence[Question]) -> list[str]:
-    texts = dict(answers(samples, CAPTION)) if samples else {}
-    return [texts[i] for i in range(len(samples))]
+def caption(answers: Answerer, samples: Sequence[Question], processes: Processes = ALONE) -> list[str]:
+    return processes.ask(answers, samples, CAPTION) if samples else []
 
 
-def write_captions_before(run: Path, answers: Answerer, samples: Sequence[Question]) -> None:
+def write_captions_before(run: Path, answers: Answerer, samples: Sequence[Question], processes: Processes) -> None:
     """Caption the samples before the first stage, into a file, since a resumed run no longer has that policy."""
     file = run / "captions_before.json"
-    if samples and not file.exists():
-        files.write_json(file, caption(answers, samples))
+    if processes.exchange(not file.exists())[0]:
+        captions = caption(answers, samples, processes)
+        if processes.number == 0:
+            files.write_json(file, captions)
 
 
 def captions_before(run: Path) -> list[str]:

@@ -19,13 +19,14 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from povid import files
+from povid.benchmarks.processes import Processes, ProcessFailed
 from povid.fault import Fault
 from povid.machine import keep_freed_memory, packages
 from povid.model.generation import Answers
-from povid.model.policy import Policy
-from povid.model.template import Template
+from povid.model.question import Answerer, Share
 from povid.preferences.triple import Triple
 from povid.run import evaluation
+from povid.run.answering import answerer
 from povid.run.build import make
 from povid.run.content import Content, of_answers, of_stage
 from povid.run.context import RunContext
@@ -34,7 +35,7 @@ from povid.run.guards import explain_full_disk, refuse
 from povid.run.identity import flat
 from povid.run.lock import NAME, held
 from povid.run.loggers import require_loggers
-from povid.run.processes import first, leave_group, one_job, wait_for
+from povid.run.processes import first, gathered, one_job, wait_for
 from povid.run.resume import COMMAND, compare, in_sweep, job_count, write_command
 from povid.run.samples import ask_before
 from povid.run.settings import Settings, build, check_devices
@@ -53,7 +54,7 @@ def run(cfg: DictConfig, folder: Path) -> dict[str, Any]:
 
     With ``resume`` a run in ``folder`` is resumed: finished stages are kept, and an interrupted stage continues from
     its newest checkpoint. Returns the content of results.json; nothing in the further processes of a run on several
-    devices, which only train.
+    devices, which train and answer.
 
     Raises:
         Fault: any error that a user can fix; finished stages stay in the folder.
@@ -81,8 +82,15 @@ def _run(settings: Settings, folder: Path, new: bool) -> dict[str, Any]:
                 _same_questions(settings, folder)
                 finished(folder)
                 return results
+        elif (folder / "results.json").exists():  # the first process has nothing left to share
+            return {}
         try:
             results = Experiment(settings, folder, signals).run(new)
+        except ProcessFailed:
+            finish("failed")
+            if not first():  # the process that failed has said why
+                return {}
+            raise
         except BaseException:
             finish("failed")
             raise
@@ -117,6 +125,7 @@ class Experiment:
     def __init__(self, settings: Settings, folder: Path, signals: Signals) -> None:
         self.settings, self.folder, self.signals = settings, folder, signals
         self.timings: dict[str, float] = {}
+        self.taken_over = False  # the first stage was computed by another run, before which nobody was asked
         self.started = datetime.now(UTC).isoformat(timespec="seconds")
 
     def run(self, new: bool) -> dict[str, Any]:
@@ -127,20 +136,41 @@ class Experiment:
             log.info("%s%s, seed %d, in %s", job_of(self.folder), plain.row, plain.seed, near(self.folder))
         with self.timed("prepare"), checking(self.folder, new):
             triples, held_out, content, adapters = self.prepare()
+        with gathered(self.trainer(), self.folder, self.signals) as processes:
+            return self.compute(processes, triples, held_out, content, adapters)
+
+    def trainer(self) -> Any:
+        """A trainer that makes the run's processes; None for a run of one."""
+        if not self.settings.several:
+            return None
+        return make(self.settings.trainer, max_epochs=1, logger=False, enable_checkpointing=False)
+
+    def compute(
+        self,
+        processes: Processes,
+        triples: list[Triple],
+        held_out: list[Triple],
+        content: Content,
+        adapters: tuple[Path, ...],
+    ) -> dict[str, Any]:
+        """Train the stages and answer, in all processes. Returns the content of results.json in the first one."""
         samples = held_out or triples
         stages: dict[str, Any] = {}
+        if processes.exchange(self.taken_over)[0] and self.settings.plain.samples:
+            with processes.together():
+                answers = answerer(self.settings, adapters, processes)
+            self.caption_before(answers, samples, processes)
         for number in self.settings.run_stages:
             stage = self.stage(number, adapters, content)
             if stage.finished():
                 log.info("stage %d is finished already: %s", number, stage.home)
             else:
-                self.train(stage, triples, held_out)
+                self.train(stage, triples, held_out, processes)
                 release_memory()
             stages[str(number)] = stage.finished()
             adapters = (*adapters, stage.adapter)
-        if not first():
+        if processes.of == 1 and not first():  # nothing is shared, as with a served model
             return {}
-        leave_group()
         with self.timed("evaluate"):
             results, captions = evaluation.evaluate(
                 self.settings,
@@ -150,7 +180,10 @@ class Experiment:
                 stages,
                 self.started,
                 of_answers(self.settings, adapters, content),
+                processes,
             )
+        if processes.number:
+            return {}
         results["timings"] = {name: round(seconds, 2) for name, seconds in self.timings.items()}
         files.write_json(self.folder / "results.json", results)
         evaluation.show(self.settings, self.folder, results, samples, captions)
@@ -187,41 +220,48 @@ class Experiment:
         adapters = starting_adapters(settings, content)
         if first():
             if not ready.exists():  # the other processes wait for it, and all must see the same stages finished
-                self.take_over(adapters, content, held_out or triples)
+                self.take_over(adapters, content)
             files.write_text(ready, packages())
         return triples, held_out, content, adapters
 
-    def take_over(self, adapters: tuple[Path, ...], content: Content, samples: list[Triple]) -> None:
+    def take_over(self, adapters: tuple[Path, ...], content: Content) -> None:
         """Use again what has been computed under the identity of the first stages, up to the first that has not."""
         for number in self.settings.run_stages:
             stage = self.stage(number, adapters, content)
             if not stage.note.exists():
                 if not stage.reuse():
                     return
-                if number == self.settings.run_stages[0] and self.settings.plain.samples:
-                    self.caption_before(*stage.load(), samples)
+                self.taken_over |= number == self.settings.run_stages[0]
             adapters = (*adapters, stage.adapter)
 
-    def train(self, stage: Stage, triples: list[Triple], held_out: list[Triple]) -> None:
+    def train(self, stage: Stage, triples: list[Triple], held_out: list[Triple], processes: Processes) -> None:
+        settings, samples = self.settings, held_out or triples
+        captioned = stage.number == settings.run_stages[0] and settings.plain.samples
         with self.timed(f"stage_{stage.number}.load"):
+            if captioned and settings.split:  # with a policy of its own, since splitting one for training comes later
+                with processes.together():
+                    answers = answerer(settings, stage.adapters, processes)
+                self.caption_before(answers, samples, processes)
+                del answers
+                release_memory()
             policy, template = stage.load()
-            if stage.number == self.settings.run_stages[0] and first():
-                self.caption_before(policy, template, held_out or triples)
+            if captioned and not settings.split:
+                share = Share(processes.number, processes.of)
+                answers = Answers(policy, template, settings.generation.batch_size, share=share)
+                self.caption_before(answers, samples, processes)
         with self.timed(f"stage_{stage.number}.fit"):
             try:
-                stage.train(policy, template, triples, held_out, self.signals)
+                with processes.training():
+                    stage.train(policy, template, triples, held_out, self.signals)
             finally:
-                self.signals.training, self.signals.launcher = False, None
+                self.signals.training = False
         self.signals.check()  # a signal after the last step waited for the stage to be saved
 
-    def caption_before(self, policy: Policy, template: Template, samples: list[Triple]) -> None:
-        """What the policy says before the first stage, for the tables of samples; not where its weights are split."""
-        if not self.settings.split:
-            asked = evaluation.sample_questions(samples, self.settings.plain.samples)
-            answers = Answers(policy, template, self.settings.generation.batch_size)
-            evaluation.write_captions_before(self.folder, answers, asked)
-            if asked:
-                ask_before(self.settings, self.folder, answers)
+    def caption_before(self, answers: Answerer, samples: list[Triple], processes: Processes) -> None:
+        """What the policy says before the first stage, for the tables of samples."""
+        if asked := evaluation.sample_questions(samples, self.settings.plain.samples):
+            evaluation.write_captions_before(self.folder, answers, asked, processes)
+            ask_before(self.settings, self.folder, answers, processes)
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -298,7 +338,8 @@ def claim(folder: Path, settings: Settings) -> None:
         )
     if taken:
         bound = ["benchmarks.limit", *(["generation.batch_size"] if evaluation.batch_that_counts(settings) else [])]
-        compare(folder / "config.yaml", settings.tree, bound)
+        unused = [] if settings.run_stages else ["trainer"]  # as many processes as one likes answer the same
+        compare(folder / "config.yaml", settings.tree, bound, unused)
     try:
         files.write_text(folder / ".writable", "1").unlink()
         if not (folder / "results.json").exists():

@@ -38,6 +38,7 @@ FREE = (
     "dispreference.objects",
     "dispreference.synonyms",
     "generation.batch_size",
+    "generation.engine.folder",
     "init_from",
     "judge",
     "launcher",

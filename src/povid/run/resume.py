@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 
 from povid import files
 from povid.fault import Fault
+from povid.machine import conf_folder
 from povid.run.identity import flat, is_free
 from povid.run.lock import in_progress
 
@@ -132,7 +133,8 @@ def distrusted(override: str) -> str | None:
         return "it holds a resolver"
     if any(address in override for address in ADDRESSES):
         return "keys are sent to it"
-    if "." not in key and any(".." in PurePosixPath(text).parts or text.startswith("/") for text in _names(value)):
+    is_group = "." not in key or (conf_folder() / key).is_dir()
+    if is_group and any(".." in PurePosixPath(text).parts or text.startswith("/") for text in _names(value)):
         return "it may lead out of conf/" if key not in _PLACES else None
     return None
 
@@ -224,10 +226,10 @@ def _saved(folder: Path) -> dict[str, list[str]]:
     return saved
 
 
-def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = ()) -> None:
+def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = (), unused: Collection[str] = ()) -> None:
     """Refuse to resume a run whose configuration, in ``file``, would give other numbers than ``wanted``.
 
-    ``bound``: keys of FREE that change a number in this run.
+    ``bound``: keys of FREE that change a number in this run; ``unused``: groups that change none in it.
 
     Raises:
         Fault: the file is not YAML, or the settings that differ, each with both values.
@@ -239,9 +241,8 @@ def compare(file: Path, wanted: Mapping[str, Any], bound: Collection[str] = ()) 
             f"{file} cannot be read, so the settings of that run are unknown; start in another folder"
         ) from None
     now = dict(flat(wanted))
-    differing = [
-        key for key in sorted({*there, *now}) if there.get(key) != now.get(key) and (key in bound or not is_free(key))
-    ]
+    known = [key for key in sorted({*there, *now}) if key.partition(".")[0] not in unused]
+    differing = [key for key in known if there.get(key) != now.get(key) and (key in bound or not is_free(key))]
     if differing:
         listed = "; ".join(f"{key} was {there.get(key)!r} and is now {now.get(key)!r}" for key in differing[:8])
         raise Fault(

@@ -15,6 +15,7 @@ import torch
 
 from povid import files
 from povid.benchmarks.pope import POPE, says_no
+from povid.benchmarks.processes import Processes
 from povid.fault import Fault
 from povid.method.noise_dispreferred import most_likely
 from povid.model.policy import Policy
@@ -128,21 +129,30 @@ def _pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
 # --- yes/no questions ------------------------------------------------------------------------------------------------
 
 
-def ask_before(settings: Settings, run: Path, answers: Answerer) -> None:
+def ask_before(settings: Settings, run: Path, answers: Answerer, processes: Processes) -> None:
     """Ask the first yes/no questions of the run's POPE benchmarks before the first stage."""
     file = run / "answers_before.json"
-    if file.exists() or not settings.loggers:
+    known = settings.benchmarks.items()
+    there = [name for name, benchmark in known if isinstance(benchmark, POPE) and loads(benchmark)]
+    wanted = None if file.exists() or not settings.loggers else there
+    if (names := processes.exchange(wanted)[0]) is None:
         return
     found: dict[str, dict[str, str]] = {}
-    for name, benchmark in settings.benchmarks.items():
-        if isinstance(benchmark, POPE):
-            try:
-                questions = benchmark.loaded()[:ASKED]
-            except Fault:  # its files are missing, of which the run has warned
-                continue
-            said = dict(answers(questions, benchmark.decoding))
-            found[name] = {str(question.id): said[i] for i, question in enumerate(questions)}
-    files.write_json(file, found)
+    for name in names:
+        with processes.together():
+            questions = settings.benchmarks[name].loaded()[:ASKED]
+        said = processes.ask(answers, questions, settings.benchmarks[name].decoding)
+        found[name] = {str(question.id): text for question, text in zip(questions, said, strict=True)}
+    if processes.number == 0:
+        files.write_json(file, found)
+
+
+def loads(benchmark: POPE) -> bool:
+    """Whether a benchmark's files are there; the run has warned of those that are not."""
+    try:
+        return bool(benchmark.loaded())
+    except Fault:
+        return False
 
 
 def flipped(settings: Settings, run: Path) -> list[dict[str, Any]]:

@@ -220,7 +220,8 @@ class Settings:
 
     ``objectives`` and ``terms`` are by stage, for the stages of the ablation. ``trainer``, ``callbacks``, ``loggers``,
     ``judge`` and ``prepare`` are checked nodes that are built when they are needed
-    (:func:`povid.run.build.make`). ``tree`` is the configuration as it is written to config.yaml and hashed.
+    (:func:`povid.run.build.make`). ``engine`` answers the benchmarks in place of the model's own generation, if it is
+    not None. ``tree`` is the configuration as it is written to config.yaml and hashed.
     """
 
     plain: Plain
@@ -243,8 +244,16 @@ class Settings:
     loggers: dict[str, dict[str, Any]]
     checkpoint: CheckpointSettings
     generation: Generation
+    engine: Any
     experiment: str | None
     tree: dict[str, Any]
+
+    @property
+    def several(self) -> bool:
+        """Whether the run is one of several processes, or needs a process group for split weights."""
+        single = self.trainer.get("devices") == 1 and self.trainer.get("num_nodes") in (None, 1)
+        works = self.run_stages or self.benchmarks or self.plain.samples
+        return bool(self.model.trainable and works and (self.split or not single))
 
     @property
     def split(self) -> bool:
@@ -322,7 +331,7 @@ def build(cfg: DictConfig) -> Settings:
     ablation = building.settings(Ablation, tree.get("ablation"), "ablation", problems)
     data = building.settings(DataSettings, tree.get("data"), "data", problems)
     checkpoint = building.settings(CheckpointSettings, tree.get("checkpoint"), "checkpoint", problems)
-    generation = building.settings(Generation, tree.get("generation"), "generation", problems)
+    generation, engine = _generation(tree.get("generation"), problems)
     model = _node(tree, "model", problems)
     distortion = _made_kind(_node(tree, "noise", problems), tree.get("noise"), "noise", Distortion, problems)
     dispreference = _node(tree, "dispreference", problems)
@@ -378,6 +387,8 @@ def build(cfg: DictConfig) -> Settings:
             problems += _best_problems(checkpoint, known, trained)
         problems += _optimized_problems(plain, benchmarks, watchers, validated, run_stages)
     problems += _rules(plain, ablation, stages, model, distortion, trainer, terms)
+    if engine is not None and model is not None and (unsuited := engine.unsuited(model)):
+        problems.append(f"generation.engine: {unsuited}")
     if problems:
         count = "a problem" if len(problems) == 1 else f"{len(problems)} problems"
         lines = "\n".join(f"  - {problem.removeprefix('.')}" for problem in problems)
@@ -403,6 +414,7 @@ def build(cfg: DictConfig) -> Settings:
         loggers=nodes["logger"],
         checkpoint=checkpoint,
         generation=generation,
+        engine=engine,
         experiment=HydraConfig.get().runtime.choices.get("experiment") if HydraConfig.initialized() else None,
         tree=tree,
     )
@@ -441,12 +453,12 @@ def _unknown_options() -> Iterator[str]:
 
 
 def check_devices(settings: Settings) -> None:
-    """Make the trainer of a run that trains, before anything else is made.
+    """Make the trainer of a run that trains or has several processes, before anything else is made.
 
     Raises:
         Fault: this machine does not have what it asks for, or its arguments do not go together.
     """
-    if not settings.run_stages:
+    if not (settings.run_stages or settings.several):
         return
     try:
         trainer = building.make(settings.trainer, max_epochs=1, logger=False, enable_checkpointing=False)
@@ -498,6 +510,20 @@ def _stages(tree: Mapping[str, Any], size: Any, problems: list[str]) -> dict[int
             node["batch_size"] = size
         stages[int(key)] = building.settings(StageSettings, node, f"stages.{key}", problems)
     return stages
+
+
+def _generation(node: Any, problems: list[str]) -> tuple[Generation | None, Any]:
+    """The settings of generation and, unless it is null, the engine that answers."""
+    if not isinstance(node, Mapping):
+        return building.settings(Generation, node, "generation", problems), None
+    plain = building.settings(Generation, {k: v for k, v in node.items() if k != "engine"}, "generation", problems)
+    engine = node.get("engine")
+    if engine is None or is_node(engine):
+        return plain, engine and building.build(engine, "generation.engine", problems)
+    problems.append(
+        f"generation.engine: found {engine!r}, needed a _target_; choose a file of conf/generation.engine, or null"
+    )
+    return plain, None
 
 
 def _benchmarks(group: Mapping[str, Any], problems: list[str]) -> dict[str, Benchmark]:

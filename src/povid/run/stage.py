@@ -32,7 +32,7 @@ from povid.run.context import RunContext
 from povid.run.guards import DataCheck, FiniteLoss
 from povid.run.identity import Identity
 from povid.run.loggers import Metrics, close, make_loggers
-from povid.run.processes import device, end_children, first
+from povid.run.processes import device, first
 from povid.run.resume import owned
 from povid.run.samples import Samples
 from povid.run.settings import Settings
@@ -290,7 +290,6 @@ class Stage:
         try:
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         except BaseException as error:
-            end_children(trainer)
             close(loggers, "failed")
             if loader_died(error):
                 raise Fault(

@@ -12,8 +12,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard
@@ -45,15 +46,19 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def model_to_device(self) -> None:
-        """Move everything that is not split to the device; ``shard`` has placed the rest."""
-        for tensor in (*self.model.parameters(), *self.model.buffers()):
-            if not isinstance(tensor, DTensor):
-                tensor.data = tensor.data.to(self.root_device)
+        to_device(self.model, self.root_device)
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         """The trained weights, gathered on the first process; frozen ones do not belong in a checkpoint."""
         options = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
         return get_model_state_dict(self.model, options=options)
+
+
+def to_device(module: nn.Module, device: torch.device) -> None:
+    """Move everything that is not split to a device; ``shard`` has placed the rest."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.data.to(device)
 
 
 def shard(policy: Policy, mesh: DeviceMesh, *, offload: bool = False) -> None:
