@@ -153,7 +153,7 @@ class Template:
         return self.text([Turn("user", question)], pictures=pictures)[0]
 
     def unexpanded(self, question: str, pictures: int, name: str | int) -> list[int]:
-        """Token ids of a single question with one token for each picture, where the processor would put as many as it has.
+        """Token ids of a single question with one token for each picture, where the processor puts several.
 
         Raises:
             Fault: the text holds the image marker.
