@@ -7,6 +7,7 @@ from pathlib import Path
 
 from povid.fault import Fault
 from povid.preferences.records import mapping, parse_json, show
+from povid.preferences.stored import Picture
 
 
 def key_of(name: str) -> str:
@@ -42,6 +43,6 @@ def read_objects(path: Path) -> dict[str, list[str]]:
     return {key_of(name): listed for name, listed in whole.items()}
 
 
-def picture_of(image: Path | bytes, id: str) -> str:
-    """The key of a record's picture: its file's (:func:`key_of`), or the record's ``id`` if the picture is bytes."""
+def picture_of(image: Picture, id: str) -> str:
+    """The key of a record's picture: its file's (:func:`key_of`), or the record's ``id`` if it has none of its own."""
     return key_of(image.name) if isinstance(image, Path) else id

@@ -13,6 +13,7 @@ from povid.dispreference.prompts import KINDS, Kind, kind_of
 from povid.fault import Fault
 from povid.preferences.pictures import find_picture
 from povid.preferences.records import IMAGE_MARKER, gather, member, name_of, number_of, show, text, turns_of
+from povid.preferences.stored import Picture
 from povid.preferences.triple import Triple, Turn
 
 
@@ -24,7 +25,7 @@ class Row:
     """
 
     id: str
-    image: Path | bytes
+    image: Picture
     question: str
     answer: str
     kind: Kind

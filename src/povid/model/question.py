@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
+
+from povid.preferences.stored import Picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,7 +20,7 @@ class Question:
     """
 
     id: str | int
-    image: Path | bytes | None
+    image: Picture | None
     text: str
     meta: Mapping[str, Any] = field(default_factory=dict)
     sample: int | None = None

@@ -6,7 +6,6 @@ import functools
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -15,6 +14,7 @@ from tokenizers.pre_tokenizers import Metaspace
 from povid.fault import Fault
 from povid.model.packing import Encoded
 from povid.preferences.pictures import open_picture
+from povid.preferences.stored import Picture
 from povid.preferences.triple import Turn
 
 log = logging.getLogger(__name__)
@@ -152,7 +152,7 @@ class Template:
         return self.text([Turn("user", question)])[0]
 
     def encode(
-        self, conversations: Sequence[Sequence[Turn]], image: Path | bytes | None, name: str | int
+        self, conversations: Sequence[Sequence[Turn]], image: Picture | Image.Image | None, name: str | int
     ) -> tuple[list[Encoded], dict[str, Any]]:
         """Tokens of conversations about one image (or about none), and the image's tensors.
 
@@ -183,7 +183,7 @@ class Template:
             encoded.append(Encoded(ids, marks))
         return encoded, images
 
-    def _head(self, question: Turn, image: Path | bytes, name: str | int) -> tuple[list[int], dict[str, Any]]:
+    def _head(self, question: Turn, image: Picture | Image.Image, name: str | int) -> tuple[list[int], dict[str, Any]]:
         """Token ids up to the end of the image, and the image's tensors."""
         text = self.text([question])[0]
         tail, _ = self._after_image(text, [], True, name)

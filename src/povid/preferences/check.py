@@ -6,10 +6,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from PIL.Image import Image
 
 from povid.preferences.differences import words
-from povid.preferences.pictures import picture_fault
+from povid.preferences.pictures import examine
+from povid.preferences.stored import Picture
 from povid.preferences.triple import Triple
 
 
@@ -57,7 +59,7 @@ def check(
     triples: Sequence[Triple],
     *,
     sample: int | None = None,
-    tokens: Callable[[Triple], int] | None = None,
+    tokens: Callable[[Triple, Image], int] | None = None,
     limit: int = 1024,
     seed: int = 0,
     skipped: Sequence[str] = (),
@@ -68,8 +70,8 @@ def check(
     space, capitals or punctuation, or when its prompt is too long.
 
     Args:
-        tokens: gives the length of a record's prompt in tokens, image tokens included; without it lengths are not
-            checked.
+        tokens: gives the length of a record's prompt in tokens, those of its picture included; without it lengths are
+            not checked.
         limit: prompts of this many tokens or more are too long, since no response would fit after them.
         skipped: sentences about records that a reader skipped (see :mod:`povid.preferences.formats`).
     """
@@ -79,16 +81,12 @@ def check(
     report = Report(len(triples) + len(skipped), len(chosen) + len(skipped))
     report.findings += [Finding("", "unreadable", sentence) for sentence in skipped]
     report.duplicates = sum(count > 1 for count in Counter(triple.id for triple in triples).values())
-    pictures: dict[Path, str | None] = {}
+    last: Picture | None = None
     for triple in chosen:
-        if isinstance(triple.image, bytes):
-            fault = picture_fault(triple.image)
-        else:
-            if triple.image not in pictures:
-                pictures[triple.image] = picture_fault(triple.image)
-            fault = pictures[triple.image]
-        if fault:
-            report.findings.append(Finding(triple.id, "image", f"record {triple.id!r}: {fault}"))
+        if triple.image != last:  # records of one picture follow each other
+            last, picture = triple.image, examine(triple.image)
+        if isinstance(picture, str):
+            report.findings.append(Finding(triple.id, "image", f"record {triple.id!r}: {picture}"))
         if _same_words(triple):
             report.findings.append(
                 Finding(
@@ -98,7 +96,9 @@ def check(
                     "the same words; write a response that differs or remove the record",
                 )
             )
-        if tokens is not None and (length := tokens(triple)) >= limit:
+        if tokens is None or isinstance(picture, str):
+            continue
+        if (length := tokens(triple, picture)) >= limit:
             report.findings.append(
                 Finding(
                     triple.id,

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from povid.fault import Fault
 from povid.files import digest
+from povid.preferences.pictures import PICTURE_BYTES, picture_digests
 from povid.preferences.triple import Triple
-
-PICTURE_BYTES = 2**19  # of a larger picture only the size and this many bytes are compared
 
 
 def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:
@@ -23,7 +21,7 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
     Raises:
         Fault: the share leaves one of the sides empty.
     """
-    pictures = picture_digests(triples)
+    pictures = _digests(triples)
     ranked = sorted(set(pictures), key=lambda found: hashlib.sha256(found.encode()).digest())
     chosen = set(ranked[: round(share * len(ranked))])
     kept = [triple for triple, found in zip(triples, pictures) if found not in chosen]
@@ -39,23 +37,19 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
 
 def picture_on_both_sides(kept: Sequence[Triple], held: Sequence[Triple]) -> tuple[Triple, Triple] | None:
     """The first record of ``held`` whose picture a record of ``kept`` has too, and that record; None if all differ."""
-    known = dict(zip(picture_digests(kept), kept))
-    for triple, found in zip(held, picture_digests(held)):
+    known = dict(zip(_digests(kept), kept))
+    for triple, found in zip(held, _digests(held)):
         if found in known:
             return triple, known[found]
     return None
 
 
-def picture_digests(triples: Sequence[Triple]) -> list[str]:
-    """What names the content of each record's picture; of a picture that is missing, its path."""
-    images = list(dict.fromkeys(triple.image for triple in triples))
-    with ThreadPoolExecutor(8) as threads:
-        known = dict(zip(images, threads.map(_digest, images)))
-    return [known[triple.image] for triple in triples]
+def _digests(triples: Sequence[Triple]) -> list[str]:
+    return picture_digests([triple.image for triple in triples], _digest)
 
 
-def _digest(image: Path | bytes) -> str:
+def _digest(picture: Path) -> str:
     try:
-        return digest(image, PICTURE_BYTES)
+        return digest(picture, PICTURE_BYTES)
     except OSError:  # the data check names it
-        return str(image)
+        return str(picture)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from povid.fault import Fault
+from povid.preferences.stored import Picture
 
 Role = Literal["user", "assistant"]
 
@@ -26,14 +26,15 @@ class Triple:
 
     ``preferred`` (y_w) and ``dispreferred`` (y_l^t) are whole conversations: user and assistant alternate, the user
     speaks first, an assistant turn ends them, their user turns are the same and at least one assistant turn differs.
-    The image belongs in front of the first user turn. ``image`` is a file or an encoded picture (JPEG, PNG ...).
+    The image belongs in front of the first user turn. ``image`` is a file, an encoded picture (JPEG, PNG ...), or the
+    place of one inside the file of the records.
 
     Raises:
         Fault: names the record and the key that breaks one of these rules.
     """
 
     id: str
-    image: Path | bytes
+    image: Picture
     preferred: tuple[Turn, ...]
     dispreferred: tuple[Turn, ...]
     source: str = ""

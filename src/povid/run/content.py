@@ -14,14 +14,15 @@ from typing import Any
 from povid import files
 from povid.method.objectives import ON_DISTORTED
 from povid.model.adapters import adapter_digest
+from povid.preferences.pictures import PICTURE_BYTES, picture_digests
+from povid.preferences.records import sources
+from povid.preferences.stored import file_digest
 from povid.preferences.triple import Triple
 from povid.run.identity import Identity, digest, flat, identity, is_free
 from povid.run.processes import device
 from povid.run.settings import Settings, is_watcher
 
 LIBRARIES = ("povid", "torch", "lightning", "transformers", "peft", "diffusers", "numpy", "pillow")
-PICTURE_BYTES = 2**19  # of a larger picture only the size and this many bytes count: a second for a thousand pictures
-
 VALIDATES = ("val_check_interval", "check_val_every_n_epoch", "limit_val_batches")  # of the trainer: when and on what
 
 
@@ -57,8 +58,9 @@ class Content:
         if self.settings.dispreference_name == "given":
             return self.records
         data = self.settings.data
-        sources = [Path(place) for place in (data.preferences, data.objects, data.synonyms) if place]
-        return digest([files.digest(file) for source in sources if source.exists() for file in files.files_in(source)])
+        found = [each for place in (data.preferences, data.objects, data.synonyms) if place for each in sources(place)]
+        with ThreadPoolExecutor(8) as threads:
+            return digest(list(threads.map(file_digest, found)))
 
     @cached_property
     def pictures(self) -> str:
@@ -101,10 +103,8 @@ def _records(triples: Sequence[Triple]) -> str:
 
 
 def _pictures(triples: Sequence[Triple]) -> str:
-    images = list(dict.fromkeys(triple.image for triple in triples))
-    with ThreadPoolExecutor(8) as threads:
-        found = dict(zip(images, threads.map(lambda image: files.digest(image, PICTURE_BYTES), images)))
-    return digest([found[triple.image] for triple in triples])
+    images = [triple.image for triple in triples]
+    return digest(picture_digests(images, lambda file: files.digest(file, PICTURE_BYTES)))
 
 
 def of_stage(settings: Settings, number: int, adapters: Sequence[Path], content: Content) -> Identity:

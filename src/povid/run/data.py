@@ -6,11 +6,12 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
+from PIL.Image import Image
+
 from povid.fault import Fault
 from povid.preferences.check import Report
 from povid.preferences.check import check as check_records
 from povid.preferences.held_out import hold_out, picture_on_both_sides
-from povid.preferences.pictures import open_picture
 from povid.preferences.triple import Triple
 from povid.run.build import make
 from povid.run.settings import Settings
@@ -81,14 +82,11 @@ def check(settings: Settings, triples: list[Triple], sample: int | None = None) 
     return check_records(triples, sample=sample, limit=settings.model.max_length, tokens=count)
 
 
-def prompt_tokens(settings: Settings) -> Callable[[Triple], int]:
-    """Return a function that counts the tokens of a record's prompt, image included, with a newly loaded processor."""
+def prompt_tokens(settings: Settings) -> Callable[[Triple, Image], int]:
+    """Return a function that counts the tokens of a record's prompt with its picture, by a newly loaded processor."""
     template = settings.model.template(settings.model.load_processor())
 
-    def count(triple: Triple) -> int:
-        try:
-            return len(template.see(template.prompt(triple.question), template.picture(open_picture(triple.image)))[0])
-        except Fault:  # the picture is reported separately
-            return 0
+    def count(triple: Triple, picture: Image) -> int:
+        return len(template.see(template.prompt(triple.question), template.picture(picture))[0])
 
     return count

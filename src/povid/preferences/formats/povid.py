@@ -11,6 +11,7 @@ from povid.fault import Fault
 from povid.files import write_bytes, write_json
 from povid.preferences.pictures import find_picture
 from povid.preferences.records import IMAGE_MARKER, gather, label, member, name_of, turns_of
+from povid.preferences.stored import picture_bytes
 from povid.preferences.triple import Triple, Turn
 
 KEYS = ("id", "image", "conversations", "rejected_conversations")
@@ -71,12 +72,13 @@ def _stored(triple: Triple, images: Path) -> str:
                 f"record {triple.id!r}: its picture {triple.image} is not in {images}; give the folder that "
                 "holds all pictures"
             ) from None
-    suffix = next((suffix for start, suffix in SUFFIXES.items() if triple.image.startswith(start)), "img")
+    picture = picture_bytes(triple.image)
+    suffix = next((suffix for start, suffix in SUFFIXES.items() if picture.startswith(start)), "img")
     name = f"{re.sub(r'[^A-Za-z0-9_-]', '_', triple.id)[:100]}.{suffix}"
     file = images / name
     if not file.exists():
-        write_bytes(file, triple.image)
-    elif file.read_bytes() != triple.image:
+        write_bytes(file, picture)
+    elif file.read_bytes() != picture:
         raise Fault(
             f"record {triple.id!r}: {file} already holds another picture; give an empty image folder or distinct ids"
         )

@@ -23,6 +23,7 @@ from povid.preferences.records import (
     text,
     without_marker,
 )
+from povid.preferences.stored import Stored, picture_bytes
 from povid.preferences.triple import Triple, Turn
 
 
@@ -114,16 +115,20 @@ def to_row(triple: Triple) -> dict[str, Any]:
     multi-turn record stays whole. The picture is a ``{"bytes", "path"}`` object, as the `datasets` library reads it.
     """
     shared = next(n for n, (good, bad) in enumerate(zip(triple.preferred, triple.dispreferred)) if good != bad)
-    stored = isinstance(triple.image, bytes)
+    image = triple.image
     prompt = [_message(turn) for turn in triple.preferred[:shared]]
     prompt[0]["content"].insert(0, {"type": "image", "text": None})
     return {
         "id": triple.id,
-        "images": [{"bytes": triple.image if stored else None, "path": None if stored else str(triple.image)}],
+        "images": [{"bytes": None, "path": str(image)} if isinstance(image, Path) else _inside(image)],
         "prompt": prompt,
         "chosen": [_message(turn) for turn in triple.preferred[shared:]],
         "rejected": [_message(turn) for turn in triple.dispreferred[shared:]],
     }
+
+
+def _inside(image: bytes | Stored) -> dict[str, Any]:
+    return {"bytes": picture_bytes(image), "path": None}
 
 
 def _message(turn: Turn) -> dict[str, Any]:
