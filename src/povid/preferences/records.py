@@ -11,24 +11,21 @@ import csv
 import io
 import itertools
 import json
-import os
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
 from povid import files
 from povid.fault import Fault
-from povid.preferences.stored import ROWS, Picture, Source, Stored, arrow_copy, arrow_rows, holds_bytes, mark
+from povid.preferences.stored import ROWS, Picture, Source, Stored, arrow_copies, arrow_rows, mark
 from povid.preferences.triple import Triple, Turn
 
 Built = TypeVar("Built")
 IMAGE_MARKER = "<image>"
 LONGEST_TEXT = 100_000  # characters in one turn; no model reads more
 LONGEST_ID = 300
-COPIED = min(2, os.cpu_count() or 1)  # shards at the same time: each takes memory for a page of pictures
 _SPACE = re.compile(r"[ \t\n\r]*")
 BLOCK = 2**20  # bytes of a JSON list that are read at once
 HUB = re.compile(r"hf:/+(?:datasets/)?([^/@]+/[^/@]+)(?:@([^/@]+))?/?")  # a Path makes one slash of two
@@ -257,27 +254,14 @@ def _parquet(*shards: Path) -> Iterator[tuple[str, Any]]:
     """The records of shards, one after the other; pictures in them are read from Arrow copies."""
     import pyarrow
 
-    with ThreadPoolExecutor(COPIED) as threads:
-        copies = [threads.submit(_with_pictures, shard) for shard in shards]
+    copies = arrow_copies(shards)
+    for path in shards:
         try:
-            for path, copy in zip(shards, copies):
-                try:
-                    place = copy.result()
-                    for index, record in enumerate(arrow_rows(place) if place else _parquet_rows(path)):
-                        yield f"{path}, row {index}", record
-                except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-                    raise Fault(
-                        f"{path} is not a valid parquet file ({one_line(error)}); download or write it again"
-                    ) from None
-        finally:
-            threads.shutdown(cancel_futures=True)
-
-
-def _with_pictures(path: Path) -> Path | None:
-    """The Arrow copy of a parquet file that holds pictures; None for another one."""
-    import pyarrow.parquet
-
-    return arrow_copy(path) if any(holds_bytes(field.type) for field in pyarrow.parquet.read_schema(path)) else None
+            copy = next(copies)
+            for index, record in enumerate(arrow_rows(copy) if copy else _parquet_rows(path)):
+                yield f"{path}, row {index}", record
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+            raise Fault(f"{path} is not a valid parquet file ({one_line(error)}); download or write it again") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:

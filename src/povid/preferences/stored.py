@@ -1,7 +1,7 @@
 """Pictures that stay in the file that holds their records, and what is kept to find them there again.
 
 A parquet file compresses many pictures together, so that none can be read alone. On first use it is copied into an
-Arrow file (:func:`arrow_copy`), where every picture lies at a place of its own. JSON is read where it is.
+Arrow file (:func:`arrow_copies`), where every picture lies at a place of its own. JSON is read where it is.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import functools
 import hashlib
 import json
 import logging
+import multiprocessing
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from io import FileIO
 from itertools import pairwise
@@ -79,7 +82,8 @@ class Stored:
         Raises:
             Fault: the file was changed or removed.
         """
-        raw = os.pread(_opened(self.source).fileno(), self.size, self.offset)
+        file = _opened(self.source)  # a name of its own keeps it open
+        raw = os.pread(file.fileno(), self.size, self.offset)
         if not self.keys:
             return raw
         try:
@@ -170,50 +174,98 @@ def cache() -> Path:
     return Path(os.environ.get("HF_DATASETS_CACHE", Path(HF_HOME, "datasets"))).expanduser() / "povid"
 
 
-def arrow_copy(parquet: Path) -> Path:
-    """The Arrow copy of a parquet file; made if the file is new or was changed.
+def arrow_copies(shards: Sequence[Path]) -> Iterator[Path | None]:
+    """The Arrow copy of each parquet file, made if the file is new or was changed; None for one without pictures.
 
     Raises:
-        Fault: there is no room for it.
-        pyarrow.ArrowException, OSError: the file is not valid.
+        Fault: there is no room for a copy.
+        pyarrow.ArrowException, OSError: a file is not valid.
     """
+    new = [shard for shard in shards if _is_new(shard)]
+    size = sum(shard.stat().st_size for shard in new)
+    if size >= LONG:
+        log.info("%.1f GiB of records are copied to %s, once, to read picture by picture", size / 2**30, cache())
+    with ExitStack() as stack:
+        jobs = {}
+        if new:  # in processes, whose memory is given back
+            processes = min(len(new), len(os.sched_getaffinity(0)))
+            pool = stack.enter_context(ProcessPoolExecutor(processes, multiprocessing.get_context("fork")))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            jobs = {shard: pool.submit(_copy, shard) for shard in new}
+        for shard in shards:
+            place = _place(shard)
+            if shard in jobs:
+                try:
+                    jobs[shard].result()
+                except BrokenProcessPool:
+                    raise Fault(
+                        f"a process that copied {shard} died, most likely because memory ran out; free some and start "
+                        "again"
+                    ) from None
+            yield place
+
+
+def _place(parquet: Path) -> Path | None:
+    """Where the copy of a parquet file is, or will be; None if the file holds no pictures."""
+    import pyarrow.parquet
+
+    if not any(holds_bytes(field.type) for field in pyarrow.parquet.read_schema(parquet)):
+        return None
+    return cache() / f"{parquet.stem[:60]}-{_owner(parquet)}-{Source.of(parquet).key}.arrow"
+
+
+def _owner(parquet: Path) -> str:
+    """What the names of all copies of a file have in common."""
+    return hashlib.sha256(os.path.realpath(parquet).encode()).hexdigest()[:8]
+
+
+def _is_new(parquet: Path) -> bool:
+    import pyarrow
+
+    try:
+        place = _place(parquet)
+        return place is not None and not place.exists()
+    except (pyarrow.ArrowException, OSError):  # said when it is the file's turn
+        return False
+
+
+def _copy(parquet: Path) -> None:
+    """Copy a parquet file, and keep the digests of its pictures."""
     import pyarrow
     import pyarrow.parquet
 
-    source = Source.of(parquet)
-    owner = hashlib.sha256(os.path.realpath(parquet).encode()).hexdigest()[:8]
-    place = cache() / f"{parquet.stem[:60]}-{owner}-{source.key}.arrow"
-    if place.exists():
-        return place
-    with pyarrow.parquet.ParquetFile(parquet, buffer_size=2**20) as file:
+    place, owner = _place(parquet), _owner(parquet)
+    # Pages are read one after the other: a row group may be the whole file.
+    with pyarrow.parquet.ParquetFile(parquet, buffer_size=2**20, pre_buffer=False) as file:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(place.with_name(f".{owner}.lock")):
-                if not place.exists():
-                    if source.size >= LONG:
-                        log.info("%s is copied to %s, once, to read its pictures one by one", parquet, place)
-                    with files.draft(place) as beside, pyarrow.OSFile(str(beside), "wb") as sink:
-                        _copy(file, sink)
-                    for old in place.parent.glob(f"*-{owner}-*"):  # of the file as it was before
-                        if not old.name.startswith(place.stem):
-                            old.unlink(missing_ok=True)
+                if place.exists():
+                    return
+                with files.draft(place) as beside, pyarrow.ipc.new_stream(str(beside), file.schema_arrow) as writer:
+                    for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
+                        writer.write_batch(batch)
+                for old in place.parent.glob(f"*-{owner}-*"):  # of the file as it was before
+                    if not old.name.startswith(place.stem):
+                        old.unlink(missing_ok=True)
+                digests([picture for row in arrow_rows(place) for picture in _stored(row)])
         except OSError as error:
             if error.errno is None:  # of Arrow, about the parquet file
                 raise
             raise Fault(
                 f"{parquet} holds pictures and cannot be copied to {place.parent} ({error.strerror}), where they can "
-                f"be read one by one; make room there for about {source.size / 2**30:.1f} GiB, or name another folder "
-                "in HF_DATASETS_CACHE"
+                f"be read one by one; make room there for about {parquet.stat().st_size / 2**30:.1f} GiB, or name "
+                "another folder in HF_DATASETS_CACHE"
             ) from None
-    return place
 
 
-def _copy(file: Any, sink: Any) -> None:
-    import pyarrow
-
-    with pyarrow.ipc.new_stream(sink, file.schema_arrow) as writer:
-        for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
-            writer.write_batch(batch)
+def _stored(value: Any) -> Iterator[Stored]:
+    """Every picture in a record."""
+    if isinstance(value, Stored):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _stored(inner)
 
 
 def holds_bytes(kind: Any) -> bool:
@@ -292,13 +344,17 @@ def file_digest(file: Path) -> str:
 def digests(pictures: Sequence[Stored]) -> list[str]:
     """What names the content of pictures (:func:`povid.files.digest`); of pictures in Arrow, read once and kept."""
     found = {picture: picture.digest for picture in pictures}
-    for source in {picture.source for picture, known in found.items() if not known}:
+    unknown: dict[Source, list[Stored]] = {}
+    for picture, known in found.items():
+        if not known:
+            unknown.setdefault(picture.source, []).append(picture)
+    for source, asked in unknown.items():
         note = cache() / f"{Path(source.path).stem}-{source.key}.json"
         kept = json.loads(note.read_text()) if note.exists() else {}
-        new = [p for p, known in found.items() if p.source == source and not known and str(p.offset) not in kept]
-        with ThreadPoolExecutor(8) as threads:
-            kept |= zip((str(p.offset) for p in new), threads.map(lambda p: files.digest(p.read()), new))
-        if new:
+        if new := [picture for picture in asked if str(picture.offset) not in kept]:
+            with ThreadPoolExecutor(8) as threads:
+                made = threads.map(lambda picture: files.digest(picture.read()), new)
+                kept |= zip((str(picture.offset) for picture in new), made)
             files.write_json(note, kept)
-        found |= {p: kept[str(p.offset)] for p in found if p.source == source}
+        found |= {picture: kept[str(picture.offset)] for picture in asked}
     return [found[picture] for picture in pictures]
