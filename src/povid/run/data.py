@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from povid.preferences.check import check as check_records
 from povid.preferences.held_out import hold_out, picture_on_both_sides
 from povid.preferences.triple import Triple
 from povid.run.build import make
+from povid.run.checking import Checks
 from povid.run.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -67,7 +69,7 @@ def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
         triples = settings.dispreference(triples, seed=settings.plain.seed, limit=limit, skipped=skipped)
     triples = triples[:limit]
     if skipped is not None:
-        report = check(settings, triples)
+        report = check_all(settings, triples)
         triples = [triple for triple in triples if triple.id not in report.bad]
         reasons = skipped + [finding.text for finding in report.findings]
         if reasons:
@@ -80,6 +82,24 @@ def check(settings: Settings, triples: list[Triple], sample: int | None = None) 
     """Check all records, or a sample of them, for what would stop training."""
     count = prompt_tokens(settings)
     return check_records(triples, sample=sample, limit=settings.model.max_length, tokens=count)
+
+
+def check_all(settings: Settings, triples: list[Triple]) -> Report:
+    """Check all records, in as many processes as load data.
+
+    Raises:
+        Fault: a process died.
+    """
+    if not triples:
+        return check(settings, triples)
+    with Checks(triples, functools.partial(check, settings), max(settings.data.workers, 1)) as checks:
+        report = checks.report(complete=True)
+    if report.checked < report.records:
+        raise Fault(
+            "a process that checked records died, most likely because memory ran out; free some, or start fewer with "
+            f"data.workers={settings.data.workers // 2}"
+        )
+    return report
 
 
 def prompt_tokens(settings: Settings) -> Callable[[Triple, Image], int]:

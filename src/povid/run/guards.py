@@ -5,13 +5,8 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ import torch
 from povid.fault import Fault
 from povid.preferences.check import Report, check
 from povid.preferences.triple import Triple
+from povid.run.checking import Checks
 from povid.run.checkpoint import newest
 from povid.run.signals import Stopped
 
@@ -90,91 +86,47 @@ class FiniteLoss(L.Callback):
 class DataCheck(L.Callback):
     """Checks every record in processes of its own while the first epoch trains; stops the stage if some are unusable.
 
-    The first epoch does not end before the check. The processes give way to all others.
+    An epoch that is trained to its end does not end before the check.
     """
 
     def __init__(
         self, triples: Sequence[Triple], source: str, check: Callable[..., Report] = check, processes: int = 1
     ) -> None:
         self.triples, self.source, self.check, self.processes = triples, source, check, processes
-        self.running: list[tuple[Any, Connection]] = []
-        self.reports: dict[int, Report | None] = {}
+        self.checks: Checks | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if not trainer.is_global_zero or trainer.current_epoch or self.running or self.reports:
-            return
-        fork = multiprocessing.get_context("fork")  # the records are there already
-        share = -(-len(self.triples) // min(self.processes, len(self.triples)))
-        for start in range(0, len(self.triples), share):
-            receiver, sender = fork.Pipe(duplex=False)
-            part = self.triples[start : start + share]
-            process = fork.Process(target=_check, args=(self.check, part, sender), name="data-check", daemon=True)
-            process.start()
-            sender.close()
-            self.running.append((process, receiver))
+        if trainer.is_global_zero and trainer.current_epoch == 0 and self.checks is None:
+            self.checks = Checks(self.triples, self.check, self.processes)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if self.running:
-            last = trainer.current_epoch == 0 and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
-            self.collect(wait=last)
+        if self.checks is not None and self.checks.running:
+            report = self.checks.report(complete=trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+            if report is not None:
+                self.end()
+                refuse(report, self.source)
+                self._say(report)
 
-    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
-        self.end()
+    def _say(self, report: Report) -> None:
+        if report.checked == report.records:
+            log.info("checked all %d records: every one can be used", report.checked)
+        else:
+            log.warning(
+                "%d of %d records are not checked, since a process that checked them died, most likely because memory "
+                "ran out; `python -m povid.preferences check` checks them without a run",
+                report.records - report.checked,
+                report.records,
+            )
+
+    def end(self) -> None:
+        if self.checks is not None:
+            self.checks.end()
 
     def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
         self.end()
 
-    def collect(self, wait: bool = False) -> None:
-        """Take the reports that are there, or all of them; with the last one, say what was found.
-
-        Raises:
-            Fault: some records cannot be used.
-        """
-        for number, (_, receiver) in enumerate(self.running):
-            if number not in self.reports and (wait or receiver.poll()):
-                try:
-                    self.reports[number] = receiver.recv()
-                except EOFError:
-                    self.reports[number] = None
-        if len(self.reports) < len(self.running):
-            return
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
         self.end()
-        reports = [report for _, report in sorted(self.reports.items()) if report is not None]
-        checked = sum(report.checked for report in reports)
-        findings = [finding for report in reports for finding in report.findings]
-        refuse(Report(len(self.triples), checked, findings), self.source)
-        if checked < len(self.triples):
-            log.warning(
-                "a process that checked records died, so that %d of %d were not checked; python -m povid.preferences "
-                "check looks at them again",
-                len(self.triples) - checked,
-                len(self.triples),
-            )
-        else:
-            log.info("checked all %d records: every one can be used", checked)
-
-    def end(self) -> None:
-        """End the processes."""
-        for process, receiver in self.running:
-            receiver.close()
-            process.kill()
-            process.join()
-        self.running = []
-
-
-def _check(check: Callable[..., Report], triples: Sequence[Triple], sender: Connection) -> None:
-    """Check records in this process, which ends with the one that started it."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the run's own decides what it means
-    os.nice(19)
-    torch.set_num_threads(1)
-
-    def follow() -> None:
-        wait([multiprocessing.parent_process().sentinel])
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
-    sender.send(check(triples))
 
 
 def refuse(report: Report, source: str) -> None:
