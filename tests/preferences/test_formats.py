@@ -309,7 +309,8 @@ def test_trl_parquet_carries_its_pictures_and_the_datasets_library_reads_it(tmp_
     back = trl.read(tmp_path / "t.parquet")
     assert [picture_bytes(t.image) for t in back] == [path.read_bytes(), encoded("blue")]
     assert back[0].preferred == several_turns(path).preferred
-    datasets = pytest.importorskip("datasets")
+    import datasets  # takes a second
+
     rows = datasets.Dataset.from_parquet(str(tmp_path / "t.parquet"), cache_dir=str(tmp_path / "cache"))
     assert rows[0]["images"][0].size == (8, 6)
 

@@ -171,7 +171,6 @@ def test_stored_pictures_are_written_in_both_formats(tmp_path):
 
 
 def test_a_data_set_of_the_hub_by_its_name(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
     monkeypatch.chdir(tmp_path)  # `datasets` takes a folder for the data set of this name, without a network
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(tmp_path / "cache"))
     (tmp_path / "owner" / "name").mkdir(parents=True)
@@ -184,9 +183,10 @@ def test_a_data_set_of_the_hub_by_its_name(tmp_path, monkeypatch):
     for name in (Path("hf://datasets/owner/name"), "hf://datasets/owner/name"):
         found = rlaif_v.read(name, tmp_path / "no such folder")
         assert [triple.id for triple in found] == [str(number) for number in range(70)]
+        assert [place for place, _ in records.records(name)][69] == "hf://datasets/owner/name, row 69"
         assert [picture_bytes(triple.image) for triple in found] == known
     assert all(file.suffix == ".arrow" for file in records.sources("hf://datasets/owner/name"))
-    with pytest.raises(Fault, match=r"hf:/+datasets/owner/none cannot be loaded .* check the name"):
+    with pytest.raises(Fault, match=r"hf://datasets/owner/none cannot be loaded .* check the name"):
         rlaif_v.read(Path("hf://datasets/owner/none"))
 
 

@@ -11,9 +11,11 @@ import csv
 import io
 import itertools
 import json
+import multiprocessing
 import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -273,8 +275,9 @@ def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 def _hub(name: str) -> Iterator[tuple[str, Any]]:
     """The records of a data set's split "train", in the memory-mapped files that the `datasets` library makes."""
+    repository = HUB.fullmatch(name).group(1)
     for index, record in enumerate(itertools.chain.from_iterable(map(arrow_rows, hub_files(name)))):
-        yield f"{name}, row {index}", record
+        yield f"hf://datasets/{repository}, row {index}", record
 
 
 def hub_files(name: str) -> list[Path]:
@@ -283,16 +286,20 @@ def hub_files(name: str) -> list[Path]:
     Raises:
         Fault: there is no such data set, or it cannot be downloaded.
     """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as other:  # whose memory is given back
+        return other.submit(_load, *HUB.fullmatch(name).groups()).result()
+
+
+def _load(repository: str, revision: str | None) -> list[Path]:
     import datasets
 
-    repository, revision = HUB.fullmatch(name).groups()
     try:
         found = datasets.load_dataset(repository, revision=revision, split="train")
     except Exception as error:  # whatever the network, the hub and its files do
         raise Fault(
-            f"{name} cannot be loaded ({type(error).__name__}: {one_line(error)}); check the name "
-            "(hf://datasets/OWNER/NAME), that it has a split train, and the network, or name a folder with its files"
-        ) from error
+            f"hf://datasets/{repository} cannot be loaded ({type(error).__name__}: {one_line(error)}); check the name, "
+            "that it has a split train, and the network, or download its files and name their folder"
+        ) from None
     return [Path(file["filename"]) for file in found.cache_files]
 
 
