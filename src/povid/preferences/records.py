@@ -169,9 +169,9 @@ def _entries(path: Path) -> Iterator[Any]:
     """
     source, scan = Source.of(path), json.JSONDecoder(parse_constant=_no_constant).raw_decode
     with open(path, "rb") as file:
-        mark_of_order = len(codecs.BOM_UTF8) if file.peek(3).startswith(codecs.BOM_UTF8) else 0
+        bom = len(codecs.BOM_UTF8) if file.peek(3).startswith(codecs.BOM_UTF8) else 0
         decoder = codecs.getincrementaldecoder("utf-8-sig")()
-        text, at, passed, size, ended = "", 0, mark_of_order, BLOCK, False  # passed: bytes before the text
+        text, at, passed, size, ended = "", 0, bom, BLOCK, False  # passed: bytes before the text
 
         def more() -> None:
             nonlocal text, at, passed, size, ended

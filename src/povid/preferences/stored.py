@@ -245,8 +245,8 @@ def _copy(parquet: Path) -> None:
                 with files.draft(place) as beside, pyarrow.ipc.new_stream(str(beside), file.schema_arrow) as writer:
                     for batch in file.iter_batches(batch_size=ROWS, use_threads=False):
                         writer.write_batch(batch)
-                for old in place.parent.glob(f"*-{owner}-*"):  # of the file as it was before
-                    if not old.name.startswith(place.stem):
+                for old in place.parent.iterdir():  # of the file as it was before, or of a copy that was killed
+                    if f"-{owner}-" in old.name and not old.name.startswith(place.stem):
                         old.unlink(missing_ok=True)
                 digests([picture for row in arrow_rows(place) for picture in _stored(row)])
         except OSError as error:
