@@ -17,6 +17,7 @@ from povid.benchmarks.benchmark import Benchmark
 from povid.fault import Fault
 from povid.files import digest, read_json, write_bytes, write_json, write_text
 from povid.model.question import Answerer, Decoding, Question
+from povid.preferences.stored import Picture, picture_bytes
 from povid.terminal import counted
 
 log = logging.getLogger(__name__)
@@ -148,7 +149,7 @@ def check_images(name: str, questions: Sequence[Question]) -> None:
     images = {question.image: question.id for question in questions if question.image is not None}
     for image, asked in images.items():
         try:
-            Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).close()
+            Image.open(image if isinstance(image, Path) else io.BytesIO(picture_bytes(image))).close()
         except (OSError, Image.DecompressionBombError) as error:
             where = image if isinstance(image, Path) else "its embedded image"
             raise Fault(
@@ -286,7 +287,7 @@ def content(questions: Sequence[Question]) -> dict[str, str]:
     return {name: value.hexdigest()[:16] for name, value in found.items()}
 
 
-def _pictures(questions: Sequence[Question]) -> dict[Path | bytes | None, str]:
+def _pictures(questions: Sequence[Question]) -> dict[Picture | None, str]:
     """Image → its digest, "none" for no image."""
     images = dict.fromkeys(question.image for question in questions)
     return {image: "none" if image is None else digest(image, PICTURE_BYTES) for image in images}

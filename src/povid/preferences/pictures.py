@@ -41,7 +41,7 @@ def open_picture(image: Picture | Image.Image) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
     found = image if isinstance(image, Path) else picture_bytes(image)
-    name = f"image {image}" if isinstance(image, Path) else f"an image of {len(found)} bytes"
+    name = f"image {found}" if isinstance(found, Path) else f"an image of {len(found)} bytes"
     try:
         return rgb(Image.open(found if isinstance(found, Path) else BytesIO(found)))
     except FileNotFoundError:
@@ -83,7 +83,7 @@ def examine(image: Picture) -> Image.Image | str:
         found = image if isinstance(image, Path) else picture_bytes(image)
     except Fault as fault:
         return str(fault)
-    name = f"picture {image}" if isinstance(image, Path) else f"the picture of {len(found)} bytes"
+    name = f"picture {found}" if isinstance(found, Path) else f"the picture of {len(found)} bytes"
     try:
         if isinstance(found, Path) and not found.is_file():
             return f"{name} does not exist; add the file or remove the record"

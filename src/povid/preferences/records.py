@@ -167,7 +167,8 @@ def _entries(path: Path) -> Iterator[Any]:
         ValueError: the file is not a JSON list.
         RecursionError: an entry nests too deeply.
     """
-    source, scan = Source.of(path), json.JSONDecoder(parse_constant=_no_constant).raw_decode
+    source = Source.of(path)
+    scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(parse_constant=_no_constant).raw_decode
     with open(path, "rb") as file:
         bom = len(codecs.BOM_UTF8) if file.peek(3).startswith(codecs.BOM_UTF8) else 0
         decoder = codecs.getincrementaldecoder("utf-8-sig")()

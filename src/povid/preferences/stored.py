@@ -353,8 +353,8 @@ def digests(pictures: Sequence[Stored]) -> list[str]:
         kept = json.loads(note.read_text()) if note.exists() else {}
         if new := [picture for picture in asked if str(picture.offset) not in kept]:
             with ThreadPoolExecutor(8) as threads:
-                made = threads.map(lambda picture: files.digest(picture.read()), new)
-                kept |= zip((str(picture.offset) for picture in new), made)
+                made = threads.map(files.digest, new)
+                kept.update(zip((str(picture.offset) for picture in new), made))
             files.write_json(note, kept)
         found |= {picture: kept[str(picture.offset)] for picture in asked}
     return [found[picture] for picture in pictures]
