@@ -304,7 +304,13 @@ def _load(repository: str, revision: str | None) -> list[Path]:
     return [Path(file["filename"]) for file in found.cache_files]
 
 
-_READERS = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 
 
 def one_line(error: Exception) -> str:
