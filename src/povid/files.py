@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from povid.fault import Fault
 
@@ -87,13 +87,19 @@ def read_json(file: Path, kind: type[Any], cure: str, keys: Collection[str] = ()
     return value
 
 
-def digest(source: Path | bytes, whole: int | None = None) -> str:
-    """Sixteen hexadecimal digits that name the content of a file or of bytes.
+class Readable(Protocol):
+    """Something whose content is elsewhere."""
+
+    def read(self) -> bytes: ...
+
+
+def digest(source: Path | bytes | Readable, whole: int | None = None) -> str:
+    """Sixteen hexadecimal digits that name the content of a file, of bytes, or of what can be read.
 
     Of a file of more than ``whole`` bytes only the size and the first ``whole`` bytes count; None counts all of it.
     """
-    if isinstance(source, bytes):
-        return hashlib.sha256(source).hexdigest()[:16]
+    if not isinstance(source, Path):
+        return hashlib.sha256(source if isinstance(source, bytes) else source.read()).hexdigest()[:16]
     found = hashlib.sha256()
     with source.open("rb") as file:
         size = os.fstat(file.fileno()).st_size

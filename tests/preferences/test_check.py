@@ -83,7 +83,7 @@ def test_the_report_lists_problems_by_record(tmp_path, sound):
         triple(sound, "long"),
         triple(sound, "marks", "?", "!"),
     ]
-    report = check(triples, tokens=lambda t: 1024 if t.id == "long" else 1023, limit=1024)
+    report = check(triples, tokens=lambda t, picture: 1024 if t.id == "long" else 1023, limit=1024)
     assert [(f.record, f.kind) for f in report.findings] == [
         ("lost", "image"),
         ("alike", "equal"),

@@ -139,6 +139,17 @@ def test_a_record_without_a_picture_has_nothing_to_distort(loaded):
     assert dataset[1, 0].images == {} and dataset[1, 0].noised is None
 
 
+@pytest.mark.parametrize(("space", "mb"), [("pixel", 0), ("pixel", 1), ("normalized", 0)])
+def test_a_picture_is_decoded_once_an_epoch(loaded, monkeypatch, space, mb):
+    (_, template), triples = loaded
+    opened = []
+    monkeypatch.setattr(Image, "open", lambda file, open=Image.open: opened.append(file) or open(file))
+    dataset = PreferenceDataset(triples, template, tiny.noise(space=space), 0, cache_mb=mb)
+    for epoch in range(2):
+        _ = [dataset[record, epoch] for record in range(3)]
+    assert opened == [triple.image for triple in triples[:3]] * 2
+
+
 def test_cache_is_bounded_and_changes_nothing(loaded):
     (_, template), triples = loaded
     plain, cached = (PreferenceDataset(triples, template, tiny.noise(), 0, cache_mb=mb) for mb in (0, 1))

@@ -20,6 +20,7 @@ from povid.fault import Fault
 from povid.files import read_json, write_bytes, write_json, write_text
 from povid.model.question import Answerer, Decoding, Question
 from povid.preferences.pictures import digest_of
+from povid.preferences.stored import picture_bytes
 from povid.preferences.triple import Image as Shown
 from povid.preferences.triple import pictures_of
 from povid.terminal import counted
@@ -200,7 +201,7 @@ def check_images(name: str, questions: Sequence[Question]) -> None:
         )
     for image, asked in images.items():
         try:
-            Image.open(io.BytesIO(image) if isinstance(image, bytes) else image).close()
+            Image.open(image if isinstance(image, Path) else io.BytesIO(picture_bytes(image))).close()
         except (OSError, Image.DecompressionBombError) as error:
             where = image if isinstance(image, Path) else "its embedded image"
             raise Fault(

@@ -17,6 +17,7 @@ from povid.dispreference.rewriting import Rewriting, hallucinate
 from povid.dispreference.rows import Made, Row
 from povid.fault import Fault
 from povid.preferences.differences import words
+from povid.preferences.stored import Picture
 from povid.preferences.triple import Triple, Turn
 
 
@@ -52,7 +53,7 @@ class CoOccurrence(Rewriting):
                 bad.append(f"record {triple.id!r}: nothing says which objects are in its picture")
                 continue
             turns = list(triple.preferred)
-            image = triple.image if isinstance(triple.image, Path | bytes) else b""  # else known by the record's id
+            image = triple.image if isinstance(triple.image, Picture) else b""  # else known by the record's id
             for at in range(1, len(turns), 2):
                 row = Row(triple.id, image, turns[at - 1].text, turns[at].text, "captioning")
                 turns[at] = Turn("assistant", hallucinate(row, learned, seed, self))

@@ -28,6 +28,7 @@ from povid.dispreference.prompts import CAPTIONING, REASONING, prompt
 from povid.dispreference.rows import Made, Row
 from povid.fault import Fault
 from povid.files import write_text
+from povid.preferences.stored import picture_bytes
 from povid.server.endpoint import Endpoint, EndpointSettings, NoReply, Request, image_part
 from povid.server.replies import Reply
 
@@ -122,7 +123,7 @@ def identity(rows: Sequence[Row], **settings: Any) -> dict[str, Any]:
     """What makes two runs the same: the rows, both prompts and the ``settings`` that the result depends on."""
     digest = hashlib.sha256()
     for row in rows:
-        image = row.image if isinstance(row.image, bytes) else row.image.name.encode()
+        image = row.image.name.encode() if isinstance(row.image, Path) else picture_bytes(row.image)
         earlier = [turn.text for turn in row.earlier]
         digest.update(json.dumps([row.id, row.question, row.answer, row.kind, earlier]).encode() + image)
     prompts = hashlib.sha256((CAPTIONING + REASONING).encode()).hexdigest()

@@ -13,7 +13,8 @@ from povid.dispreference.prompts import KINDS, Kind, kind_of
 from povid.fault import Fault
 from povid.preferences.pictures import find_picture
 from povid.preferences.records import IMAGE_MARKER, gather, member, name_of, number_of, show, text, turns_of
-from povid.preferences.triple import Picture, Triple, Turn
+from povid.preferences.stored import Picture
+from povid.preferences.triple import Triple, Turn
 
 
 @dataclass(frozen=True, slots=True)

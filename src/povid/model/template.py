@@ -14,8 +14,9 @@ from tokenizers.pre_tokenizers import Metaspace
 from povid.fault import Fault
 from povid.model.packing import Encoded
 from povid.preferences.pictures import open_picture
+from povid.preferences.stored import Picture
 from povid.preferences.triple import Image as Shown
-from povid.preferences.triple import Picture, Turn, pictures_of
+from povid.preferences.triple import Turn, pictures_of
 
 log = logging.getLogger(__name__)
 
@@ -163,7 +164,7 @@ class Template:
         return self.processor.tokenizer(text, **self._special(text))["input_ids"]
 
     def encode(
-        self, conversations: Sequence[Sequence[Turn]], image: Shown, name: str | int
+        self, conversations: Sequence[Sequence[Turn]], image: Shown | tuple[Image.Image, ...], name: str | int
     ) -> tuple[list[Encoded], dict[str, Any]]:
         """Tokens of conversations about the same pictures (or about none), and the tensors of these.
 
@@ -201,7 +202,9 @@ class Template:
             encoded.append(Encoded(ids, marks))
         return encoded, images
 
-    def _head(self, question: Turn, pictures: Sequence[Picture], name: str | int) -> tuple[list[int], dict[str, Any]]:
+    def _head(
+        self, question: Turn, pictures: Sequence[Picture | Image.Image], name: str | int
+    ) -> tuple[list[int], dict[str, Any]]:
         """Token ids up to the end of the last picture, and the pictures' tensors."""
         text = self.text([question], pictures=len(pictures))[0]
         tail, _ = self._after_images(text, [], len(pictures), name)

@@ -47,7 +47,10 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
-        "data", type=Path, metavar="DATA", help="a .json, .jsonl, .csv or .parquet file, or a folder of parquet shards"
+        "data",
+        type=Path,
+        metavar="DATA",
+        help="a .json, .jsonl, .csv or .parquet file, a folder of parquet shards, or hf://datasets/OWNER/NAME",
     )
     common.add_argument(
         "--format", default="povid", help=f"{', '.join(names())}, or the dotted path of your own (default: povid)"

@@ -6,10 +6,12 @@ import random
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from PIL.Image import Image
 
 from povid.preferences.differences import words
-from povid.preferences.pictures import picture_fault
+from povid.preferences.pictures import examine
+from povid.preferences.triple import Image as Shown
 from povid.preferences.triple import Triple
 
 
@@ -57,7 +59,7 @@ def check(
     triples: Sequence[Triple],
     *,
     sample: int | None = None,
-    tokens: Callable[[Triple], int] | None = None,
+    tokens: Callable[[Triple, Sequence[Image]], int] | None = None,
     limit: int = 1024,
     seed: int = 0,
     needs_picture: str = "",
@@ -69,8 +71,8 @@ def check(
     its responses differ only in white space, capitals or punctuation, or when its prompt is too long.
 
     Args:
-        tokens: gives the length of a record's prompt in tokens, image tokens included; without it lengths are not
-            checked.
+        tokens: gives the length of a record's prompt in tokens, those of its pictures included; without it lengths are
+            not checked.
         limit: prompts of this many tokens or more are too long, since no response would fit after them.
         needs_picture: what a record without a picture lacks one for; "" if it needs none.
         skipped: sentences about records that a reader skipped (see :mod:`povid.preferences.formats`).
@@ -81,20 +83,16 @@ def check(
     report = Report(len(triples) + len(skipped), len(chosen) + len(skipped))
     report.findings += [Finding("", "unreadable", sentence) for sentence in skipped]
     report.duplicates = sum(count > 1 for count in Counter(triple.id for triple in triples).values())
-    pictures: dict[Path, str | None] = {}
+    last: Shown = None
+    pictures: list[Image | str] = []
     for triple in chosen:
         if needs_picture and not triple.pictures:
             sentence = f"record {triple.id!r} has no picture, and {needs_picture} needs one; remove the record"
             report.findings.append(Finding(triple.id, "image", sentence))
-        for picture in triple.pictures:
-            if isinstance(picture, bytes):
-                fault = picture_fault(picture)
-            else:
-                if picture not in pictures:
-                    pictures[picture] = picture_fault(picture)
-                fault = pictures[picture]
-            if fault:
-                report.findings.append(Finding(triple.id, "image", f"record {triple.id!r}: {fault}"))
+        if triple.image != last:  # records of one picture follow each other
+            last, pictures = triple.image, [examine(picture) for picture in triple.pictures]
+        faults = [picture for picture in pictures if isinstance(picture, str)]
+        report.findings += [Finding(triple.id, "image", f"record {triple.id!r}: {fault}") for fault in faults]
         if _same_words(triple):
             report.findings.append(
                 Finding(
@@ -104,7 +102,9 @@ def check(
                     "the same words; write a response that differs or remove the record",
                 )
             )
-        if tokens is not None and (length := tokens(triple)) >= limit:
+        if tokens is None or faults:
+            continue
+        if (length := tokens(triple, [picture for picture in pictures if not isinstance(picture, str)])) >= limit:
             report.findings.append(
                 Finding(
                     triple.id,

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from povid.fault import Fault
 from povid.files import digest
-from povid.preferences.triple import Picture, Triple
-
-PICTURE_BYTES = 2**19  # of a larger picture only the size and this many bytes are compared
+from povid.preferences.pictures import PICTURE_BYTES, picture_digests
+from povid.preferences.triple import Triple
 
 
 def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], list[Triple]]:
@@ -23,7 +22,7 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
     Raises:
         Fault: the share leaves one of the sides empty.
     """
-    pictures = _groups(picture_digests(triples))
+    pictures = _groups(_digests(triples))
     ranked = sorted(set(pictures), key=lambda found: hashlib.sha256(found.encode()).digest())
     chosen = set(ranked[: round(share * len(ranked))])
     kept = [triple for triple, found in zip(triples, pictures) if found not in chosen]
@@ -39,22 +38,21 @@ def hold_out(triples: Sequence[Triple], share: float) -> tuple[list[Triple], lis
 
 def picture_on_both_sides(kept: Sequence[Triple], held: Sequence[Triple]) -> tuple[Triple, Triple] | None:
     """The first record of ``held`` with a picture of one of ``kept``, and that record; None if all differ."""
-    known = {found: triple for triple, own in zip(kept, picture_digests(kept)) for found in own}
-    for triple, own in zip(held, picture_digests(held)):
+    known = {found: triple for triple, own in zip(kept, _digests(kept)) for found in own}
+    for triple, own in zip(held, _digests(held)):
         for found in own:
             if found in known:
                 return triple, known[found]
     return None
 
 
-def picture_digests(triples: Sequence[Triple]) -> list[tuple[str, ...]]:
+def _digests(triples: Sequence[Triple]) -> list[tuple[str, ...]]:
     """What names the content of each record's pictures; of a picture that is missing, its path.
 
     A record without a picture is named by its question.
     """
-    images = list(dict.fromkeys(picture for triple in triples for picture in triple.pictures))
-    with ThreadPoolExecutor(8) as threads:
-        known = dict(zip(images, threads.map(_digest, images)))
+    shown = [picture for triple in triples for picture in triple.pictures]
+    known = dict(zip(shown, picture_digests(shown, _digest)))
     return [tuple(known[picture] for picture in t.pictures) or (f"question {t.question}",) for t in triples]
 
 
@@ -73,8 +71,8 @@ def _groups(digests: Sequence[Sequence[str]]) -> list[str]:
     return [top(own[0]) for own in digests]
 
 
-def _digest(image: Picture) -> str:
+def _digest(picture: Path) -> str:
     try:
-        return digest(image, PICTURE_BYTES)
+        return digest(picture, PICTURE_BYTES)
     except OSError:  # the data check names it
-        return str(image)
+        return str(picture)

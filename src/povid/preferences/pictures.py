@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,14 +13,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from povid import files
 from povid.fault import Fault
-from povid.files import digest
 from povid.preferences.records import IMAGE_MARKER, MissingPicture, one_line, show, text
+from povid.preferences.stored import Base64, Picture, Stored, decoded, digests, picture_bytes
 from povid.preferences.triple import Image as Shown
 from povid.preferences.triple import pictures_of
 
-BASE64 = re.compile(r"[A-Za-z0-9+/\s]+=*")  # without what stands behind it
-SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"BM", b"RIFF", b"II*\x00", b"MM\x00*")
+PICTURE_BYTES = 2**19  # of a larger file only the size and this many bytes count: a second for a thousand pictures
 
 
 def rgb(picture: Image.Image) -> Image.Image:
@@ -35,15 +34,18 @@ def rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def open_picture(image: Path | bytes) -> Image.Image:
-    """An RGB picture from a file or from encoded bytes, as :func:`rgb` makes it: not rotated by its EXIF.
+def open_picture(image: Picture | Image.Image) -> Image.Image:
+    """An RGB picture, as :func:`rgb` makes it: not rotated by its EXIF. One that is open already is returned as it is.
 
     Raises:
         Fault: names the file when it is missing or cannot be decoded.
     """
-    name = f"image {image}" if isinstance(image, Path) else f"an image of {len(image)} bytes"
+    if isinstance(image, Image.Image):
+        return image
+    found = image if isinstance(image, Path) else picture_bytes(image)
+    name = f"image {found}" if isinstance(found, Path) else f"an image of {len(found)} bytes"
     try:
-        return rgb(Image.open(image if isinstance(image, Path) else BytesIO(image)))
+        return rgb(Image.open(found if isinstance(found, Path) else BytesIO(found)))
     except FileNotFoundError:
         raise Fault(f"{name} does not exist; correct the path or data.images") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -56,7 +58,7 @@ def open_picture(image: Path | bytes) -> Image.Image:
 class Pictures(Sequence[Image.Image]):
     """The pictures of records, opened one at a time when they are indexed, by :func:`open_picture`."""
 
-    def __init__(self, images: Sequence[Path | bytes]) -> None:
+    def __init__(self, images: Sequence[Picture]) -> None:
         self.images = images
 
     def __len__(self) -> int:
@@ -70,35 +72,46 @@ class Pictures(Sequence[Image.Image]):
 
 def digest_of(image: Shown, whole: int | None = None) -> str:
     """What names the content of a question's picture or pictures (``files.digest``); "none" for none."""
-    return "+".join(digest(picture, whole) for picture in pictures_of(image)) or "none"
+    found = (picture.read() if isinstance(picture, Stored) else picture for picture in pictures_of(image))
+    return "+".join(files.digest(picture, whole) for picture in found) or "none"
 
 
-def picture_fault(image: Path | bytes) -> str | None:
-    """Why a picture cannot be used and what to do, as part of a sentence; None if it decodes completely.
+def picture_fault(image: Picture) -> str | None:
+    """Why a picture cannot be used and what to do, as part of a sentence; None if it decodes completely."""
+    found = examine(image)
+    return found if isinstance(found, str) else None
+
+
+def examine(image: Picture) -> Image.Image | str:
+    """The picture in RGB or, if it cannot be used, why and what to do, as part of a sentence.
 
     A picture with more pixels than Pillow's limit against decompression bombs is refused without decoding it.
     """
-    name = f"picture {image}" if isinstance(image, Path) else f"the picture of {len(image)} bytes"
     try:
-        if isinstance(image, Path) and not image.is_file():
+        found = image if isinstance(image, Path) else picture_bytes(image)
+    except Fault as fault:
+        return str(fault)
+    name = f"picture {found}" if isinstance(found, Path) else f"the picture of {len(found)} bytes"
+    try:
+        if isinstance(found, Path) and not found.is_file():
             return f"{name} does not exist; add the file or remove the record"
-        source = image if isinstance(image, Path) else BytesIO(image)
+        source = found if isinstance(found, Path) else BytesIO(found)
         with Image.open(source) as picture:
             width, height = picture.size
             if width * height > (Image.MAX_IMAGE_PIXELS or 2**62):
                 return f"{name} has {width} x {height} pixels, too many to decode safely; scale it down"
             picture.verify()
-        if not isinstance(image, Path):
+        if isinstance(source, BytesIO):
             source.seek(0)
         with Image.open(source) as picture:
             picture.load()
+            return rgb(picture)
     except Image.DecompressionBombError:
         return f"{name} has far too many pixels to decode safely; scale it down"
     except MemoryError:
         return f"{name} needs more memory than there is; scale it down"
     except Exception as error:  # a damaged file can make Pillow's decoders raise anything
         return f"{name} cannot be decoded ({one_line(error)}); replace it or remove the record"
-    return None
 
 
 def damage(file: Path) -> str | None:
@@ -148,8 +161,20 @@ def find_pictures(value: Any, images: Path | None, record: str, key: str, marks:
     return tuple(find_picture(one, images, record, key) for one in value) or None
 
 
-def find_picture(value: Any, images: Path | None, record: str, key: str = "image") -> Path | bytes:
-    """The picture that a record names: a file inside ``images``, or encoded bytes.
+def picture_digests(images: Sequence[Picture], of_file: Callable[[Path], str]) -> list[str]:
+    """What names the content of each picture: ``of_file`` for a file, else a digest of all its bytes."""
+    different = list(dict.fromkeys(images))
+    stored = [image for image in different if isinstance(image, Stored)]
+    with ThreadPoolExecutor(8) as threads:
+        others = [image for image in different if not isinstance(image, Stored)]
+        each = threads.map(lambda image: of_file(image) if isinstance(image, Path) else files.digest(image), others)
+        known: dict[Picture, str] = dict(zip(others, each))
+    known.update(zip(stored, digests(stored)))
+    return [known[image] for image in images]
+
+
+def find_picture(value: Any, images: Path | None, record: str, key: str = "image") -> Picture:
+    """The picture that a record names: a file inside ``images``, or encoded bytes, which stay in the records' file.
 
     ``value`` is a path, bytes, base64 (with or without a ``data:`` prefix), a ``{"bytes", "path"}`` object, or a list
     with one of these. A path is looked up in ``images`` as it is, then without its first folder, its first two and so
@@ -169,28 +194,17 @@ def find_picture(value: Any, images: Path | None, record: str, key: str = "image
         value = value[0]
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
+    if isinstance(value, Stored):
+        return value
     if isinstance(value, bytes | bytearray):
         if not value:
             raise Fault(f"{record}: {key} is an empty picture; remove the record")
         return bytes(value)
     if isinstance(value, str):
-        decoded = _base64(value)
-        if decoded is not None:
-            return decoded
+        found = decoded(value)
+        if found is not None:
+            return value.stored(found) if isinstance(value, Base64) else found
     return _file(text(value, record, key), images, record, key)
-
-
-def _base64(value: str) -> bytes | None:
-    body = value
-    if value.startswith("data:"):
-        body = value.partition(",")[2]
-    elif len(value) < 64 or not BASE64.fullmatch(value.rstrip()):
-        return None
-    try:
-        decoded = base64.b64decode(body, validate=False)
-    except binascii.Error:
-        return None
-    return decoded if decoded.startswith(SIGNATURES) else None
 
 
 def _file(name: str, images: Path | None, record: str, key: str = "image") -> Path:

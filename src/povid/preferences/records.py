@@ -1,26 +1,36 @@
-"""Records of a JSON, JSON Lines, CSV or parquet file, and checked values from them.
+"""Records of a JSON, JSON Lines, CSV or parquet file or of a hub's data set, and checked values from them.
 
 Everything here reads files that somebody else made: every invalid value raises a Fault that says what was found.
+Records are read one after the other and their pictures stay in the file (:mod:`povid.preferences.stored`).
 """
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
+import itertools
 import json
+import multiprocessing
+import re
 import reprlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+from povid import files
 from povid.fault import Fault
+from povid.preferences.stored import ROWS, Source, Stored, arrow_copies, arrow_rows, mark
 from povid.preferences.triple import Image, Triple, Turn
 
 Built = TypeVar("Built")
 IMAGE_MARKER = "<image>"
 LONGEST_TEXT = 100_000  # characters in one turn; no model reads more
 LONGEST_ID = 300
-LARGEST_JSON = 8 << 30  # bytes: a JSON list has to fit in memory, JSON Lines and parquet do not
+_SPACE = re.compile(r"[ \t\n\r]*")
+BLOCK = 2**20  # bytes of a JSON list that are read at once
+HUB = re.compile(r"hf:/+(?:datasets/)?([^/@]+/[^/@]+)(?:@([^/@]+))?/?")  # a Path makes one slash of two
 
 _shown = reprlib.Repr()
 _shown.maxstring = _shown.maxother = 60
@@ -49,6 +59,7 @@ class Skipped(list[str]):
 
 def show(value: Any) -> str:
     """Any value as an error message shows it: short and on one line."""
+    value = value.read() if isinstance(value, Stored) else value
     return _shown.repr(value).encode("utf-8", "backslashreplace").decode()
 
 
@@ -61,7 +72,8 @@ def gather(
     """Collect what ``build(record, images, place)`` makes of every record of a file.
 
     Args:
-        path: a .json, .jsonl, .csv or .parquet file, or a folder of parquet shards.
+        path: a .json, .jsonl, .csv or .parquet file, a folder of parquet shards, or a data set of the hub, as
+            hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME@REVISION.
         images: folder of the pictures; None if the records carry their pictures.
         skipped: takes one sentence for each record that cannot be used; None raises the first one instead, or, once
             the file is read, a sentence that counts the missing pictures.
@@ -69,10 +81,13 @@ def gather(
     Raises:
         Fault: the file or the image folder cannot be read, or, without ``skipped``, a record cannot be used.
     """
+    if HUB.fullmatch(str(path)):
+        images = None
     if images is not None and not Path(images).is_dir():
         raise Fault(f"image folder {images} does not exist; give the folder that holds the pictures of {path}")
     built: list[Built] = []
     missing: list[str] = []
+    sentences: list[str] = []
     for place, record in records(path):
         try:
             if isinstance(record, Fault):
@@ -81,13 +96,15 @@ def gather(
         except Fault as fault:
             sentence = str(fault) if str(fault).startswith(place) else f"{place}: {fault}"
             if skipped is not None:
-                skipped.append(sentence)
+                sentences.append(sentence)
                 if isinstance(skipped, Skipped) and isinstance(fault, MissingPicture):
                     skipped.pictures.append(fault.name)
             elif isinstance(fault, MissingPicture):
                 missing.append(fault.name)
             else:
                 raise Fault(sentence) from None
+    if skipped is not None:
+        skipped += sentences
     if missing:
         first = ", ".join(show(name) for name in missing[:3])
         raise Fault(
@@ -107,40 +124,113 @@ def records(path: Path) -> Iterator[tuple[str, Any]]:
     Raises:
         Fault: the file is missing, empty, of an unknown kind or unreadable.
     """
-    path = Path(path)
+    found = False
+    for place, record in _hub(str(path)) if HUB.fullmatch(str(path)) else _local(Path(path)):
+        found = True
+        yield place, record
+    if not found:
+        raise Fault(f"{path} holds no records; give a file with at least one")
+
+
+def sources(place: str) -> list[Path]:
+    """The files behind a name of :func:`records`; none where there is nothing."""
+    if HUB.fullmatch(place):
+        return hub_files(place)
+    return files.files_in(Path(place)) if Path(place).exists() else []
+
+
+def _local(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.exists():
         raise Fault(f"{path} does not exist; give the file that holds the records")
     if path.is_dir():
         shards = sorted(path.glob("*.parquet"))
         if not shards:
             raise Fault(f"{path} is a folder without .parquet files; give a .json, .jsonl, .csv or .parquet file")
+        yield from _parquet(*shards)
     elif path.suffix.lower() in _READERS:
-        shards = [path]
+        yield from _READERS[path.suffix.lower()](path)
     else:
         raise Fault(
             f"{path} ends in {path.suffix or 'no suffix'!r}; records are read from .json, .jsonl, .csv "
             "and .parquet files"
         )
-    found = False
-    for shard in shards:
-        for place, record in _READERS[shard.suffix.lower()](shard):
-            found = True
-            yield place, record
-    if not found:
-        raise Fault(f"{path} holds no records; give a file with at least one")
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    if path.stat().st_size > LARGEST_JSON:
-        raise Fault(
-            f"{path} has {path.stat().st_size:,} bytes, too many for one JSON list; convert it to JSON Lines "
-            "(.jsonl) or parquet"
-        )
-    value = parse_json(path)
+    index = 0
+    try:
+        for record in _entries(path):
+            yield f"{path}, entry {index}", record
+            index += 1
+        return
+    except (ValueError, RecursionError):  # not a list, or damaged: read whole, which says what is wrong with it
+        value = parse_json(path)
+    except OSError as error:
+        raise Fault(f"{path} cannot be read ({error.strerror}); check the file and its permissions") from None
     if not isinstance(value, list):
         raise Fault(f"{path} must be a JSON list of records, found {_kind(value)}; put the records in one list")
-    for index, record in enumerate(value):
-        yield f"{path}, entry {index}", record
+    for number in range(index, len(value)):
+        yield f"{path}, entry {number}", value[number]
+
+
+def _entries(path: Path) -> Iterator[Any]:
+    """The entries of a JSON list, of which no more than the next one is in memory.
+
+    Raises:
+        ValueError: the file is not a JSON list.
+        RecursionError: an entry nests too deeply.
+    """
+    source = Source.of(path)
+    scan: Callable[[str, int], tuple[Any, int]] = json.JSONDecoder(parse_constant=_no_constant).raw_decode
+    with open(path, "rb") as file:
+        bom = len(codecs.BOM_UTF8) if file.peek(3).startswith(codecs.BOM_UTF8) else 0
+        decoder = codecs.getincrementaldecoder("utf-8-sig")()
+        text, at, passed, size, ended = "", 0, bom, BLOCK, False  # passed: bytes before the text
+
+        def more() -> None:
+            nonlocal text, at, passed, size, ended
+            passed += len(text[:at].encode())
+            block = file.read(size)
+            ended = len(block) < size
+            text, at, size = text[at:] + decoder.decode(block, ended), 0, 2 * size
+
+        def sign() -> str:
+            """The next character that is not white space; "" at the end."""
+            nonlocal at
+            while True:
+                at = _SPACE.match(text, at).end()
+                if at < len(text) or ended:
+                    return text[at : at + 1]
+                more()
+
+        if sign() != "[":
+            raise ValueError("no list")
+        at += 1
+        following = sign()
+        while following != "]":
+            try:
+                value, end = scan(text, at)
+            except (ValueError, RecursionError):
+                end = len(text)
+                if ended:
+                    raise
+            if end == len(text) and not ended:  # it may be cut here
+                more()
+                continue
+            start = passed + len(text[:at].encode())
+            value = mark(value, source, start, len(text[at:end].encode()))
+            at, size = end, BLOCK
+            yield value
+            following = sign()
+            if following == ",":
+                at += 1
+                if sign() == "]":
+                    raise ValueError("a comma ends the list")
+            elif following != "]":
+                raise ValueError("no comma")
+        at += 1
+        if sign():
+            raise ValueError("more than a list")
 
 
 def parse_json(path: Path) -> Any:
@@ -150,13 +240,16 @@ def parse_json(path: Path) -> Any:
 
 def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
     try:
+        source, offset = Source.of(path), 0
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
+                start, offset = offset, offset + len(line)
                 if not line.strip():
                     continue
                 place = f"{path}, line {number}"
                 try:
-                    yield place, _parse(_decode(line, place), place)
+                    bom = len(codecs.BOM_UTF8) if line.startswith(codecs.BOM_UTF8) else 0
+                    yield place, mark(_parse(_decode(line, place), place), source, start + bom, len(line) - bom)
                 except Fault as fault:
                     yield place, fault
     except OSError as error:
@@ -173,22 +266,64 @@ def _csv(path: Path) -> Iterator[tuple[str, Any]]:
         raise Fault(f"{path} is not a CSV table ({error}); fix it or use JSON Lines instead") from None
 
 
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _parquet(*shards: Path) -> Iterator[tuple[str, Any]]:
+    """The records of shards, one after the other; pictures in them are read from Arrow copies."""
     import pyarrow
+
+    copies = arrow_copies(shards)
+    for path in shards:
+        try:
+            copy = next(copies)
+            for index, record in enumerate(arrow_rows(copy) if copy else _parquet_rows(path)):
+                yield f"{path}, row {index}", record
+        except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
+            raise Fault(f"{path} is not a valid parquet file ({one_line(error)}); download or write it again") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[dict[str, Any]]:
     import pyarrow.parquet
 
+    for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=ROWS):
+        yield from batch.to_pylist()
+
+
+def _hub(name: str) -> Iterator[tuple[str, Any]]:
+    """The records of a data set's split "train", in the memory-mapped files that the `datasets` library makes."""
+    repository = HUB.fullmatch(name).group(1)
+    for index, record in enumerate(itertools.chain.from_iterable(map(arrow_rows, hub_files(name)))):
+        yield f"hf://datasets/{repository}, row {index}", record
+
+
+def hub_files(name: str) -> list[Path]:
+    """The Arrow files of a hub's data set; downloaded and written once, into the cache of the `datasets` library.
+
+    Raises:
+        Fault: there is no such data set, or it cannot be downloaded.
+    """
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as other:  # whose memory is given back
+        return other.submit(_load, *HUB.fullmatch(name).groups()).result()
+
+
+def _load(repository: str, revision: str | None) -> list[Path]:
+    import datasets
+
     try:
-        file = pyarrow.parquet.ParquetFile(path)
-        index = 0
-        for batch in file.iter_batches(batch_size=64):
-            for record in batch.to_pylist():
-                yield f"{path}, row {index}", record
-                index += 1
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, OverflowError) as error:
-        raise Fault(f"{path} is not a valid parquet file ({one_line(error)}); download or write it again") from None
+        found = datasets.load_dataset(repository, revision=revision, split="train")
+    except Exception as error:  # whatever the network, the hub and its files do
+        raise Fault(
+            f"hf://datasets/{repository} cannot be loaded ({type(error).__name__}: {one_line(error)}); check the name, "
+            "that it has a split train, and the network, or download its files and name their folder"
+        ) from None
+    return [Path(file["filename"]) for file in found.cache_files]
 
 
-_READERS = {".json": _json, ".jsonl": _json_lines, ".ndjson": _json_lines, ".csv": _csv, ".parquet": _parquet}
+_READERS: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
+    ".json": _json,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}
 
 
 def one_line(error: Exception) -> str:
@@ -231,6 +366,7 @@ def _no_constant(name: str) -> None:
 
 def _kind(value: Any) -> str:
     kinds = {dict: "an object", list: "a list", str: "a text", type(None): "null", bool: "true or false"}
+    kinds |= {Stored: "bytes"}
     return kinds.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
 
 

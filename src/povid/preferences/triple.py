@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from povid.fault import Fault
+from povid.preferences.stored import Picture
 
 Role = Literal["user", "assistant"]
-Picture = Path | bytes  # a file or an encoded picture (JPEG, PNG ...)
 Image = Picture | tuple[Picture, ...] | None  # what a record or a question shows: one picture, several or none
 
 
@@ -36,7 +35,8 @@ class Triple:
     ``preferred`` (y_w) and ``dispreferred`` (y_l^t) are whole conversations: user and assistant alternate, the user
     speaks first, an assistant turn ends them, their user turns are the same and at least one assistant turn differs.
     ``image`` is a picture, a tuple of several, or None; a tuple of one becomes that one, an empty one None. Pictures
-    stand in front of the first user turn, in their order.
+    stand in front of the first user turn, in their order. A picture is a file, an encoded picture (JPEG, PNG ...), or
+    the place of one inside the file of the records.
 
     Raises:
         Fault: names the record and the key that breaks one of these rules.

@@ -16,14 +16,15 @@ from povid.fault import Fault
 from povid.method.objectives import ON_DISTORTED
 from povid.model.adapters import adapter_digest
 from povid.model.loading import loading
+from povid.preferences.pictures import PICTURE_BYTES, picture_digests
+from povid.preferences.records import sources
+from povid.preferences.stored import file_digest
 from povid.preferences.triple import Triple
 from povid.run.identity import Identity, digest, flat, identity, is_free
 from povid.run.processes import device
 from povid.run.settings import Settings, is_watcher
 
 LIBRARIES = ("povid", "torch", "lightning", "transformers", "peft", "diffusers", "numpy", "pillow")
-PICTURE_BYTES = 2**19  # of a larger picture only the size and this many bytes count: a second for a thousand pictures
-
 VALIDATES = ("val_check_interval", "check_val_every_n_epoch", "limit_val_batches")  # of the trainer: when and on what
 
 
@@ -59,8 +60,9 @@ class Content:
         if self.settings.dispreference_name == "given":
             return self.records
         data = self.settings.data
-        sources = [Path(place) for place in (data.preferences, data.objects, data.synonyms) if place]
-        return digest([files.digest(file) for source in sources if source.exists() for file in files.files_in(source)])
+        found = [each for place in (data.preferences, data.objects, data.synonyms) if place for each in sources(place)]
+        with ThreadPoolExecutor(8) as threads:
+            return digest(list(threads.map(file_digest, found)))
 
     @cached_property
     def pictures(self) -> str:
@@ -111,11 +113,10 @@ def _records(triples: Sequence[Triple]) -> str:
 
 
 def _pictures(triples: Sequence[Triple]) -> str:
-    images = list(dict.fromkeys(picture for triple in triples for picture in triple.pictures))
-    with ThreadPoolExecutor(8) as threads:
-        found = dict(zip(images, threads.map(lambda image: files.digest(image, PICTURE_BYTES), images)))
-    shown = [[found[picture] for picture in triple.pictures] for triple in triples]
-    return digest([own[0] if len(own) == 1 else own for own in shown])
+    shown = [picture for triple in triples for picture in triple.pictures]
+    found = dict(zip(shown, picture_digests(shown, lambda file: files.digest(file, PICTURE_BYTES))))
+    own = [[found[picture] for picture in triple.pictures] for triple in triples]
+    return digest([each[0] if len(each) == 1 else each for each in own])
 
 
 def of_stage(settings: Settings, number: int, adapters: Sequence[Path], content: Content) -> Identity:

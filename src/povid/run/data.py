@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from PIL.Image import Image
 
 from povid.fault import Fault
 from povid.method.objectives import ON_DISTORTED
@@ -13,6 +16,7 @@ from povid.preferences.check import check as check_records
 from povid.preferences.held_out import hold_out, picture_on_both_sides
 from povid.preferences.triple import Triple, Turn
 from povid.run.build import make
+from povid.run.checking import Checks
 from povid.run.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -78,7 +82,7 @@ def _read(settings: Settings, file: Path, limit: int | None) -> list[Triple]:
             f"{what} needs one: remove them, skip them with data.skip_bad=true{other}"
         )
     if skipped is not None:
-        report = check(settings, triples)
+        report = check_all(settings, triples)
         triples = [triple for triple in triples if triple.id not in report.bad]
         reasons = skipped + [finding.text for finding in report.findings]
         if reasons:
@@ -110,14 +114,32 @@ def _distorts(settings: Settings) -> bool:
     return any(ON_DISTORTED & terms for terms in settings.terms.values())
 
 
-def prompt_tokens(settings: Settings) -> Callable[[Triple], int]:
-    """Return a function that counts the tokens of a record's prompt, image included, with a newly loaded processor."""
+def check_all(settings: Settings, triples: list[Triple]) -> Report:
+    """Check all records, in as many processes as load data.
+
+    Raises:
+        Fault: a process died.
+    """
+    if not triples:
+        return check(settings, triples)
+    with Checks(triples, functools.partial(check, settings), max(settings.data.workers, 1)) as checks:
+        report = checks.report(complete=True)
+    if report.checked < report.records:
+        raise Fault(
+            "a process that checked records died, most likely because memory ran out; free some, or start fewer with "
+            f"data.workers={settings.data.workers // 2}"
+        )
+    return report
+
+
+def prompt_tokens(settings: Settings) -> Callable[[Triple, Sequence[Image]], int]:
+    """Return a function that counts the tokens of a record's prompt with its pictures, by a newly loaded processor."""
     template = settings.model.template(settings.model.load_processor())
 
-    def count(triple: Triple) -> int:
+    def count(triple: Triple, pictures: Sequence[Image]) -> int:
         try:
-            (encoded,), _ = template.encode([(Turn("user", triple.question),)], triple.image, triple.id)
-        except Fault:  # the picture is reported separately
+            (encoded,), _ = template.encode([(Turn("user", triple.question),)], tuple(pictures), triple.id)
+        except Fault:  # of the record's text; training names it
             return 0
         return len(encoded.input_ids)
 

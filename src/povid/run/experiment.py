@@ -30,7 +30,7 @@ from povid.run.answering import answerer
 from povid.run.build import make
 from povid.run.content import Content, of_answers, of_stage
 from povid.run.context import RunContext
-from povid.run.data import check, held_out_source, load_triples, split
+from povid.run.data import check, check_all, held_out_source, load_triples, split
 from povid.run.guards import explain_full_disk, refuse
 from povid.run.identity import flat
 from povid.run.lock import NAME, held
@@ -213,7 +213,7 @@ class Experiment:
         triples, held_out = split(settings, triples) if triples else ([], [])
         if first() and settings.run_stages:
             if held_out and not settings.data.skip_bad:
-                refuse(check(settings, held_out), held_out_source(settings))
+                refuse(check_all(settings, held_out), held_out_source(settings))
             for watcher in settings.watchers():
                 watcher.before(settings.benchmarks)
         content = Content(settings, triples, held_out)

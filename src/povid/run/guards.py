@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import math
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 from povid.fault import Fault
 from povid.preferences.check import Report, check
 from povid.preferences.triple import Triple
+from povid.run.checking import Checks
 from povid.run.checkpoint import newest
 from povid.run.signals import Stopped
 
@@ -84,26 +84,49 @@ class FiniteLoss(L.Callback):
 
 
 class DataCheck(L.Callback):
-    """Checks every record while the first epoch trains, and stops the stage if some cannot be used."""
+    """Checks every record in processes of its own while the first epoch trains; stops the stage if some are unusable.
 
-    def __init__(self, triples: Sequence[Triple], source: str, check: Callable[..., Report] = check) -> None:
-        self.triples, self.source, self.check = triples, source, check
-        self.report: Report | None = None
-        self.thread: threading.Thread | None = None
+    An epoch that is trained to its end does not end before the check.
+    """
+
+    def __init__(
+        self, triples: Sequence[Triple], source: str, check: Callable[..., Report] = check, processes: int = 1
+    ) -> None:
+        self.triples, self.source, self.check, self.processes = triples, source, check, processes
+        self.checks: Checks | None = None
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        if trainer.is_global_zero and trainer.current_epoch == 0 and self.thread is None:
-            self.thread = threading.Thread(target=self._run, name="data-check", daemon=True)
-            self.thread.start()
+        if trainer.is_global_zero and trainer.current_epoch == 0 and self.checks is None:
+            self.checks = Checks(self.triples, self.check, self.processes)
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *_: Any) -> None:
-        if self.report is not None:
-            report, self.report = self.report, None
-            refuse(report, self.source)
-            log.info("checked all %d records: every one can be used", report.checked)
+        if self.checks is not None and self.checks.running:
+            report = self.checks.report(complete=trainer.fit_loop.epoch_loop.batch_progress.is_last_batch)
+            if report is not None:
+                self.end()
+                refuse(report, self.source)
+                self._say(report)
 
-    def _run(self) -> None:
-        self.report = self.check(self.triples)
+    def _say(self, report: Report) -> None:
+        if report.checked == report.records:
+            log.info("checked all %d records: every one can be used", report.checked)
+        else:
+            log.warning(
+                "%d of %d records are not checked, since a process that checked them died, most likely because memory "
+                "ran out; `python -m povid.preferences check` checks them without a run",
+                report.records - report.checked,
+                report.records,
+            )
+
+    def end(self) -> None:
+        if self.checks is not None:
+            self.checks.end()
+
+    def on_exception(self, trainer: L.Trainer, module: L.LightningModule, exception: BaseException) -> None:
+        self.end()
+
+    def teardown(self, trainer: L.Trainer, module: L.LightningModule, stage: str) -> None:
+        self.end()
 
 
 def refuse(report: Report, source: str) -> None:

@@ -271,6 +271,7 @@ class Stage:
                 data.dataset.triples,
                 settings.data.preferences,
                 lambda triples: run_data.check(settings, triples),
+                processes=max(settings.data.workers, 1),
             )
             callbacks.insert(0, data_check)
         loggers = make_loggers(settings.loggers, RunContext.of(settings, self.run, self.home.name, start))

@@ -31,6 +31,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from povid.fault import Fault
 from povid.preferences.pictures import rgb
+from povid.preferences.stored import Picture, picture_bytes
 from povid.server import retired
 from povid.server.bounded import BoundedClient, patience
 from povid.server.replies import Reply, ReplyFile, Spent
@@ -494,7 +495,7 @@ class Endpoint:
         return f"{self.model} at {self.base_url or 'the default server'}"
 
 
-def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, Any]:
+def image_part(picture: str | Picture, max_side: int = 1024) -> dict[str, Any]:
     """An image as the ``image_url`` part of a message: a data URL, its longest side at most ``max_side`` pixels.
 
     A JPEG that fits is sent unchanged, another file that fits as PNG (lossless), and a larger one is resized and sent
@@ -504,9 +505,9 @@ def image_part(picture: str | Path | bytes, max_side: int = 1024) -> dict[str, A
     Raises:
         Fault: names the file that is missing, broken or suspiciously large (Pillow's decompression bomb limit).
     """
-    name = "an image given as bytes" if isinstance(picture, bytes) else str(picture)
+    name = str(picture) if isinstance(picture, str | Path) else "an image given as bytes"
     try:
-        data = picture if isinstance(picture, bytes) else Path(picture).read_bytes()
+        data = picture_bytes(Path(picture) if isinstance(picture, str) else picture)
     except OSError as error:
         raise Fault(
             f"{name}: the image cannot be read ({error.strerror}); put the file there or remove its record"

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import lightning as L
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
@@ -89,16 +90,19 @@ class PreferenceDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> Example:
         record, epoch = key
         triple = self.triples[record]
-        (preferred, dispreferred), images, digest = self._encoded(record)
-        noised, *second = self._distorted(triple, images, record, epoch)
+        of_pixels = self.distortion is not None and self.distortion.space == "pixel"
+        needed = triple.pictures if of_pixels or record not in self.cache else ()
+        pictures = tuple(map(open_picture, needed))  # decoded once
+        (preferred, dispreferred), images, digest = self._encoded(record, pictures)
+        noised, *second = self._distorted(triple, pictures, images, record, epoch)
         return Example(record, triple.id, preferred, dispreferred, images, noised, digest, *second)
 
-    def _encoded(self, record: int) -> tuple[list[Encoded], dict[str, Tensor], str]:
+    def _encoded(self, record: int, pictures: tuple[Image.Image, ...]) -> tuple[list[Encoded], dict[str, Tensor], str]:
         if record in self.cache:
             self.cache.move_to_end(record)
             return self.cache[record]
         triple = self.triples[record]
-        encoded, images = self.template.encode((triple.preferred, triple.dispreferred), triple.image, triple.id)
+        encoded, images = self.template.encode((triple.preferred, triple.dispreferred), pictures, triple.id)
         preferred, dispreferred = encoded
         entry = encoded, images, record_digest(preferred, dispreferred, images)
         size = sum(tensor.nbytes for tensor in images.values())
@@ -110,7 +114,7 @@ class PreferenceDataset(Dataset):
         return entry
 
     def _distorted(
-        self, triple: Triple, images: dict[str, Tensor], record: int, epoch: int
+        self, triple: Triple, pictures: Sequence[Image.Image], images: dict[str, Tensor], record: int, epoch: int
     ) -> list[dict[str, Tensor] | None]:
         if self.distortion is None:
             return [None]
@@ -125,7 +129,6 @@ class PreferenceDataset(Dataset):
             pixels = images["pixel_values"]
             draws = [self.distortion(pixels, sources[0]) for _ in range(self.distorted_images)]
             return [{**images, "pixel_values": drawn} for drawn in draws]
-        pictures = [open_picture(picture) for picture in triple.pictures]
         prompt = self.template.prompt(triple.question, pictures=len(pictures))
         found = []
         for _ in range(self.distorted_images):

@@ -3,9 +3,13 @@
 A format is a module with ``read(preferences, images=None, skipped=None) -> list[Triple]`` and, where data can be
 written in it, ``write(triples, preferences, images)``:
 
-- ``preferences`` is a .json, .jsonl, .csv or .parquet file, or a folder of parquet shards;
+- ``preferences`` is a .json, .jsonl, .csv or .parquet file, a folder of parquet shards, or hf://datasets/OWNER/NAME;
 - ``images`` is the folder of the pictures (``None`` if the records carry them);
 - ``skipped`` decides about records that cannot be used: ``None`` raises a Fault, a list takes a sentence for each.
+
+:func:`povid.preferences.records.gather` reads any of these record by record, and
+:func:`povid.preferences.pictures.find_picture` leaves pictures inside records on disk: bytes in parquet arrive as
+:class:`povid.preferences.stored.Stored`.
 
 A run names the reader as a node, ``data.format: {_target_: povid.preferences.formats.trl.read, _partial_: true}``, and
 calls it with these three arguments, so that a function in anybody's own package works as well.

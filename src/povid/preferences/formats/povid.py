@@ -11,7 +11,8 @@ from povid.fault import Fault
 from povid.files import write_bytes, write_json
 from povid.preferences.pictures import find_pictures
 from povid.preferences.records import IMAGE_MARKER, gather, label, member, name_of, turns_of
-from povid.preferences.triple import Picture, Triple, Turn
+from povid.preferences.stored import Picture, picture_bytes
+from povid.preferences.triple import Triple, Turn
 
 KEYS = ("id", "image", "conversations", "rejected_conversations")
 SUFFIXES = {b"\xff\xd8": "jpg", b"\x89PNG": "png", b"GIF8": "gif", b"BM": "bmp", b"RIFF": "webp"}  # by first bytes
@@ -83,12 +84,13 @@ def _path(triple: Triple, picture: Picture, number: int, images: Path) -> str:
                 f"record {triple.id!r}: its picture {picture} is not in {images}; give the folder that "
                 "holds all pictures"
             ) from None
-    suffix = next((suffix for start, suffix in SUFFIXES.items() if picture.startswith(start)), "img")
+    encoded = picture_bytes(picture)
+    suffix = next((suffix for start, suffix in SUFFIXES.items() if encoded.startswith(start)), "img")
     stem = re.sub(r"[^A-Za-z0-9_-]", "_", triple.id)[:100] + (f"_{number}" if number else "")
     name = f"{stem}.{suffix}"
     file = images / name
     if not file.exists():
-        write_bytes(file, picture)
+        write_bytes(file, encoded)
     elif file.read_bytes() != picture:
         raise Fault(
             f"record {triple.id!r}: {file} already holds another picture; give an empty image folder or distinct ids"

@@ -11,8 +11,8 @@ from typing import Any
 
 from povid.fault import Fault
 from povid.preferences.formats.rlaif_v import FIELDS, triples_of
-from povid.preferences.pictures import BASE64
 from povid.preferences.records import gather, label, mapping, member, show, text
+from povid.preferences.stored import BASE64
 from povid.preferences.triple import Triple
 
 

@@ -24,6 +24,7 @@ from povid.preferences.records import (
     text,
     without_marker,
 )
+from povid.preferences.stored import Stored, picture_bytes
 from povid.preferences.triple import Triple, Turn
 
 
@@ -133,13 +134,17 @@ def to_row(triple: Triple) -> dict[str, Any]:
     return {
         "id": triple.id,
         "images": [
-            {"bytes": picture, "path": None} if isinstance(picture, bytes) else {"bytes": None, "path": str(picture)}
+            {"bytes": None, "path": str(picture)} if isinstance(picture, Path) else _inside(picture)
             for picture in triple.pictures
         ],
         "prompt": prompt,
         "chosen": [_message(turn) for turn in triple.preferred[shared:]],
         "rejected": [_message(turn) for turn in triple.dispreferred[shared:]],
     }
+
+
+def _inside(image: bytes | Stored) -> dict[str, Any]:
+    return {"bytes": picture_bytes(image), "path": None}
 
 
 def _message(turn: Turn) -> dict[str, Any]:
