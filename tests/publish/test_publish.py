@@ -138,7 +138,7 @@ def test_what_cannot_be_published_is_refused_in_a_sentence(run, copy, tmp_path, 
         return refused(copy(change))
 
     assert "which nobody else has; name the same model on the hub with --base" in refused(run, "--license", "mit")
-    assert "the licence of somebody/tiny could not be read" in refused(run, "--base", "somebody/tiny")
+    assert "the license of somebody/tiny could not be read" in refused(run, "--base", "somebody/tiny")
     assert "is not the folder of a run" in refused(tmp_path)
     assert "trained nothing (ablation=none), so there is nothing to publish" in changed(
         lambda results: results.update(stages={}, ablation="none")
@@ -304,7 +304,7 @@ def test_a_push_uploads_the_folder_of_card_privately_unless_told(run, hub, tmp_p
     assert "me/mine holds other files (pytorch_model.bin)" in capsys.readouterr().err
 
 
-def test_the_licence_is_what_the_base_models_card_says(copy, hub, tmp_path):
+def test_the_license_is_what_the_base_models_card_says(copy, hub, tmp_path):
     assert main(["card", str(copy(on_hub)), "--out", str(tmp_path / "out")]) == 0
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.license, data.license_name, data.license_link) == ("other", "llama2", "LINK")
@@ -348,7 +348,7 @@ def test_every_refusal_of_the_hub_is_a_sentence_with_a_cure(run, hub, monkeypatc
 
     assert main(["push", str(run), *BASE[:3], "llama9", "--repo", "me/mine"]) == 2
     assert (
-        'model card (Invalid metadata in README.md; "license" must be one of [...]); a licence'
+        'model card (Invalid metadata in README.md; "license" must be one of [...]); a license'
         in capsys.readouterr().err
     )
     assert "--repo a/b/c: " in said("a/b/c") and "name it OWNER/NAME" in said("me/..bad")
