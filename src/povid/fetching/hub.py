@@ -10,13 +10,15 @@ import errno
 import fnmatch
 import urllib.error
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from povid.fault import Fault
 from povid.fetching.download import Refusal, fetch
 from povid.fetching.source import Source
 
+HUB = "https://huggingface.co/"
 LOGIN = "`hf auth login`, or HF_TOKEN in the environment"
 
 
@@ -86,16 +88,44 @@ def download(revision: Revision, data: Path) -> list[Path]:
     Raises:
         Fault: see :func:`povid.fetching.download.fetch`; or the hub refuses.
     """
+    return fetch(revision.sources, data, headers=_login(), refusal=_refusal(revision.repository))
+
+
+def download_files(sources: Sequence[Source], data: Path) -> list[Path]:
+    """Download files of which some are the hub's: these come from HF_ENDPOINT, with the user's login if there is one.
+
+    Raises:
+        Fault: see :func:`povid.fetching.download.fetch`; or the hub refuses.
+    """
+    from huggingface_hub import constants
+
+    found: list[Path] = []
+    for repository, group in groupby(sources, _repository):
+        if repository is None:
+            found += fetch(list(group), data)
+        else:
+            mirrored = [
+                replace(each, mirror=f"{constants.ENDPOINT}/{each.url.removeprefix(HUB)}") for each in group
+            ]
+            found += fetch(mirrored, data, headers=_login(), refusal=_refusal(repository))
+    return found
+
+
+def _repository(source: Source) -> str | None:
+    """The data set of the hub that a file belongs to; None for a file from elsewhere."""
+    start = f"{HUB}datasets/"
+    return "/".join(source.url.removeprefix(start).split("/")[:2]) if source.url.startswith(start) else None
+
+
+def _login() -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
-    headers = {name: value for name, value in build_hf_headers().items() if name.lower() == "authorization"}
-    asked = _refusal(revision.repository)
-    return fetch(revision.sources, data, headers=headers, refusal=asked)
+    return {name: value for name, value in build_hf_headers().items() if name.lower() == "authorization"}
 
 
 def page(repository: str) -> str:
     """Where a person reads about a data set, and accepts its license."""
-    return f"https://huggingface.co/datasets/{repository}"
+    return f"{HUB}datasets/{repository}"
 
 
 def _refusal(repository: str) -> Refusal:
