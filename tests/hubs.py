@@ -37,8 +37,9 @@ def listed(name: str, data: bytes) -> dict[str, Any]:
 
 def use(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let huggingface_hub take a server for the hub."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
+    monkeypatch.setattr(hf_api.api, "endpoint", address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")

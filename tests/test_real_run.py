@@ -71,7 +71,6 @@ class Place:
 
     def run(self, line: str, *more: str, **environment: str) -> tuple[int, str]:
         """Exit status of a command line and what it printed."""
-        T = os.times()
         done = subprocess.run(
             ["sh", "-c", f'{line} "$@"', "sh", *more],
             cwd=self.folder,
@@ -81,8 +80,6 @@ class Place:
             text=True,
             timeout=900,
         )
-        U = os.times()
-        print("TIME", line[:40], U.children_user - T.children_user, U.elapsed - T.elapsed)
         return done.returncode, done.stdout
 
 

@@ -104,9 +104,7 @@ def download_files(sources: Sequence[Source], data: Path) -> list[Path]:
         if repository is None:
             found += fetch(list(group), data)
         else:
-            mirrored = [
-                replace(each, mirror=f"{constants.ENDPOINT}/{each.url.removeprefix(HUB)}") for each in group
-            ]
+            mirrored = [replace(each, mirror=f"{constants.ENDPOINT}/{each.url.removeprefix(HUB)}") for each in group]
             found += fetch(mirrored, data, headers=_login(), refusal=_refusal(repository))
     return found
 
@@ -213,7 +211,7 @@ def trouble(error: BaseException, name: str, page: str) -> str | None:
             reason = " ".join(str(each).split())[:120] or type(each).__name__
             return (
                 f"the hub cannot be reached for {name} ({reason}); check the network, HTTPS_PROXY and HF_ENDPOINT, and "
-                "run the same command again to resume"
+                "run the same command again: files that are complete are kept"
             )
     if constants.HF_HUB_OFFLINE and any(isinstance(each, LocalEntryNotFoundError) for each in chain):
         return offline
