@@ -23,9 +23,10 @@ import torch
 import yaml
 from huggingface_hub import constants
 from peft import PeftModel
-from servers import ChatServer, Say, last_text
+from servers import ChatServer, Files, Say, last_text
 from transformers import AutoModelForImageTextToText
 
+from povid.benchmarks import coco
 from povid.files import files_in
 from povid.model.adapters import adapter_chain
 from povid.report.runs import read
@@ -55,7 +56,7 @@ def commands() -> list[str]:
 class Place:
     """An empty folder with a checkout in it, an environment in which commands run there, and the servers."""
 
-    def __init__(self, folder: Path, hub: hubs.Hub, files: internet.Files, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, hub: hubs.Hub, files: Files, environment: dict[str, str]) -> None:
         self.folder, self.hub, self.files = folder, hub, files
         for name in ("train.py", "Makefile", "pyproject.toml"):
             (folder / name).symlink_to(ROOT / name)
@@ -120,8 +121,15 @@ def test_from_an_empty_folder_to_a_table_and_a_published_adapter(place, tmp_path
     model = {str(file.relative_to(tmp_path / "model")): file.read_bytes() for file in files_in(tmp_path / "model")}
     place.hub.repos[MODEL] = model | card
 
+    first = f"{coco.HOST}/train2014/{internet.TRAIN[0]}"
+    lost = place.files.content.pop(first)
+    status, said = place.run(fetch)
+    assert status == 2 and "the server answers 404 Not Found: 1 (first: data/coco/" in said, said
+    place.files.content[first] = lost
+    del place.files.asked[:]
     status, said = place.run(fetch)
     assert status == 0, said
+    assert [address for address, _ in place.files.asked] == [first], "the rest is there"
     assert [line.split()[0] for line in said.splitlines() if line.endswith("  complete")] == list(NAMES), said
 
     status, said = place.run(train, *SMALL)
