@@ -64,6 +64,7 @@ class Hub:
         self.refuse: dict[str, tuple[int, dict[str, str]]] = {}
         self.cut: dict[str, int] = {}
         self.asked: list[str] = []
+        self.ranges: list[str] = []  # of the requests for a part of a file
 
     def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], Any]:
         """Status, headers and content: bytes, or what becomes JSON."""
@@ -146,6 +147,7 @@ def serve(hub: Hub, token: str = "hf_secret") -> Iterator[str]:
             data = found if isinstance(found, bytes) else json.dumps(found).encode()
             wanted = self.headers.get("Range")
             if wanted and isinstance(found, bytes):
+                hub.ranges.append(wanted)
                 start = int(wanted.removeprefix("bytes=").split("-")[0])
                 status, headers = 206, headers | {"Content-Range": f"bytes {start}-{len(data) - 1}/{len(data)}"}
                 data = data[start:]

@@ -132,8 +132,10 @@ def test_from_an_empty_folder_to_a_table_and_a_published_adapter(place, tmp_path
     assert [address for address, _ in place.files.asked] == [first], "the rest is there"
     assert [line.split()[0] for line in said.splitlines() if line.endswith("  complete")] == list(NAMES), said
 
+    place.hub.cut = {f"GET /{MODEL}/resolve/{hubs.COMMIT}/model.safetensors": 100_000}
     status, said = place.run(train, *SMALL)
     assert status == 0, said
+    assert place.hub.ranges == ["bytes=100000-"], "the weights are resumed where the connection broke off"
     (table,) = place.folder.glob("outputs/paper/tables/table3.txt")
     runs = [read(file) for file in sorted(place.folder.glob("outputs/paper/*/results.json"))]
     assert [run.row for run in runs] == ["none", "text", "noise", "both"]

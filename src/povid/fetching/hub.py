@@ -1,6 +1,6 @@
 """The Hugging Face hub: the files of a data set at one revision, and why something of the hub could not be had.
 
-huggingface_hub says what a revision holds, and knows the login and the endpoint. The files come through
+huggingface_hub says what a revision holds, and knows the login and the endpoint. Large files come through
 :mod:`povid.fetching.download`, since huggingface_hub 2 begins an interrupted file again from the start.
 """
 
@@ -8,6 +8,11 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import json
+import logging
+import os
+import re
+import shutil
 import urllib.error
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +23,11 @@ from povid.fault import Fault
 from povid.fetching.download import Refusal, fetch
 from povid.fetching.source import Source
 
+log = logging.getLogger(__name__)
+
 HUB = "https://huggingface.co/"
+SHA256 = re.compile("[0-9a-f]{64}")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LOGIN = "`hf auth login`, or HF_TOKEN in the environment"
 
 
@@ -88,7 +97,9 @@ def download(revision: Revision, data: Path) -> list[Path]:
     Raises:
         Fault: see :func:`povid.fetching.download.fetch`; or the hub refuses.
     """
-    return fetch(revision.sources, data, headers=_login(), refusal=_refusal(revision.repository))
+    return fetch(
+        revision.sources, data, headers=_login(), refusal=_refusal(revision.repository, page(revision.repository))
+    )
 
 
 def download_files(sources: Sequence[Source], data: Path) -> list[Path]:
@@ -105,8 +116,54 @@ def download_files(sources: Sequence[Source], data: Path) -> list[Path]:
             found += fetch(list(group), data)
         else:
             mirrored = [replace(each, mirror=f"{constants.ENDPOINT}/{each.url.removeprefix(HUB)}") for each in group]
-            found += fetch(mirrored, data, headers=_login(), refusal=_refusal(repository))
+            found += fetch(mirrored, data, headers=_login(), refusal=_refusal(repository, page(repository)))
     return found
+
+
+def download_weights(model: str) -> None:
+    """Put the weights of a model into the hub's cache, unless they are there; what broke off is resumed.
+
+    The cache keeps a large file under its sha256. Processes that want the same model wait for the first of them.
+
+    Raises:
+        Fault: see :func:`povid.fetching.download.fetch`; or the hub refuses a file. :func:`trouble` explains whatever
+            else is raised.
+    """
+    from filelock import FileLock
+    from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    index = try_to_load_from_cache(model, INDEX)
+    names = _shards(index) if isinstance(index, str) else {WEIGHTS}
+    if constants.HF_HUB_OFFLINE or all(isinstance(try_to_load_from_cache(model, name), str) for name in names):
+        return
+    info = HfApi().model_info(model, files_metadata=True, timeout=60)
+    listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    names = _shards(hf_hub_download(model, INDEX, revision=info.sha)) if INDEX in listed else {WEIGHTS}
+    cache, folder = Path(constants.HF_HUB_CACHE), f"models--{model.replace('/', '--')}"
+    blobs, unfinished, locks = cache / folder / "blobs", cache / folder / "unfinished", cache / ".locks" / folder
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / "weights.lock"):
+        sources = [
+            Source(hf_hub_url(model, name, revision=info.sha), large.sha256, size=large.size, sha256=large.sha256)
+            for name in sorted(names)
+            if name in listed
+            and (large := listed[name].lfs)
+            and SHA256.fullmatch(large.sha256)
+            and not (blobs / large.sha256).exists()
+        ]
+        if not sources:
+            return
+        size = sum(source.size or 0 for source in sources)
+        log.info("%s: %s GB of weights to download into %s (HF_HOME)", model, f"{size / 1e9:,.1f}", cache)
+        blobs.mkdir(parents=True, exist_ok=True)
+        for file in fetch(sources, unfinished, headers=_login(), refusal=_refusal(model, HUB + model)):
+            os.replace(file, blobs / file.name)
+        shutil.rmtree(unfinished)
+
+
+def _shards(index: str) -> set[str]:
+    """The files that an index of weights names."""
+    return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
 
 
 def _repository(source: Source) -> str | None:
@@ -126,11 +183,11 @@ def page(repository: str) -> str:
     return f"{HUB}datasets/{repository}"
 
 
-def _refusal(repository: str) -> Refusal:
+def _refusal(name: str, page: str) -> Refusal:
     def said(error: urllib.error.HTTPError) -> str | None:
         code = error.headers.get("X-Error-Code")
         if code or error.code in (401, 403):
-            return refused(error.code, code, repository, page(repository), error.url)
+            return refused(error.code, code, name, page, error.url)
         return None
 
     return said
