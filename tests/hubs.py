@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -31,7 +32,8 @@ def publish(files: Files, commit: str, content: Mapping[str, bytes], *revisions:
 
 def listed(name: str, data: bytes) -> dict[str, Any]:
     """A file as the hub lists it."""
-    lfs = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+    digest = hashlib.sha256(data).hexdigest()
+    lfs = {"size": len(data), "sha256": digest, "oid": digest, "pointerSize": 130}
     return {"rfilename": name, "size": len(data), "blobId": "0" * 40, "lfs": lfs}
 
 
@@ -40,6 +42,8 @@ def use(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants, hf_api
 
     monkeypatch.setattr(hf_api.api, "endpoint", address)
+    if "transformers.utils.hub" in sys.modules:  # which remembers the hub that it asked first
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", address)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + "/{repo_id}/resolve/{revision}/{filename}")
@@ -127,7 +131,9 @@ class Hub:
                 return 404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}, {"error": "no such file"}
             return 200, {"ETag": f'"{hashlib.sha256(content).hexdigest()}"', "X-Repo-Commit": commit}, content
         if verb == "tree":
-            return 404, {"X-Error-Code": "EntryNotFound"}, {"error": "no such folder"}
+            below = [listed(file, data) for file, data in files.items() if file.startswith(rest.partition("/")[2])]
+            tree = [each | {"type": "file", "path": each["rfilename"], "oid": each["blobId"]} for each in below]
+            return (200, {}, tree) if tree else (404, {"X-Error-Code": "EntryNotFound"}, {"error": "no such folder"})
         siblings = [listed(".gitattributes", b""), *(listed(file, content) for file, content in files.items())]
         private = self.private.get(name, False)
         return 200, {}, {"id": name, "private": private, "sha": commit, "siblings": siblings, "tags": []}

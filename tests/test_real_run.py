@@ -132,6 +132,8 @@ def test_from_an_empty_folder_to_a_table_and_a_published_adapter(place, tmp_path
     assert [address for address, _ in place.files.asked] == [first], "the rest is there"
     assert [line.split()[0] for line in said.splitlines() if line.endswith("  complete")] == list(NAMES), said
 
+    assert not [address for address, login in place.files.logins if login], "the token is for the hub alone"
+
     place.hub.cut = {f"GET /{MODEL}/resolve/{hubs.COMMIT}/model.safetensors": 100_000}
     status, said = place.run(train, *SMALL)
     assert status == 0, said
