@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -180,18 +181,33 @@ class Files:
 
 
 @contextmanager
-def file_server(files: Files) -> Iterator[str]:
-    """Serves ``files`` and yields the address it listens at."""
+def file_server(files: Files, encrypted: Callable[[str], ssl.SSLContext] | None = None) -> Iterator[str]:
+    """Serves ``files`` and yields the address it listens at.
+
+    With ``encrypted``, which makes a certificate for a host, it is a proxy too that answers in the name of every host:
+    the paths of these files begin with ``https://HOST``.
+    """
 
     class Handler(BaseHTTPRequestHandler):
+        site = ""
+
+        def do_CONNECT(self) -> None:
+            assert encrypted is not None
+            host = self.path.removesuffix(":443")
+            self.send_response(200)
+            self.end_headers()
+            self.connection = encrypted(host).wrap_socket(self.connection, server_side=True)
+            self.rfile, self.wfile = self.connection.makefile("rb"), self.connection.makefile("wb", 0)
+            self.site, self.close_connection = f"https://{host}", False
+
         def do_HEAD(self) -> None:
             self.do_GET()
 
         def do_GET(self) -> None:
             wanted = self.headers.get("Range")
-            files.asked.append((self.path, wanted))
-            files.logins.append((self.path, self.headers.get("Authorization")))
-            path = self.path.partition("?")[0]
+            files.asked.append((self.site + self.path, wanted))
+            files.logins.append((self.site + self.path, self.headers.get("Authorization")))
+            path = self.site + self.path.partition("?")[0]
             data = files.content.get(path)
             if path in files.refuse:
                 status, headers = files.refuse[path]

@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     for command in (carding, pushing):
         command.add_argument("run", type=Path, help="the folder of a finished run")
         command.add_argument("--base", help="the base model's name on the hub, where the run loaded it from a folder")
-        command.add_argument("--license", help="the base model's licence, such as llama2 (default: what its card says)")
+        command.add_argument("--license", help="the base model's license, such as llama2 (default: what its card says)")
         command.add_argument("--merged", action="store_true", help="a full checkpoint instead of an adapter")
     carding.add_argument("--repo", metavar="OWNER/NAME", help="where it will be; named in the card")
     pushing.add_argument("--repo", metavar="OWNER/NAME", required=True, help="of your own account without OWNER/")

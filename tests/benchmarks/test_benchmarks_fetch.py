@@ -7,12 +7,15 @@ import json
 import zipfile
 from pathlib import Path
 
+import hubs
+import internet
 import pytest
 from PIL import Image
 from servers import Files, file_server
 
 from povid.benchmarks import __main__ as command
 from povid.benchmarks import fetch
+from povid.benchmarks.mmhal import MMHal
 from povid.benchmarks.pope import POPE
 from povid.fetching import download, many
 from povid.fetching.source import Source
@@ -94,3 +97,25 @@ def test_every_selection_of_the_configuration_can_be_fetched(tmp_path):
     assert len(found) == 8 and {benchmark.data for benchmark in found.values()} == {tmp_path / name for name in found}
     assert command._selection("repope", None)["repope"].data == Path("data/pope")
     assert command._selection("repope", tmp_path)["repope"].data == tmp_path
+
+
+def test_files_of_the_hub_come_from_its_mirror_with_the_login(tmp_path, monkeypatch, capsys):
+    """What the hub refuses is said as of any data set, half a file is resumed, and a file keeps its official name."""
+    hub, files = hubs.Hub(), "/datasets/Shengcao1006/MMHal-Bench/resolve/main/"
+    hub.repos["datasets/Shengcao1006/MMHal-Bench"] = internet.FILES[MMHal]()
+    line = ["fetch", "mmhal", "--data", str(tmp_path)]
+    monkeypatch.setattr(MMHal, "prompt_sources", ())
+    monkeypatch.setattr(download.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with hubs.serve(hub) as address:
+        hubs.use(address, monkeypatch)
+        hub.refuse = {f"GET {files}test_data.zip": (403, {"X-Error-Code": "GatedRepo"})}
+        assert command.main(line) == 2
+        assert "Shengcao1006/MMHal-Bench is gated: accept its license at https://hugg" in capsys.readouterr().out
+        hub.refuse, hub.cut = {}, {f"GET {files}test_data.zip": 100}
+        assert command.main(line) == 0
+        assert [path for path in hub.asked if path.endswith(".json")] == [f"GET {files}response_template.json"]
+    hubs.use("http://127.0.0.1:9", monkeypatch)  # another mirror, which is not asked
+    assert command.main(line) == 0
+    recorded = json.loads((tmp_path / "fetched.json").read_text())
+    assert recorded["test_data.zip"]["url"] == f"https://huggingface.co{files}test_data.zip"

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import pytest
+from internet import LLAVA, MM_VET, MMHAL, SCRIPTS
 from PIL import Image
 from servers import ChatServer, Files, Say, file_server, last_text
 
@@ -23,58 +24,6 @@ from povid.benchmarks.mmbench import MMBench
 from povid.benchmarks.mmhal import MMHal
 from povid.fault import Fault
 from povid.server.endpoint import Request
-
-MMHAL = """
-import openai_of_2023, sys
-sys.exit("this script must not be run")
-template = '''Judge this, please.
-{}
-/ {} / {} / {}
-Rating:'''
-"""
-MM_VET = '''
-prompt = """Grade it.
-a | b | c | d
-"""
-def arg_parser(prompt=prompt):
-    return prompt
-def load(sub_set_name):
-    return sub_set_name + "_"
-def runs(args, data):
-    question = args.prompt + "\\n" + " | ".join([data, ""])
-    while True:
-        question = args.prompt + "\\n" + " | ".join([data, ""]) + "\\nSay a digit: "
-'''
-LLAVA = """
-def get_eval(content):
-    ask(messages=[{'role': 'system', 'content': 'You check {answers}.'}, {'role': 'user', 'content': content}])
-if __name__ == '__main__':
-    content = (f'<Context>\\n{cap_str}\\n'
-               f'<Question>{ques["text"]}\\n{{x}}'
-               f'<{role} 1>{ans1["text"]}<{role} 2>{ans2["text"]}\\n'
-               f'{prompt}!')
-"""
-RULES = {f"llava_bench_{kind}": {"role": "Helper", "prompt": f"Rate {kind}."} for kind in ("conv", "detail", "complex")}
-MMBENCH = """
-class MMBench_Evaluator:
-    def build_option_str(self, option_list):
-        s = "Several: \\n"
-        for c, opt in option_list:
-            s += f"{c}. {opt}\\n"
-        return s
-    def build_prompt(self, question, options, prediction):
-        tmpl = (
-            "Match. "
-            "Q: {}? O: {} A: {} Out:"
-        )
-        return tmpl.format(question, options, prediction)
-"""
-SCRIPTS = {
-    MMHal: {"eval_gpt_mmhal.py": MMHAL},
-    MMVet: {"mm-vet_evaluator.py": MM_VET},
-    LLaVABench: {"eval_gpt_review_bench.py": LLAVA, "rule.json": json.dumps(RULES)},
-    MMBench: {"mmbench_evals.py": MMBENCH},
-}
 
 
 def pin(monkeypatch, kind, address: str = "http://x", scripts: dict[str, str] | None = None) -> None:

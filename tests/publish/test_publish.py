@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import base64
 import json
 import shutil
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import hubs
 import pytest
 import tiny
 import torch
@@ -24,7 +22,6 @@ from povid.files import files_in, read_json, write_json
 from povid.model.adapters import adapter_chain
 
 BASE = ("--base", "somebody/tiny", "--license", "llama2")
-COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,7 @@ def on_hub(results: dict[str, Any]) -> None:
     """As if the run had loaded its base model from the hub, and kept the best adapter of its second stage."""
     results["identity"]["named"]["places"]["model.path"] = "llava-hf/llava-1.5-7b-hf"
     results["stages"]["2"]["kept"] = {"metric": "val/loss", "adapter": "best", "step": 1}
-    results["identity"]["parts"]["weights"] = COMMIT
+    results["identity"]["parts"]["weights"] = hubs.COMMIT
 
 
 def test_a_card_says_what_the_run_recorded_and_how_to_load_it(run, tmp_path, capsys):
@@ -121,7 +118,7 @@ def test_a_base_model_from_the_hub_is_named_with_its_commit(copy, tmp_path):
     folder = copy(on_hub)
     assert main(["card", str(folder), "--license", "llama2", "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "README.md").read_text()
-    assert f'from_pretrained(base, revision="{COMMIT}", dtype="float32")' in text
+    assert f'from_pretrained(base, revision="{hubs.COMMIT}", dtype="float32")' in text
     assert "batches of 2; its best adapter by `val/loss`, that of step 1 |" in text
     config = read_json(tmp_path / "out" / "adapter_config.json", dict, "")
     assert config["base_model_name_or_path"] == "llava-hf/llava-1.5-7b-hf"
@@ -138,7 +135,7 @@ def test_what_cannot_be_published_is_refused_in_a_sentence(run, copy, tmp_path, 
         return refused(copy(change))
 
     assert "which nobody else has; name the same model on the hub with --base" in refused(run, "--license", "mit")
-    assert "the licence of somebody/tiny could not be read" in refused(run, "--base", "somebody/tiny")
+    assert "the license of somebody/tiny could not be read" in refused(run, "--base", "somebody/tiny")
     assert "is not the folder of a run" in refused(tmp_path)
     assert "trained nothing (ablation=none), so there is nothing to publish" in changed(
         lambda results: results.update(stages={}, ablation="none")
@@ -181,108 +178,19 @@ def test_a_single_stage_is_published_as_it_is_and_says_so(copy, tmp_path, capsys
     assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
-class Hub:
-    """A stand-in for the hub: repositories in memory, large files beside them; it refuses "METHOD path..." as told."""
-
-    def __init__(self) -> None:
-        self.repos: dict[str, dict[str, bytes]] = {}
-        self.large: dict[str, bytes] = {}  # by sha256, as Git LFS stores them
-        self.private: dict[str, bool] = {}
-        self.refuse: dict[str, tuple[int, dict[str, str]]] = {}
-        self.asked: list[str] = []
-
-    def answer(self, method: str, path: str, body: bytes) -> tuple[int, dict[str, str], Any]:
-        self.asked.append(f"{method} {path}")
-        for start, (status, headers) in self.refuse.items():
-            if self.asked[-1].startswith(start):
-                return status, headers, {"error": "as the test wants it"}
-        if path == "/api/whoami-v2":
-            return 200, {}, {"name": "me", "type": "user"}
-        if path == "/api/repos/create":
-            asked = json.loads(body)
-            name = f"{asked['organization']}/{asked['name']}"
-            self.repos[name], self.private[name] = {}, asked["visibility"] == "private"
-            return 200, {}, {"url": f"{constants.ENDPOINT}/{name}"}
-        if path == "/api/validate-yaml":
-            errors = [{"message": '"license" must be one of [...]'}] if "llama9" in json.loads(body)["content"] else []
-            return 400 if errors else 200, {}, {"errors": errors, "warnings": []}
-        if path.endswith("/resolve/main/README.md"):
-            card = "---\nlicense: other\nlicense_name: llama2\nlicense_link: LINK\n---\n# Base\n"
-            return 200, {"ETag": '"1"', "X-Repo-Commit": COMMIT}, card
-        if path.endswith(".git/info/lfs/objects/batch"):
-            wanted = [
-                file
-                | (
-                    {}
-                    if file["oid"] in self.large
-                    else {"actions": {"upload": {"href": f"{constants.ENDPOINT}/{file['oid']}"}}}
-                )
-                for file in json.loads(body)["objects"]
-            ]
-            return 200, {}, {"objects": wanted}
-        if method == "PUT":
-            self.large[path[1:]] = body
-            return 200, {}, {}
-        name = "/".join(path.split("/")[3:5])
-        if name not in self.repos:
-            return 404, {"X-Error-Code": "RepoNotFound"}, {"error": "no such repository"}
-        if "/preupload/" in path:
-            files = [
-                {
-                    "path": file["path"],
-                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
-                    "shouldIgnore": False,
-                }
-                for file in json.loads(body)["files"]
-            ]
-            return 200, {}, {"files": files}
-        if "/commit/" in path:
-            for line in map(json.loads, body.splitlines()):
-                value = line["value"]
-                if line["key"] == "file":
-                    self.repos[name][value["path"]] = base64.b64decode(value["content"])
-                elif line["key"] == "lfsFile":
-                    self.repos[name][value["path"]] = self.large[value["oid"]]
-            return 200, {}, {"commitOid": COMMIT, "commitUrl": f"{constants.ENDPOINT}/{name}/commit/{COMMIT}"}
-        siblings = [{"rfilename": file} for file in (".gitattributes", *self.repos[name])]
-        return 200, {}, {"id": name, "private": self.private[name], "sha": COMMIT, "siblings": siblings, "tags": []}
-
-
 @pytest.fixture
-def hub(monkeypatch, tmp_path) -> Iterator[Hub]:
-    stand_in = Hub()
-
-    class Handler(BaseHTTPRequestHandler):
-        def reply(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            assert self.command == "PUT" or self.headers["Authorization"] == "Bearer hf_secret"
-            status, headers, found = stand_in.answer(self.command, self.path.partition("?")[0], body)
-            data = found.encode() if isinstance(found, str) else json.dumps(found).encode()
-            self.send_response(status)
-            for key, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
-                self.send_header(key, value)
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(data)
-
-        do_GET = do_HEAD = do_POST = do_PUT = reply
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    template = constants.ENDPOINT + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # the stand-in stores large files as Git LFS does
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
-    monkeypatch.setenv("HF_TOKEN", "hf_secret")
-    yield stand_in
-    server.shutdown()
-    server.server_close()
+def hub(monkeypatch, tmp_path) -> Iterator[hubs.Hub]:
+    stand_in = hubs.Hub()
+    stand_in.repos["llava-hf/llava-1.5-7b-hf"] = {
+        "README.md": b"---\nlicense: other\nlicense_name: llama2\nlicense_link: LINK\n---\n# Base\n"
+    }
+    with hubs.serve(stand_in) as address:
+        hubs.use(address, monkeypatch)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # it stores large files as Git LFS does
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no_token"))
+        monkeypatch.setenv("HF_TOKEN", "hf_secret")
+        yield stand_in
 
 
 def test_a_push_uploads_the_folder_of_card_privately_unless_told(run, hub, tmp_path, capsys):
@@ -304,7 +212,7 @@ def test_a_push_uploads_the_folder_of_card_privately_unless_told(run, hub, tmp_p
     assert "me/mine holds other files (pytorch_model.bin)" in capsys.readouterr().err
 
 
-def test_the_licence_is_what_the_base_models_card_says(copy, hub, tmp_path):
+def test_the_license_is_what_the_base_models_card_says(copy, hub, tmp_path):
     assert main(["card", str(copy(on_hub)), "--out", str(tmp_path / "out")]) == 0
     data = ModelCard.load(tmp_path / "out" / "README.md").data
     assert (data.license, data.license_name, data.license_link) == ("other", "llama2", "LINK")
@@ -348,7 +256,7 @@ def test_every_refusal_of_the_hub_is_a_sentence_with_a_cure(run, hub, monkeypatc
 
     assert main(["push", str(run), *BASE[:3], "llama9", "--repo", "me/mine"]) == 2
     assert (
-        'model card (Invalid metadata in README.md; "license" must be one of [...]); a licence'
+        'model card (Invalid metadata in README.md; "license" must be one of [...]); a license'
         in capsys.readouterr().err
     )
     assert "--repo a/b/c: " in said("a/b/c") and "name it OWNER/NAME" in said("me/..bad")

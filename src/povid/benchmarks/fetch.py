@@ -10,7 +10,7 @@ from povid.benchmarks import wording
 from povid.benchmarks.benchmark import Benchmark
 from povid.benchmarks.suite import check_images
 from povid.fault import Fault
-from povid.fetching import download
+from povid.fetching import download, hub
 from povid.preferences.fetch import named_pictures, report
 
 Choice = Literal["named", "all", "none"]
@@ -59,7 +59,7 @@ def _one(
     if not benchmark.sources:
         say(f"  it names no files to download; put its files into {benchmark.data}")
     plain = [source for source in (*benchmark.sources, *benchmark.prompt_sources) if source.each is None]
-    for file in download.fetch(plain, benchmark.data):
+    for file in hub.download_files(plain, benchmark.data):
         say(f"  {file} is complete")
     if (prompt := wording.store(type(benchmark), benchmark.data)) is not None:
         say(f"  {prompt} has the judge's official prompt, word for word")
@@ -82,7 +82,7 @@ def _one(
                 download.fetch([source], benchmark.data)
         shared.setdefault(source.url, benchmark.data)
         say(f"  the pictures of {source.file} are complete")
-    for file in download.fetch(getattr(benchmark, "graded", ()), benchmark.data):
+    for file in hub.download_files(getattr(benchmark, "graded", ()), benchmark.data):
         say(f"  {file} is complete")
 
 

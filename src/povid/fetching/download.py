@@ -199,7 +199,7 @@ def _download(
             if error.code < 500 and error.code not in (408, 429):
                 raise Fault(
                     (refusal and refusal(error))
-                    or f"{source.url} answers {error.code} {error.reason}; open it in a browser, download "
+                    or f"{source.address} answers {error.code} {error.reason}; open it in a browser, download "
                     f"{file.name} by hand and put it into {file.parent}"
                 ) from error
             reason = f"{error.code} {error.reason}"
@@ -216,7 +216,7 @@ def _download(
             ) from error
         if attempt + 1 == tries:
             raise Fault(
-                f"{source.url} could not be downloaded in {tries} attempts ({reason}); {cure} and run "
+                f"{source.address} could not be downloaded in {tries} attempts ({reason}); {cure} and run "
                 "the same command again to resume"
             )
         time.sleep(wait)
@@ -224,7 +224,7 @@ def _download(
     if source.size not in (None, size) or source.sha256 not in (None, digest):
         part.unlink()
         raise Fault(
-            f"{source.url} gave {size:,} bytes with sha256 {digest}, expected were "
+            f"{source.address} gave {size:,} bytes with sha256 {digest}, expected were "
             f"{source.size or size:,} bytes with {source.sha256 or 'any'}; it was removed. Run the same command again; "
             "if this repeats, the official file has changed"
         )
@@ -242,7 +242,7 @@ def _transfer(source: Source, part: Path, headers: Mapping[str, str]) -> None:
     """Append what is missing to ``part``; EOFError when the connection ends before the announced length."""
     have = part.stat().st_size if part.exists() else 0
     tag = part.with_name(part.name + ".tag")  # which version of the file the part belongs to
-    request = urllib.request.Request(source.url, headers={"User-Agent": "povid"})
+    request = urllib.request.Request(source.address, headers={"User-Agent": "povid"})
     for name, value in headers.items():
         request.add_unredirected_header(name, value)
     if have:
@@ -275,7 +275,7 @@ def _receive(source: Source, part: Path, tag: Path, have: int, answer: http.clie
     total = start + answer.length if answer.length is not None else None
     if total is None and not answer.chunked and not (source.size or source.sha256 or source.unpack):
         raise Fault(
-            f"{source.url} does not say how long the file is, so that nobody could tell whether it is whole; open "
+            f"{source.address} does not say how long the file is, so that nobody could tell whether it is whole; open "
             f"it in a browser, download {source.file} by hand and put it into {part.parent}"
         )
     if total is not None and total - start > shutil.disk_usage(part.parent).free:

@@ -1,6 +1,6 @@
 """The Hugging Face hub: the files of a data set at one revision, and why something of the hub could not be had.
 
-huggingface_hub says what a revision holds, and knows the login and the endpoint. The files come through
+huggingface_hub says what a revision holds, and knows the login and the endpoint. Large files come through
 :mod:`povid.fetching.download`, since huggingface_hub 2 begins an interrupted file again from the start.
 """
 
@@ -8,15 +8,26 @@ from __future__ import annotations
 
 import errno
 import fnmatch
+import json
+import logging
+import os
+import re
+import shutil
 import urllib.error
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path, PurePosixPath
 
 from povid.fault import Fault
 from povid.fetching.download import Refusal, fetch
 from povid.fetching.source import Source
 
+log = logging.getLogger(__name__)
+
+HUB = "https://huggingface.co/"
+SHA256 = re.compile("[0-9a-f]{64}")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 LOGIN = "`hf auth login`, or HF_TOKEN in the environment"
 
 
@@ -86,23 +97,97 @@ def download(revision: Revision, data: Path) -> list[Path]:
     Raises:
         Fault: see :func:`povid.fetching.download.fetch`; or the hub refuses.
     """
+    return fetch(
+        revision.sources, data, headers=_login(), refusal=_refusal(revision.repository, page(revision.repository))
+    )
+
+
+def download_files(sources: Sequence[Source], data: Path) -> list[Path]:
+    """Download files of which some are the hub's: these come from HF_ENDPOINT, with the user's login if there is one.
+
+    Raises:
+        Fault: see :func:`povid.fetching.download.fetch`; or the hub refuses.
+    """
+    from huggingface_hub import constants
+
+    found: list[Path] = []
+    for repository, group in groupby(sources, _repository):
+        if repository is None:
+            found += fetch(list(group), data)
+        else:
+            mirrored = [replace(each, mirror=f"{constants.ENDPOINT}/{each.url.removeprefix(HUB)}") for each in group]
+            found += fetch(mirrored, data, headers=_login(), refusal=_refusal(repository, page(repository)))
+    return found
+
+
+def download_weights(model: str) -> None:
+    """Put the weights of a model into the hub's cache, unless they are there; what broke off is resumed.
+
+    The cache keeps a large file under its sha256. Processes that want the same model wait for the first of them.
+
+    Raises:
+        Fault: see :func:`povid.fetching.download.fetch`; or the hub refuses a file. :func:`trouble` explains whatever
+            else is raised.
+    """
+    from filelock import FileLock
+    from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, try_to_load_from_cache
+
+    index = try_to_load_from_cache(model, INDEX)
+    names = _shards(index) if isinstance(index, str) else {WEIGHTS}
+    if constants.HF_HUB_OFFLINE or all(isinstance(try_to_load_from_cache(model, name), str) for name in names):
+        return
+    info = HfApi().model_info(model, files_metadata=True, timeout=60)
+    listed = {sibling.rfilename: sibling for sibling in info.siblings or ()}
+    names = _shards(hf_hub_download(model, INDEX, revision=info.sha)) if INDEX in listed else {WEIGHTS}
+    cache, folder = Path(constants.HF_HUB_CACHE), f"models--{model.replace('/', '--')}"
+    blobs, unfinished, locks = cache / folder / "blobs", cache / folder / "unfinished", cache / ".locks" / folder
+    locks.mkdir(parents=True, exist_ok=True)
+    with FileLock(locks / "weights.lock"):
+        sources = [
+            Source(hf_hub_url(model, name, revision=info.sha), large.sha256, size=large.size, sha256=large.sha256)
+            for name in sorted(names)
+            if name in listed
+            and (large := listed[name].lfs)
+            and SHA256.fullmatch(large.sha256)
+            and not (blobs / large.sha256).exists()
+        ]
+        if not sources:
+            return
+        size = sum(source.size or 0 for source in sources)
+        log.info("%s: %s GB of weights to download into %s (HF_HOME)", model, f"{size / 1e9:,.1f}", cache)
+        blobs.mkdir(parents=True, exist_ok=True)
+        for file in fetch(sources, unfinished, headers=_login(), refusal=_refusal(model, HUB + model)):
+            os.replace(file, blobs / file.name)
+        shutil.rmtree(unfinished)
+
+
+def _shards(index: str) -> set[str]:
+    """The files that an index of weights names."""
+    return set(json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values())
+
+
+def _repository(source: Source) -> str | None:
+    """The data set of the hub that a file belongs to; None for a file from elsewhere."""
+    start = f"{HUB}datasets/"
+    return "/".join(source.url.removeprefix(start).split("/")[:2]) if source.url.startswith(start) else None
+
+
+def _login() -> dict[str, str]:
     from huggingface_hub.utils import build_hf_headers
 
-    headers = {name: value for name, value in build_hf_headers().items() if name.lower() == "authorization"}
-    asked = _refusal(revision.repository)
-    return fetch(revision.sources, data, headers=headers, refusal=asked)
+    return {name: value for name, value in build_hf_headers().items() if name.lower() == "authorization"}
 
 
 def page(repository: str) -> str:
     """Where a person reads about a data set, and accepts its license."""
-    return f"https://huggingface.co/datasets/{repository}"
+    return f"{HUB}datasets/{repository}"
 
 
-def _refusal(repository: str) -> Refusal:
+def _refusal(name: str, page: str) -> Refusal:
     def said(error: urllib.error.HTTPError) -> str | None:
         code = error.headers.get("X-Error-Code")
         if code or error.code in (401, 403):
-            return refused(error.code, code, repository, page(repository), error.url)
+            return refused(error.code, code, name, page, error.url)
         return None
 
     return said
@@ -183,7 +268,7 @@ def trouble(error: BaseException, name: str, page: str) -> str | None:
             reason = " ".join(str(each).split())[:120] or type(each).__name__
             return (
                 f"the hub cannot be reached for {name} ({reason}); check the network, HTTPS_PROXY and HF_ENDPOINT, and "
-                "run the same command again to resume"
+                "run the same command again: files that are complete are kept"
             )
     if constants.HF_HUB_OFFLINE and any(isinstance(each, LocalEntryNotFoundError) for each in chain):
         return offline

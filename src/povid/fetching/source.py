@@ -27,3 +27,9 @@ class Source:
     flat: bool = False
     each: str | None = None
     origin: Mapping[str, str] = field(default_factory=dict)
+    mirror: str | None = None
+
+    @property
+    def address(self) -> str:
+        """Where it is asked for."""
+        return self.mirror or self.url

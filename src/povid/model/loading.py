@@ -188,6 +188,8 @@ class LocalModel(BaseModel):
             options["attn_implementation"] = self.attention
         dtype = DTYPES[self.merge if self.merge and adapters else self.dtype]
         with self._loading():
+            if not Path(self.source).is_dir():
+                hub.download_weights(self.source)
             model: Any = AutoModelForImageTextToText.from_pretrained(self.source, dtype=dtype, **options)
         keep_input_gradients(model)
         whole = merged or self.merge or (self.dtype in ("float32", "float64") and not self.quantize)

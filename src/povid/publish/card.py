@@ -36,24 +36,24 @@ class Base:
 
 
 @dataclass(frozen=True)
-class Licence:
-    """A licence as model cards name it; ``name`` and ``link`` belong to the id ``other``."""
+class License:
+    """A license as model cards name it; ``name`` and ``link`` belong to the id ``other``."""
 
     id: str
     name: str | None = None
     link: str | None = None
 
 
-def licence_of(base: Base, wanted: str | None = None) -> Licence:
-    """The licence of a base model: the ``wanted`` one, that of povid for its own model, or what its card says.
+def license_of(base: Base, wanted: str | None = None) -> License:
+    """The license of a base model: the ``wanted`` one, that of povid for its own model, or what its card says.
 
     Raises:
-        Fault: its card cannot be read or names no licence.
+        Fault: its card cannot be read or names no license.
     """
     if wanted:
-        return Licence(wanted)
+        return License(wanted)
     if base.package:
-        return Licence(metadata("povid")["License-Expression"].lower())
+        return License(metadata("povid")["License-Expression"].lower())
     cure = f"name it with --license, as the page of {base.name} on the hub states it"
     try:
         data = ModelCard.load(base.name, ignore_metadata_errors=True).data
@@ -61,15 +61,15 @@ def licence_of(base: Base, wanted: str | None = None) -> Licence:
         if not isinstance(error, OSError | ValueError) and not type(error).__module__.startswith("httpx"):
             raise
         raise Fault(
-            f"the licence of {base.name} could not be read ({type(error).__name__}); go online, or {cure}"
+            f"the license of {base.name} could not be read ({type(error).__name__}); go online, or {cure}"
         ) from None
     if not isinstance(data.license, str):
-        raise Fault(f"the model card of {base.name} names no licence; {cure}")
-    return Licence(data.license, data.license_name, data.license_link)
+        raise Fault(f"the model card of {base.name} names no license; {cure}")
+    return License(data.license, data.license_name, data.license_link)
 
 
 def card(
-    run: Run, base: Base, licence: Licence, *, repo: str, adapter: Mapping[str, Any] | None, dtype: str | None
+    run: Run, base: Base, license: License, *, repo: str, adapter: Mapping[str, Any] | None, dtype: str | None
 ) -> str:
     """The text of README.md.
 
@@ -81,9 +81,9 @@ def card(
     scores = row_of(run)
     rank = None if adapter is None else adapter["r"]
     data = ModelCardData(
-        license=licence.id,
-        license_name=licence.name,
-        license_link=licence.link,
+        license=license.id,
+        license_name=license.name,
+        license_link=license.link,
         base_model=base.name,
         library_name="transformers" if adapter is None else "peft",
         pipeline_tag=TASK,
@@ -102,7 +102,7 @@ def card(
         template_str=TEMPLATE.read_text(encoding="utf-8"),
         repo=repo,
         base=base,
-        licence=licence,
+        license=license,
         results=results,
         painted=run.painted,
         limits=run.limits,

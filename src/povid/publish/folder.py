@@ -14,7 +14,7 @@ from povid.files import read_json, write_json, write_text
 from povid.model.adapters import adapter_chain, adapter_digest, merge, new_place
 from povid.model.combine import combine
 from povid.model.loading import PACKAGE, Dtype
-from povid.publish.card import Base, Licence, card, licence_of
+from povid.publish.card import Base, License, card, license_of
 from povid.report.runs import Run, read
 
 COMMIT = 40  # hexadecimal digits in the identity of a model from the hub; a folder's content has sixteen
@@ -34,7 +34,7 @@ class Publishable:
     adapters: tuple[Path, ...]
     source: str
     base: Base
-    licence: Licence
+    license: License
 
 
 def publishable(folder: Path, *, base: str | None = None, license: str | None = None) -> Publishable:
@@ -43,11 +43,11 @@ def publishable(folder: Path, *, base: str | None = None, license: str | None = 
     Args:
         folder: of the run.
         base: the base model's name on the hub, for a run that loaded it from a folder.
-        license: the base model's licence; None for what its model card says.
+        license: the base model's license; None for what its model card says.
 
     Raises:
         Fault: the run is not finished, trained nothing, its adapters are damaged or not those of its results, or the
-            base model's name or licence is not known.
+            base model's name or license is not known.
     """
     run = _read(folder)
     identity = run.results.get("identity")
@@ -68,7 +68,7 @@ def publishable(folder: Path, *, base: str | None = None, license: str | None = 
         )
     source = str(named["places"].get("model.path"))
     found = _base(folder, source, str(parts.get("weights")), base)
-    return Publishable(folder, run, chain, source, found, licence_of(found, license))
+    return Publishable(folder, run, chain, source, found, license_of(found, license))
 
 
 def _read(folder: Path) -> Run:
@@ -117,7 +117,7 @@ def write(found: Publishable, out: Path, *, repo: str, dtype: Dtype | None = Non
         else:
             _write_adapter(found, place)
             config = read_json(place / "adapter_config.json", dict, "write it again")
-        text = card(found.run, found.base, found.licence, repo=repo, adapter=config, dtype=dtype)
+        text = card(found.run, found.base, found.license, repo=repo, adapter=config, dtype=dtype)
         write_text(place / "README.md", text)
         keep_private(place, found.folder)
 

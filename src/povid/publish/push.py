@@ -103,7 +103,7 @@ def answered(repo: str) -> Iterator[None]:
         raise Fault(f"{repo}: the upload broke off ({_first(error)}); {AGAIN}") from error
     except ValueError as error:  # the hub has looked at the card
         said = "; ".join(line.strip(" -.") for line in str(error).splitlines() if line.strip(" -."))
-        raise Fault(f"the hub does not take the model card ({said}); a licence is named with --license") from error
+        raise Fault(f"the hub does not take the model card ({said}); a license is named with --license") from error
     except Exception as error:
         if not type(error).__module__.startswith("httpx"):
             raise

@@ -46,6 +46,7 @@ def quiet_imported() -> None:
     from povid.terminal import redraws
 
     keep_from_saying(WANDB_WARNINGS)
+    logging.getLogger("huggingface_hub").handlers.clear()  # what it warns of reaches ours too
     disable_progress_bar()  # "Loading weights", and downloads too, which may take an hour
     if redraws():
         enable_progress_bars()
