@@ -175,7 +175,7 @@ class Template:
             Fault: the record's prompt alone fills ``max_length``, its text holds the image marker, or it has more
                 pictures than the style has places for.
         """
-        pictures = pictures_of(image)
+        pictures: Sequence[Picture | Image.Image] = image if isinstance(image, tuple) else pictures_of(image)
         if len(pictures) > 1 and self.style == "bare":
             raise Fault(
                 f"record {name!r} has {len(pictures)} pictures, and model.style=bare has a place for one; remove the "
