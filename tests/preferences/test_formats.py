@@ -329,7 +329,7 @@ def test_records_of_several_pictures_or_none_there_and_back(tmp_path, images, fo
     format.write(triples, file, images)
     back = format.read(file, images)
     assert [(t.id, t.preferred, t.dispreferred) for t in back] == [(t.id, t.preferred, t.dispreferred) for t in triples]
-    shown = [[p if isinstance(p, bytes) else p.read_bytes() for p in triple.pictures] for triple in back]
+    shown = [[*map(picture_bytes, triple.pictures)] for triple in back]
     assert shown == [[one.read_bytes(), encoded("blue")], [], [one.read_bytes()]]
     if format is povid:
         first = json.loads(file.read_text())[0]

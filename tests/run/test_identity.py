@@ -221,10 +221,12 @@ def test_how_a_server_is_asked_changes_no_number_and_where_it_is_may(tmp_path):
     free = [name for name in ServedModel.model_fields if is_free(f"model.{name}")]
     assert sorted(set(ServedModel.model_fields) - {*free}) == [
         "base_url",
+        "extra",
         "max_side",
         "max_tokens_key",
         "model",
         "name",
+        "revision",
         "system",
     ]
 
