@@ -57,7 +57,8 @@ class LocalModel(BaseModel):
         style, system, pad_square, max_length, masking: see ``Template``.
         train_projector: whether the projector is trained along with LoRA.
         attention: transformers' ``attn_implementation``; None for its own choice.
-        gradient_checkpointing: recompute activations in the backward pass, which takes time and saves memory.
+        gradient_checkpointing: recompute activations in the backward pass, which takes time, saves memory and changes
+            no number; None: where a step would not fit otherwise (``povid.training.memory.fit``).
         quantize: ``4bit`` keeps the language model's frozen weights in four bits (NF4, by bitsandbytes).
         merge: ``float16`` merges earlier adapters into the weights in float16 and casts the result to ``dtype``, as the
             released scripts do; rounding loses most of a small update. None keeps what ``dtype`` can hold
@@ -85,7 +86,7 @@ class LocalModel(BaseModel):
     masking: Literal["all", "released"] = "all"
     train_projector: bool = True
     attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     quantize: Literal["4bit"] | None = None
     merge: Literal["float16"] | None = None
     fused: bool = True

@@ -91,8 +91,9 @@ class Policy(nn.Module):
         self.adapted = adapted
         self.model: Any = self._adapt(model) if adapted else model
         self._switches = adapter_switches(self.model)
+        self.recomputes = False
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.recompute(True)
 
     @property
     def network(self) -> Any:
@@ -115,14 +116,28 @@ class Policy(nn.Module):
             fuse(model)
         return adapted
 
+    def recompute(self, on: bool) -> None:
+        """Gradient checkpointing from the next ``train()`` on: activations are computed again in the backward pass.
+
+        It changes no digit of a number: the same operations run again on the same values, with the same dropout.
+        """
+        if on:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.recomputes:
+            self.network.gradient_checkpointing_disable()
+        self.recomputes = on
+
     def train(self, mode: bool = True) -> Policy:
         """Training mode. Of all dropouts only LoRA's is active, so that the reference stays a function of its input."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         super().train(mode)
         for name, module in self.network.named_modules():
-            recomputed = self.settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
-            module.training = mode and ("lora_dropout" in name or recomputed)
+            module.training = mode and "lora_dropout" in name
+            if mode and self.recomputes and isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # else transformers would keep its activations
+                for own in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+                    setattr(module, own, 0.0)  # what some layers drop by themselves in training mode
         return self
 
     @contextmanager
