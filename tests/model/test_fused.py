@@ -42,7 +42,7 @@ def pair(kind, *, dropout=0.0, bias=False, dtype=torch.float32, checkpointing=Fa
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     fused = copy.deepcopy(adapted)
-    fuse(fused.get_base_model())
+    fuse(fused.get_base_model(), FUSED)
     return adapted.train(), fused.train()
 
 
@@ -63,7 +63,7 @@ def test_what_has_no_fused_subclass_stays_what_it_is():
     torch.manual_seed(0)
     network = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
     dora = get_peft_model(network, LoraConfig(r=2, use_dora=True, target_modules="all-linear"))
-    fuse(dora.get_base_model())
+    fuse(dora.get_base_model(), FUSED)
     kinds = {type(module) for module in dora.modules()}
     assert {LlamaMLP, LoraLinear} <= kinds and not {FUSED[LlamaMLP], FUSED[LoraLinear]} & kinds
 

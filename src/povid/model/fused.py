@@ -17,7 +17,7 @@ R = LoRA's rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,13 +32,13 @@ from povid.internals import attention_function, is_watched
 from povid.model.packing import Packed
 
 
-def fuse(network: Any) -> None:
-    """Turn the modules of a network's language model, adapter layers included, into their fused subclasses.
+def fuse(network: Any, table: Mapping[type[nn.Module], Any]) -> None:
+    """Turn the modules of a network's language model, adapter layers included, into their subclasses in a table.
 
-    Modules of a kind that has no fused subclass, such as LoRA on a four-bit layer, stay what they are.
+    ``table``: ``FUSED``, or another one with such classes. Modules of a kind that has no fused subclass, such as LoRA on a four-bit layer, stay what they are.
     """
     for module in network.get_decoder().modules():
-        fused = FUSED.get(type(module))
+        fused = table.get(type(module))
         if fused is not None and fused.fits(module):
             vars(module).pop("forward", None)  # accelerate wraps it for four-bit models, to move inputs between devices
             module.__class__ = fused
@@ -276,11 +276,8 @@ class DecoderLayer(nn.Module):
             return projected.view(*projected.shape[:-1], -1, attention.head_dim).transpose(1, 2)
 
         normed_BTD = self.input_layernorm(hidden_states)
-        cos, sin = position_embeddings
-        half = sin.shape[-1] // 2
-        signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        query = turned(heads(attention.q_proj(pick(normed_BTD))), pick(cos)[:, None], pick(signed_sin)[:, None])
-        key = turned(heads(attention.k_proj(normed_BTD)), cos[:, None], signed_sin[:, None])
+        query, key = heads(attention.q_proj(pick(normed_BTD))), heads(attention.k_proj(normed_BTD))
+        query, key = self.turn(query, key, *position_embeddings, pick)
         value = heads(attention.v_proj(normed_BTD))
         mask = attention_mask
         if rows_BU is not None and mask is None:  # causal
@@ -295,6 +292,16 @@ class DecoderLayer(nn.Module):
         residual = pick(hidden_states)
         residual = residual + attention.o_proj(attended.reshape(*residual.shape[:-1], -1))
         return residual + self.mlp(self.post_attention_layernorm(residual))
+
+
+    def turn(
+        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, pick: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Query and key with their rotary embedding; ``pick`` gives what belongs to the query's columns."""
+        half = sin.shape[-1] // 2
+        signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        query = turned(query, pick(cos)[:, None], pick(signed_sin)[:, None])
+        return query, turned(key, cos[:, None], signed_sin[:, None])
 
 
 class FusedLlamaDecoderLayer(DecoderLayer, LlamaDecoderLayer):

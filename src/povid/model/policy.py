@@ -22,8 +22,10 @@ from povid.fault import Fault
 from povid.internals import (
     adapter_switches,
     attention_name,
+    compiled,
     ignore_adapter,
     no_search_for_packing,
+    run_compiled,
     trained_copies,
 )
 from povid.model.architectures import FULL, SLIDING, layer_kinds, lora_targets, sliding_window
@@ -91,6 +93,8 @@ class Policy(nn.Module):
         self.adapted = adapted
         self.model: Any = self._adapt(model) if adapted else model
         self._switches = adapter_switches(self.model)
+        self._compiled = [(layer, compiled(layer)) for layer in self._layers()] if settings.compile and adapted else []
+        self._run_compiled(False)
         self.recomputes = False
         if settings.gradient_checkpointing:
             self.recompute(True)
@@ -111,9 +115,14 @@ class Policy(nn.Module):
         for module in trained_copies(adapted):
             _train_in_float32(module)
         if self.settings.fused:
-            from povid.model.fused import fuse  # imports transformers and peft, which takes seconds
+            from povid.model.fused import FUSED, fuse  # imports transformers and peft, which takes seconds
 
-            fuse(model)
+            if self.settings.fused == "liger":
+                from povid.model.liger import LIGER
+
+                fuse(model, LIGER)
+            else:
+                fuse(model, FUSED)
         return adapted
 
     def recompute(self, on: bool) -> None:
@@ -132,6 +141,7 @@ class Policy(nn.Module):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         super().train(mode)
+        self._run_compiled(mode)
         for name, module in self.network.named_modules():
             module.training = mode and "lora_dropout" in name
             if mode and self.recomputes and isinstance(module, GradientCheckpointingLayer):
@@ -139,6 +149,17 @@ class Policy(nn.Module):
                 for own in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
                     setattr(module, own, 0.0)  # what some layers drop by themselves in training mode
         return self
+
+    def _layers(self) -> list[nn.Module]:
+        """The decoder's layers, the only ones that are compiled: each kind once, however many there are."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [part for part in self.network.get_decoder().modules() if isinstance(part, GradientCheckpointingLayer)]
+
+    def _run_compiled(self, on: bool) -> None:
+        """Only what trains runs compiled: while answers are generated, every token changes the shapes."""
+        for layer, call in self._compiled:
+            run_compiled(layer, call if on else None)
 
     @contextmanager
     def reference(self) -> Iterator[None]:
