@@ -130,36 +130,6 @@ def is_watched(module: Any) -> bool:
     return bool(module._forward_hooks)
 
 
-@contextmanager
-def fake_tensors(on: bool = True) -> Iterator[None]:
-    """Inside, if ``on``, new tensors have shapes and no numbers, and any model fits into memory (torch >=2.9,<2.14).
-
-    A module that changes its dtype is given new parameters, since fake ones cannot be exchanged in place.
-    """
-    from torch import nn
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    def replaced(self: Any, change: Any, recurse: bool = True) -> Any:
-        for child in self.children() if recurse else ():
-            child._apply(change)
-        for name, old in self._parameters.items():
-            if old is not None and (new := change(old)) is not old:
-                self._parameters[name] = nn.Parameter(new.detach(), old.requires_grad)
-        self._buffers.update({name: change(old) for name, old in self._buffers.items() if old is not None})
-        return self
-
-    if not on:
-        yield
-        return
-    honest = nn.Module._apply
-    nn.Module._apply = replaced  # type: ignore[method-assign]
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            yield
-    finally:
-        nn.Module._apply = honest  # type: ignore[method-assign]
-
-
 def compiled(module: Any) -> Any:
     """What :func:`run_compiled` makes a module run, compiled for any shape when it is first called (torch >=2.9,<2.14).
 
@@ -167,7 +137,9 @@ def compiled(module: Any) -> Any:
     """
     import torch._dynamo
 
-    torch._dynamo.config.recompile_limit = 64  # reference and policy, with and without mask, the last layer: more than 8
+    torch._dynamo.config.recompile_limit = (
+        64  # reference and policy, with and without mask, the last layer: more than 8
+    )
     torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than to run uncompiled from then on
     module.compile(dynamic=True)
     return module._compiled_call_impl

@@ -22,7 +22,6 @@ from povid.bench.pipeline import waiting
 from povid.bench.subject import SHAPES, Shape, Step, adapt, build_model, build_processor, steps, twin
 from povid.fault import Fault
 from povid.files import write_json
-from povid.internals import fake_tensors
 from povid.machine import keep_freed_memory, versions
 from povid.method.noise_dispreferred import most_likely
 from povid.model.debug_llava import VOCABULARY
@@ -57,7 +56,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--kernels",
         action="store_true",
         help="instead of timing arms: count the kernels that each launches in a step, and its waits for the device; "
-        "without a GPU by shapes alone, so that llava_1_5_7b needs neither memory nor time",
+        "without a GPU on a narrow model with the same layers, so that llava_1_5_7b takes no memory",
     )
     parser.add_argument(
         "--peak-tflops",
@@ -91,12 +90,18 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def build_arms(
-    policy: Policy, made: list[Step], options: argparse.Namespace, base: Any, processor: Any, folder: Path
+    policy: Policy,
+    made: list[Step],
+    options: argparse.Namespace,
+    shape: Shape,
+    base: Any,
+    processor: Any,
+    folder: Path,
 ) -> list[tuple[Arm, list[torch.nn.Parameter]]]:
     """Every arm with the parameters that it trains."""
-    stock = adapt(twin(base), processor, SHAPES[options.model], fused=False)
+    stock = adapt(twin(base), processor, shape, fused=False)
     mine, others = ([p for group in each.trained_parameters() for p in group] for each in (policy, stock))
-    cache: Any = kernels.KnownReference() if options.kernels else filled_cache(policy, made, folder)
+    cache = filled_cache(policy, made, folder)
     built = [
         (ours(policy, "stage 1"), mine),
         (ours(policy, "stage 1", cache), mine),
@@ -152,7 +157,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     policy = adapt(twin(base), processor, shape)
     with tempfile.TemporaryDirectory(prefix="povid-bench-") as folder:
         with _mixed(shape, device):
-            built = build_arms(policy, made, options, base, processor, Path(folder))
+            built = build_arms(policy, made, options, shape, base, processor, Path(folder))
         result = measured(shape, policy, made, built, options, device)
     if device == "cpu":
         result["pipeline"] = [
@@ -163,17 +168,16 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 def run_kernels(options: argparse.Namespace) -> dict[str, Any]:
     _confirmed(options)
-    shape = SHAPES[options.model]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = SHAPES[options.model] if device == "cuda" else kernels.narrow(SHAPES[options.model])
     processor = build_processor(shape)
+    base = build_model(shape, device=device)
     (step,) = steps(shape, processor, count=1, batch_size=options.batch_size, device=device)
-    with tempfile.TemporaryDirectory(prefix="povid-bench-") as folder, fake_tensors(device == "cpu"):
-        base = build_model(shape, device=device)
-        policy = adapt(twin(base), processor, shape)
-        with _mixed(shape, device):
-            arms = [arm for arm, _ in build_arms(policy, [step], options, base, processor, Path(folder))]
-            rows = kernels.count(arms, step, device=device)
-    named = torch.cuda.get_device_name() if device == "cuda" else "no device (shapes alone)"
+    policy = adapt(twin(base), processor, shape)
+    with tempfile.TemporaryDirectory(prefix="povid-bench-") as folder, _mixed(shape, device):
+        arms = [arm for arm, _ in build_arms(policy, [step], options, shape, base, processor, Path(folder))]
+        rows = kernels.count(arms, step, device=device)
+    named = torch.cuda.get_device_name() if device == "cuda" else "no GPU, counted in operators"
     return {"model": shape.name, "device": named, "batch_size": options.batch_size, "rows": rows, **_circumstances()}
 
 

@@ -1,35 +1,37 @@
 """How many kernels a step launches, and how often the host waits for the device.
 
-On CUDA the profiler counts both. Without a GPU the true model runs on torch's fake tensors, which have shapes and no
-numbers: what is counted is every operator below autograd that computes something, each of which a GPU runs as one kernel
-or more. The optimizer is left out; it is the same for every arm.
+On CUDA the profiler counts both, on the model itself. Without a GPU it is every operator below autograd that computes
+something, each of which a GPU runs as one kernel or more. Their number depends on the layers, the kind of model and the
+precision, but on no width, so that a narrow model with the same layers and tokens is counted. The optimizer is left out;
+it is the same for every arm.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from povid.bench.arms import Arm
 from povid.bench.measure import LAYOUT, quiet
-from povid.bench.subject import Step
-from povid.method.objectives import Terms
-from povid.training.datamodule import PreferenceBatch
+from povid.bench.subject import Shape, Step
 
 READS = {"_local_scalar_dense", "nonzero"}  # a result that the host waits for, as it does where a mask is an index
 BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
-class Launches(TorchDispatchMode):
-    """Counts kernels by operator while it is active.
+def narrow(shape: Shape) -> Shape:
+    """The shape with its layers and tokens, and widths that cost nothing."""
+    widths = {"width": 32, "heads": 2, "inner": 48, "vision_width": 16, "vision_heads": 2, "lora": 2, "vocabulary": 128}
+    return replace(shape, **widths)
 
-    Fake tensors have no numbers: one that the host asks for is 1, and a mask that it indexes with is true everywhere.
-    """
+
+class Launches(TorchDispatchMode):
+    """Counts kernels by operator, and waits, while it is active."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,26 +43,10 @@ class Launches(TorchDispatchMode):
         by_mask = name in BY_INDEX and any(each is not None and each.dtype == torch.bool for each in args[1])
         self.waits += name in READS or by_mask
         views = any(entry.alias_info is not None and not entry.alias_info.is_write for entry in func._schema.arguments)
-        if space == "aten" and not (views or name in LAYOUT or name.startswith(("new_empty", "sym_", "is_same"))):
+        free = views or name in LAYOUT - {"_to_copy"} or name.startswith(("new_empty", "_local_scalar", "sym_", "is_"))
+        if space == "aten" and not free:
             self.kernels[name] += 1
-        if name == "_local_scalar_dense":
-            dtype = args[0].dtype
-            return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
-        if name == "nonzero":
-            return torch.stack(_everywhere(args[0]), -1)
-        if by_mask:
-            places = [
-                place
-                for each in args[1]
-                for place in (_everywhere(each) if each is not None and each.dtype == torch.bool else [each])
-            ]
-            args = (args[0], places, *args[2:])
         return func(*args, **(kwargs or {}))
-
-
-def _everywhere(mask: Tensor) -> list[Tensor]:
-    """The index, one tensor for each dimension, of a mask that is true everywhere."""
-    return [mask.new_empty(mask.numel(), dtype=torch.long) for _ in mask.shape]
 
 
 def launches(step: Callable[[], object], *, device: str) -> tuple[int, int, dict[str, int]]:
@@ -81,7 +67,7 @@ def _on_cuda(step: Callable[[], object]) -> tuple[int, int, dict[str, int]]:
         step()
         torch.cuda.synchronize()
     counted: Counter[str] = Counter()
-    waits = -1  # the last line of the step above
+    waits = -1  # the last line above
     for event in watched.key_averages():
         if event.device_type == torch.autograd.DeviceType.CUDA:
             counted[event.key] += event.count
@@ -89,20 +75,11 @@ def _on_cuda(step: Callable[[], object]) -> tuple[int, int, dict[str, int]]:
     return counted.total(), waits, dict(counted.most_common())
 
 
-class KnownReference:
-    """Stands for a filled cache of reference log-probabilities where there are no numbers."""
-
-    def find(self, batch: PreferenceBatch) -> Terms:
-        return Terms(*torch.empty(2, batch.pairs.examples))
-
-
 def count(arms: list[Arm], step: Step, *, device: str) -> list[dict[str, Any]]:
-    """A row for each arm. The tokens of y_l^n are given, since without numbers none can be chosen."""
+    """A row for each arm."""
     rows = []
     for arm in arms:
-        response = sum(sum(example.preferred.response) for example in step.examples)
-        pinned = None if arm.task == "stage 1" else torch.zeros(response, dtype=torch.long, device=device)
-        kernels, waits, names = launches(lambda: arm.run(step, pinned), device=device)  # noqa: B023
+        kernels, waits, names = launches(lambda: arm.run(step, None), device=device)  # noqa: B023
         rows.append({"task": arm.task, "arm": arm.name, "kernels": kernels, "waits": waits, "by_name": names})
     return rows
 

@@ -293,7 +293,6 @@ class DecoderLayer(nn.Module):
         residual = residual + attention.o_proj(attended.reshape(*residual.shape[:-1], -1))
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
-
     def turn(
         self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, pick: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:

@@ -146,7 +146,9 @@ class Policy(nn.Module):
             module.training = mode and "lora_dropout" in name
             if mode and self.recomputes and isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # else transformers would keep its activations
-                for own in [name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)]:
+                for own in [
+                    name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)
+                ]:
                     setattr(module, own, 0.0)  # what some layers drop by themselves in training mode
         return self
 
