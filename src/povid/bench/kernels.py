@@ -1,9 +1,9 @@
 """How many kernels a step launches, and how often the host waits for the device.
 
-On CUDA the profiler counts both, on the model itself. Without a GPU it is every operator below autograd that computes
-something, each of which a GPU runs as one kernel or more. Their number depends on the layers, the kind of model and the
-precision, but on no width, so that a narrow model with the same layers and tokens is counted. The optimizer is left out;
-it is the same for every arm.
+On CUDA the profiler counts both, on the model itself. Without a GPU the count is of operators below autograd that
+compute something, each of which a GPU runs as one kernel or more. Their number depends on the layers, the kind of model
+and the precision, but on no width, so that a narrow model with the same layers and tokens is counted. The optimizer is
+left out; it is the same for every arm.
 """
 
 from __future__ import annotations

@@ -35,7 +35,8 @@ from povid.model.packing import Packed
 def fuse(network: Any, table: Mapping[type[nn.Module], Any]) -> None:
     """Turn the modules of a network's language model, adapter layers included, into their subclasses in a table.
 
-    ``table``: ``FUSED``, or another one with such classes. Modules of a kind that has no fused subclass, such as LoRA on a four-bit layer, stay what they are.
+    ``table``: ``FUSED``, or another one with such classes. Modules of a kind that has none, such as LoRA on a four-bit
+    layer, stay what they are.
     """
     for module in network.get_decoder().modules():
         fused = table.get(type(module))

@@ -1,4 +1,4 @@
-"""Estimates of the device memory that training needs, what is recomputed to save it, and the largest batch that fits."""
+"""Estimates of the device memory that training needs; what follows from them: recomputation, and the largest batch."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Needs:
     """Memory in bytes.
 
     ``weights``: all parameters; ``adapter``: gradients and Adam's two moments of the trained ones; ``step``:
-    activations of one step; ``free`` and ``total``: the device's memory before the run has allocated any. ``recomputed``:
-    whether activations are computed again in the backward pass, and ``kept``: what keeping them would have taken, where
-    that was tried.
+    activations of one step; ``free`` and ``total``: the device's memory before the run has allocated any;
+    ``recomputed``: whether activations are computed again in the backward pass; ``kept``: what a step takes that keeps
+    them, where that was tried.
     """
 
     weights: int
