@@ -49,7 +49,7 @@ def test_layers_are_read_as_a_whole_and_give_the_same_numbers(tmp_path, monkeypa
     graphs, honest = CompileCounterWithBackend("aot_eager"), torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(honest, backend=graphs, fullgraph=True))
     check(tmp_path, DPO(), (0, 1, 3), recomputed=True)
-    assert 4 <= graphs.frame_count <= 6
+    assert 4 <= graphs.frame_count <= 8  # policy and reference, the first layer and the last
     torch._dynamo.reset()
 
 
