@@ -131,5 +131,7 @@ def test_batch_size_auto_needs_a_single_device():
     with pytest.raises(Fault, match="trainer.strategy: found .*DeepSpeedStrategy with stage 3, which splits"):
         checked("trainer=deepspeed", "trainer.strategy.stage=3")
     assert checked("trainer=deepspeed").trainer["strategy"]["stage"] == 2
+    with pytest.raises(Fault, match="model.compile: layers whose weights the trainer splits are not compiled"):
+        checked("trainer=fsdp2", "model.compile=true")
     with pytest.raises(Fault, match="whole number or auto"):
         checked("stages.2.batch_size=many")

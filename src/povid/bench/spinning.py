@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import csv
 import os
-import signal
 import statistics
 import subprocess
 import sys
@@ -20,45 +19,55 @@ from povid.fault import Fault
 from povid.machine import cores
 
 COMMAND = (
-    *(sys.executable, "-m", "povid.run", "ablation=text", "benchmarks=[]", "samples=0", "logger=none", "stage=1"),
-    *("reference_cache=false", "stages.1.epochs=1000", "checkpoint.every_minutes=null"),
+    *(sys.executable, "-m", "povid.run", "ablation=text", "stage=1", "stages.1.epochs=1000", "reference_cache=false"),
+    *("benchmarks=[]", "samples=0", "checkpoint.every_minutes=null", "logger=none"),
 )
 WARMUPS = 5  # steps that are not counted
 
 
-def train(folder: Path, steps: int, spins: str, threads: int) -> subprocess.Popen:
-    """Start to train; the data are made, and the metrics written, in ``folder``."""
-    environment = os.environ | {"GOMP_SPINCOUNT": spins, "OMP_NUM_THREADS": str(threads)}
-    command = [*COMMAND, f"stages.1.max_steps={steps}", f"outputs={folder}", f"hydra.run.dir={folder}/run"]
-    with (folder / "log").open("wb") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
+class Trainer:
+    """Starts to train, each time with another seed, so that nothing is taken over from before. The data are made once.
 
-
-def speed(folder: Path) -> float:
-    """Records a second, the median over the steps after the first few."""
-    with (folder / "run" / "stage_1" / "metrics.csv").open(encoding="utf-8") as file:
-        rows = [float(row["examples_per_second"]) for row in csv.DictReader(file) if row.get("examples_per_second")]
-    return statistics.median(rows[WARMUPS:] or rows)
-
-
-def measured(others: int, steps: int, spins: str, threads: int) -> float:
-    """The speed beside ``others`` that train without end.
-
-    Raises:
-        Fault: training failed.
+    Args:
+        folder: of data and runs.
     """
-    with tempfile.TemporaryDirectory(prefix="povid-spinning-") as place:
-        folders = [Path(place) / str(number) for number in range(others + 1)]
-        for folder in folders:
-            folder.mkdir()
-        beside = [train(folder, 10**6, spins, threads) for folder in folders[1:]]
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.seed = folder, 0
+
+    def start(self, steps: int, spins: str, threads: int) -> tuple[subprocess.Popen, Path]:
+        """The process, and the folder of its run."""
+        self.seed += 1
+        run = self.folder / str(self.seed)
+        logger = f"+logger.speed={{_target_: lightning.pytorch.loggers.CSVLogger, save_dir: {run}, name: speed}}"
+        own = [f"seed={self.seed}", f"stages.1.max_steps={steps}", f"outputs={self.folder}", f"hydra.run.dir={run}"]
+        environment = os.environ | {"GOMP_SPINCOUNT": spins, "OMP_NUM_THREADS": str(threads)}
+        with run.with_suffix(".log").open("wb") as log:
+            process = subprocess.Popen([*COMMAND, *own, logger], env=environment, stdout=log, stderr=subprocess.STDOUT)
+        return process, run
+
+    def speed(self, steps: int, spins: str, threads: int) -> float:
+        """Records a second, the median over the steps after the first few.
+
+        Raises:
+            Fault: training failed.
+        """
+        process, run = self.start(steps, spins, threads)
+        if process.wait():
+            raise Fault(f"training failed: {run.with_suffix('.log').read_text(encoding='utf-8').strip()[-300:]}")
+        (found,) = run.glob("speed/*/metrics.csv")
+        with found.open(encoding="utf-8") as file:
+            rows = [float(row["examples_per_second"]) for row in csv.DictReader(file)]
+        return statistics.median(rows[WARMUPS:] or rows)
+
+    def speed_beside(self, others: int, steps: int, spins: str, threads: int) -> float:
+        """The speed beside ``others`` that train without end."""
+        beside = [self.start(10**6, spins, threads)[0] for _ in range(others)]
         try:
-            if train(folders[0], steps, spins, threads).wait():
-                raise Fault(f"training failed: {(folders[0] / 'log').read_text(encoding='utf-8').strip()[-300:]}")
-            return speed(folders[0])
+            return self.speed(steps, spins, threads)
         finally:
             for process in beside:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 process.wait()
 
 
@@ -71,11 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     print(f"{'others':>6} {'threads':>7} {'GOMP_SPINCOUNT':>14} {'records a second':>16}")
     try:
-        for others in options.others:
-            for threads in options.threads:
-                for spins in options.spins if threads > 1 else options.spins[:1]:  # one thread waits for nobody
-                    found = measured(others, options.steps, spins, threads)
-                    print(f"{others:6} {threads:7} {spins if threads > 1 else '-':>14} {found:16.2f}", flush=True)
+        with tempfile.TemporaryDirectory(prefix="povid-spinning-") as folder:
+            trainer = Trainer(Path(folder))
+            trainer.speed(1, options.spins[0], 1)  # makes the data
+            for others in options.others:
+                for threads in options.threads:
+                    for spins in options.spins if threads > 1 else options.spins[:1]:  # one thread waits for nobody
+                        found = trainer.speed_beside(others, options.steps, spins, threads)
+                        print(f"{others:6} {threads:7} {spins if threads > 1 else '-':>14} {found:16.2f}", flush=True)
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
