@@ -55,9 +55,12 @@ class Trainer:
         process, run = self.start(steps, spins, threads)
         if process.wait():
             raise Fault(f"training failed: {run.with_suffix('.log').read_text(encoding='utf-8').strip()[-300:]}")
-        (found,) = run.glob("speed/*/metrics.csv")
-        with found.open(encoding="utf-8") as file:
-            rows = [float(row["examples_per_second"]) for row in csv.DictReader(file)]
+        rows: list[float] = []
+        for file in run.glob("speed/*/metrics.csv"):  # that of the stage, and that of the run's scores
+            with file.open(encoding="utf-8") as table:
+                rows += [
+                    float(row["examples_per_second"]) for row in csv.DictReader(table) if row.get("examples_per_second")
+                ]
         return statistics.median(rows[WARMUPS:] or rows)
 
     def speed_beside(self, others: int, steps: int, spins: str, threads: int) -> float:
