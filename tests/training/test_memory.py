@@ -91,7 +91,7 @@ def test_gradient_checkpointing_turns_itself_on_where_a_step_would_not_fit(ready
         assert not fitted(0.99 * fitting, setting=False).recomputed and not policy.recomputes
         found = fitted(0.99 * fitting)
         assert found.recomputed and policy.recomputes
-        assert found.kept == needs.step > found.step > needs.step / 4
+        assert needs.step > found.step > needs.step / 4
         assert re.search("gradient checkpointing is on, since a step takes about .* without it", str(found))
         assert memory.fit(module, data, 2).recomputed  # once decided
         single = memory.estimate(module, data, 1)

@@ -29,7 +29,8 @@ class ShareOfCores(Callback):
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
         most = math.inf if self.jobs is None else self.jobs if self.jobs > 0 else cores() + 1 + self.jobs
         beside = min(most, jobs_of(config))
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cores() / max(1, beside)))))
+        if beside > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(max(1, int(cores() / beside))))
 
 
 def jobs_of(config: DictConfig) -> int:

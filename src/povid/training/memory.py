@@ -27,8 +27,7 @@ class Needs:
 
     ``weights``: all parameters; ``adapter``: gradients and Adam's two moments of the trained ones; ``step``:
     activations of one step; ``free`` and ``total``: the device's memory before the run has allocated any;
-    ``recomputed``: whether activations are computed again in the backward pass; ``kept``: what a step takes that keeps
-    them, where that was tried.
+    ``recomputed``: whether activations are computed again in the backward pass; ``why``: what that was decided by.
     """
 
     weights: int
@@ -37,7 +36,7 @@ class Needs:
     free: int
     total: int
     recomputed: bool = False
-    kept: int | None = None
+    why: str = ""
 
     def __str__(self) -> str:
         said = (
@@ -45,10 +44,7 @@ class Needs:
             f"longest records about {_readable(self.step)}; together {_readable(self.needed)}, and the device has "
             f"{_readable(self.free)} free of {_readable(self.total)}"
         )
-        if not self.recomputed:
-            return said
-        why = "" if self.kept is None else f", since a step takes about {_readable(self.kept)} without it"
-        return f"{said}; gradient checkpointing is on{why}"
+        return f"{said}; gradient checkpointing is on{self.why}" if self.recomputed else said
 
     @property
     def needed(self) -> int:
@@ -71,7 +67,7 @@ def fit(module: POVIDModule, data: PreferenceDataModule, batch_size: int) -> Nee
     Raises:
         Fault: on CUDA, if a step does not fit all the same.
     """
-    policy, needs = module.policy, None
+    policy, why = module.policy, ", since a step does not fit without it"
     if policy.settings.gradient_checkpointing is not None or policy.recomputes:
         return estimate(module, data, batch_size)
     room = _room(_device(module))
@@ -79,8 +75,9 @@ def fit(module: POVIDModule, data: PreferenceDataModule, batch_size: int) -> Nee
         needs = _estimate(module, data, batch_size)
         if needs.adapter + needs.step <= room:
             return needs
+        why = f", since a step takes about {_readable(needs.step)} without it"
     policy.recompute(True)
-    return replace(estimate(module, data, batch_size), kept=None if needs is None else needs.step)
+    return replace(estimate(module, data, batch_size), why=why)
 
 
 def estimate(module: POVIDModule, data: PreferenceDataModule, batch_size: int) -> Needs:
