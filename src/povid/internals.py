@@ -130,6 +130,26 @@ def is_watched(module: Any) -> bool:
     return bool(module._forward_hooks)
 
 
+def compiled(module: Any) -> Any:
+    """What :func:`run_compiled` makes a module run, compiled for any shape when it is first called (torch >=2.9,<2.14).
+
+    Modules of one class share what was compiled, in one variant for each way in which they are called.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = (
+        64  # reference and policy, with and without mask, the last layer: more than 8
+    )
+    torch._dynamo.config.fail_on_recompile_limit_hit = True  # rather than to run uncompiled from then on
+    module.compile(dynamic=True)
+    return module._compiled_call_impl
+
+
+def run_compiled(module: Any, call: Any) -> None:
+    """Let a module run what :func:`compiled` returned, or as it is (None) (torch >=2.9,<2.14)."""
+    module._compiled_call_impl = call
+
+
 # --- Lightning -------------------------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,7 @@ from importlib.metadata import distributions, version
 from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
+SPINS = "1000"  # `python -m povid.bench.spinning` compares it with others; libgomp's own is 300,000
 NAMED = (
     "torch",
     "lightning",
@@ -45,6 +46,20 @@ def environment(name: str, value: str) -> Iterator[None]:
         del os.environ[name]
         if before is not None:
             os.environ[name] = before
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def spin_briefly() -> None:
+    """Let threads that wait for each other sleep soon, so that they leave the cores to other processes.
+
+    libgomp reads it when torch is imported, and so do the processes that this one starts. What the user has set stays.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
 
 
 def keep_freed_memory() -> None:

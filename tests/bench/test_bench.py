@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -11,7 +12,7 @@ import pytest
 import torch
 from shared import shared
 
-from povid.bench import measure
+from povid.bench import kernels, measure
 from povid.bench.__main__ import check_same, main, ratios
 from povid.bench.arms import Arm, filled_cache, ours, plain, released_code
 from povid.bench.subject import SHAPES, adapt, build_model, build_processor, steps, twin
@@ -131,6 +132,41 @@ def test_shares_of_a_step_go_to_what_takes_the_time():
         "attention",
         "optimizer",
     ]
+
+
+def test_kernels_and_waits_are_counted():
+    def step():
+        x = torch.ones(3, 3)  # 1
+        y = (x @ x).relu_().view(-1).t()  # 2 more; a view is none
+        assert y.sum().item() == 27  # 1 more, and a wait
+        return y[y > 0].neg()  # 3 more, and a wait for how many there are
+
+    assert kernels.launches(step, device="cpu")[:2] == (7, 2)
+
+
+def test_kernels_depend_on_layers_and_not_on_widths(made):
+    def counted(shape):
+        processor = build_processor(shape)
+        policy = adapt(build_model(shape, device="cpu"), processor, shape)
+        (step,) = steps(shape, processor, count=1, batch_size=1, device="cpu")
+        (row,) = kernels.count([ours(policy, "eq5")], step, device="cpu")
+        return row["kernels"]
+
+    assert counted(SHAPE) == counted(kernels.narrow(SHAPE)) < counted(replace(SHAPE, layers=3))
+
+
+def test_our_step_launches_the_fewest_kernels_and_never_waits(tmp_path, capsys):
+    out = tmp_path / "kernels.json"
+    assert main(["--kernels", "--model", "smallest", "--no-trl", "--out", str(out)]) == 0
+    result = json.loads(out.read_text())
+    by_arm = {(row["task"], row["arm"]): row for row in result["rows"]}
+    for (task, arm), row in by_arm.items():
+        assert row["kernels"] == sum(row["by_name"].values())
+        assert ("ours" in arm) == (row["waits"] == 0)
+        assert "ours" in arm or row["kernels"] > 1.5 * by_arm[task, "ours"]["kernels"]
+    assert by_arm["eq5", "ours, reference cached"]["kernels"] < by_arm["eq5", "ours"]["kernels"]
+    assert "kernels  of ours  waits" in capsys.readouterr().out
+    assert main(["--kernels", "--steps", "1"]) == 2 and "choose one" in capsys.readouterr().err
 
 
 def test_ratios_of_medians():

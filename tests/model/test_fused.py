@@ -1,10 +1,15 @@
 """The fused modules give the numbers that transformers, peft and autograd give for the same weights."""
 
 import copy
+import sys
+from types import ModuleType, SimpleNamespace
 
+import pytest
 import tiny
 import torch
 from peft import LoraConfig, get_peft_model
+from pydantic import ValidationError
+from torch.nn.functional import silu
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from povid.model.fused import FUSED, fuse
@@ -42,7 +47,7 @@ def pair(kind, *, dropout=0.0, bias=False, dtype=torch.float32, checkpointing=Fa
     if checkpointing:
         network.gradient_checkpointing_enable({"use_reentrant": False})
     fused = copy.deepcopy(adapted)
-    fuse(fused.get_base_model())
+    fuse(fused.get_base_model(), FUSED)
     return adapted.train(), fused.train()
 
 
@@ -63,7 +68,7 @@ def test_what_has_no_fused_subclass_stays_what_it_is():
     torch.manual_seed(0)
     network = LlamaForCausalLM(LlamaConfig(**SIZES, hidden_act="gelu"))
     dora = get_peft_model(network, LoraConfig(r=2, use_dora=True, target_modules="all-linear"))
-    fuse(dora.get_base_model())
+    fuse(dora.get_base_model(), FUSED)
     kinds = {type(module) for module in dora.modules()}
     assert {LlamaMLP, LoraLinear} <= kinds and not {FUSED[LlamaMLP], FUSED[LoraLinear]} & kinds
 
@@ -187,3 +192,47 @@ def test_the_setting_decides_and_changes_no_score(tmp_path):
         with torch.no_grad():
             scores.append(policy.eval().predict(pack([encoded[0]], [encoded[1]]), policy.look(images)))
     torch.testing.assert_close(*scores, rtol=1e-4, atol=1e-4)
+
+
+def test_liger_gives_what_transformers_gives(monkeypatch):
+    """Its kernels need a GPU; plain functions with their names, arguments and in-place writes stand in for them."""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+    def norm(x, weight, eps, offset=0.0, casting_mode="llama", in_place=True):
+        assert (offset, casting_mode, in_place) == (0.0, "llama", False)
+        wide = x.float()
+        return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+    def rope(query, key, cos, sin, position_ids=None, unsqueeze_dim=1, rotary_dim=None):
+        assert query.shape[2] == key.shape[2] == cos.shape[1]
+        return apply_rotary_pos_emb(query, key, cos, sin)
+
+    functions = {"liger_rms_norm": norm, "liger_rope": rope, "liger_swiglu": lambda gate, up: silu(gate) * up}
+    for name in ("liger_kernel", "liger_kernel.transformers"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, "liger_kernel.transformers.functional", SimpleNamespace(**functions))
+    from povid.model.liger import LIGER
+
+    monkeypatch.delitem(sys.modules, "povid.model.liger")
+    for kind in ("llama", "qwen2"):
+        stock, _ = pair(kind)
+        changed = copy.deepcopy(stock)
+        fuse(changed.get_base_model(), LIGER)
+        assert len({type(module) for module in changed.modules()} & set(LIGER.values())) == 4
+        close(outcome(changed), outcome(stock), 1e-4, 1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"fused": "liger"}, "liger-kernel, which is not installed.*povid.liger.*fused=true"),
+        ({"fused": "liger", "compile": True}, "exclude each other"),
+        ({"compile": True}, "needs a C.. compiler on a CPU"),
+    ],
+)
+def test_what_cannot_run_here_is_said_before_anything_loads(tmp_path, monkeypatch, changes, said):
+    monkeypatch.setattr("povid.model.loading.find_spec", lambda name: None)
+    monkeypatch.setattr("povid.model.loading.shutil.which", lambda name: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValidationError, match=said):
+        tiny.settings(tmp_path, **changes)

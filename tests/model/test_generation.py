@@ -111,6 +111,36 @@ def test_generation_ends_after_the_stop_text_even_where_it_spans_tokens(loaded, 
     assert answered(loaded, questions, Decoding(24, stop=stop), batch_size=9) == expected
 
 
+def test_looking_seldom_changes_no_answer(loaded, questions, monkeypatch):
+    """Tokens are fetched in blocks; what a row says after its end is thrown away, and rows are dropped later."""
+    policy, template = loaded
+    ends = {tokens[2 + 3 * n] for n, tokens in enumerate(plain_tokens(loaded, q, 24) for q in questions[:3])}
+    stop = template.processor.tokenizer.decode(plain_tokens(loaded, questions[3], 9)[8:])
+    monkeypatch.setattr(policy.network.generation_config, "eos_token_id", [1, *ends])
+    for decoding in (Decoding(24, stop=stop), Decoding(24, temperature=0.7)):
+        expected = answered(loaded, questions, decoding, batch_size=9, fetch_every=1)
+        assert len(set(map(len, expected))) > 2
+        for every in (2, 7, 100):
+            assert answered(loaded, questions, decoding, batch_size=9, fetch_every=every) == expected, (decoding, every)
+
+
+def test_the_host_waits_once_for_a_block_of_tokens(loaded, questions, monkeypatch):
+    """Seen without a GPU: every number that the host asks for is an operator, and tokens are fetched by tolist."""
+    fetched, honest = [], torch.Tensor.tolist
+
+    def waits(limit: int) -> tuple[int, int]:
+        fetched.clear()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            answered(loaded, questions, Decoding(limit), batch_size=16, fetch_every=8)
+        counts = {event.key: event.count for event in profiler.key_averages()}
+        return counts.get("aten::_local_scalar_dense", 0), len(fetched)
+
+    monkeypatch.setattr(loaded[0].network.generation_config, "eos_token_id", [])
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: fetched.append(1) or honest(self))
+    (short, once), (long, thrice) = waits(8), waits(24)
+    assert long == short and thrice == once + 2
+
+
 def test_very_short_answers(loaded, questions):
     for limit in (1, 2):
         expected = [plain(loaded, question, limit) for question in questions]

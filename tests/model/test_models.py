@@ -337,7 +337,7 @@ def test_a_step_in_bfloat16_is_near_float32(folders, pictures, name):
 
 
 @pytest.mark.parametrize("name", ["llava", "llava_onevision", "qwen3_vl", "gemma3"])
-def test_gradient_checkpointing_changes_no_number(folders, pictures, name):
+def test_gradient_checkpointing_changes_no_digit(folders, pictures, name):
     found = []
     for recompute in (False, True):
         policy, template = load(folders, name, gradient_checkpointing=recompute)
@@ -351,7 +351,7 @@ def test_gradient_checkpointing_changes_no_number(folders, pictures, name):
         parameters = [p for group in policy.trained_parameters() for p in group]
         found.append((loss, torch.autograd.grad(loss, parameters)))
         assert (len(passes) > before) == recompute
-    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
 
 
 def test_every_known_architecture_is_tested():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import re
 import weakref
 from pathlib import Path
@@ -43,6 +44,7 @@ def test_a_stage_is_released_before_the_next_one_loads(tmp_path: Path):
 
     assert finish(settings(tmp_path), tmp_path / "run", watched) == 0, (tmp_path / "run.log").read_text()
     log = (tmp_path / "run.log").read_text()
+    assert json.loads((tmp_path / "run" / "stage_2" / "stage.json").read_text())["gradient_checkpointing"] is False
     assert "stage 2 loads; alive: 0" in log, [line for line in log.splitlines() if "alive" in line]
 
 

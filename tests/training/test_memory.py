@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,40 @@ def test_largest_batch_follows_the_memory(ready, monkeypatch):
     assert chosen(2**40) == 16  # all records
     with pytest.raises(Fault, match="not even one record"):
         chosen(room)
+    module.policy.recompute(False)  # which was tried, too
+
+
+def test_gradient_checkpointing_turns_itself_on_where_a_step_would_not_fit(ready, monkeypatch):
+    module, data = ready
+    policy = module.policy
+    needs = memory.estimate(module, data, 2)
+
+    def fitted(room, setting=None):
+        monkeypatch.setattr(memory, "device_memory", lambda device: (int(room / 0.9) + 2, int(room / 0.9) + 2))
+        monkeypatch.setattr(policy, "settings", policy.settings.model_copy(update={"gradient_checkpointing": setting}))
+        return memory.fit(module, data, 2)
+
+    try:
+        fitting = needs.adapter + needs.step
+        assert not fitted(fitting).recomputed and not policy.recomputes
+        assert not fitted(0.99 * fitting, setting=False).recomputed and not policy.recomputes
+        found = fitted(0.99 * fitting)
+        assert found.recomputed and policy.recomputes
+        assert needs.step > found.step > needs.step / 4
+        assert re.search("gradient checkpointing is on, since a step takes about .* without it", str(found))
+        assert memory.fit(module, data, 2).recomputed  # once decided
+        single = memory.estimate(module, data, 1)
+        for room, expected in ((single.adapter + 1.1 * single.step, 1), (single.adapter, None)):
+            policy.recompute(False)
+            monkeypatch.setattr(memory, "device_memory", lambda device: (int(room / 0.9), int(room / 0.9)))  # noqa: B023
+            if expected:
+                assert memory.largest_batch(module, data) == expected
+            else:
+                with pytest.raises(Fault, match="not even one record.*bfloat16"):
+                    memory.largest_batch(module, data)
+            assert policy.recomputes
+    finally:
+        policy.recompute(False)
 
 
 def test_the_longest_records_are_measured(ready):
@@ -96,5 +131,7 @@ def test_batch_size_auto_needs_a_single_device():
     with pytest.raises(Fault, match="trainer.strategy: found .*DeepSpeedStrategy with stage 3, which splits"):
         checked("trainer=deepspeed", "trainer.strategy.stage=3")
     assert checked("trainer=deepspeed").trainer["strategy"]["stage"] == 2
+    with pytest.raises(Fault, match="model.compile: layers whose weights the trainer splits are not compiled"):
+        checked("trainer=fsdp2", "model.compile=true")
     with pytest.raises(Fault, match="whole number or auto"):
         checked("stages.2.batch_size=many")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from povid.arena.plan import Job
 from povid.fault import Fault
+from povid.machine import cores
 
 TRAIN = (sys.executable, "-m", "povid.run")
 
@@ -41,7 +42,7 @@ def run(jobs: Sequence[Job], outputs: Path, processes: int, say: Callable[[str],
     waiting = [job for job in jobs if not job.done]
     if not waiting:
         return
-    threads = str(max(1, len(os.sched_getaffinity(0)) // processes) if hasattr(os, "sched_getaffinity") else 1)
+    threads = str(max(1, cores() // processes))
     environment = os.environ | {"OMP_NUM_THREADS": threads}
     running: set[subprocess.Popen] = set()
     lock, stopped, began = threading.Lock(), threading.Event(), time.monotonic()

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from povid.bench import measure, whole
+from povid.bench import kernels, measure, whole
 from povid.bench.arms import Arm, filled_cache, ours, plain, released_code
 from povid.bench.pipeline import waiting
 from povid.bench.subject import SHAPES, Shape, Step, adapt, build_model, build_processor, steps, twin
@@ -53,6 +53,12 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-trl", action="store_true", help="skip TRL (which the optional extra `bench` installs)")
     parser.add_argument("--profile", action="store_true", help="also report where each arm's time goes")
     parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="instead of timing arms: count the kernels that each launches in a step, and its waits for the device; "
+        "without a GPU on a narrow model with the same layers, so that llava_1_5_7b takes no memory",
+    )
+    parser.add_argument(
         "--peak-tflops",
         type=float,
         default=790.0,
@@ -84,10 +90,16 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def build_arms(
-    policy: Policy, made: list[Step], options: argparse.Namespace, base: Any, processor: Any, folder: Path
+    policy: Policy,
+    made: list[Step],
+    options: argparse.Namespace,
+    shape: Shape,
+    base: Any,
+    processor: Any,
+    folder: Path,
 ) -> list[tuple[Arm, list[torch.nn.Parameter]]]:
     """Every arm with the parameters that it trains."""
-    stock = adapt(twin(base), processor, SHAPES[options.model], fused=False)
+    stock = adapt(twin(base), processor, shape, fused=False)
     mine, others = ([p for group in each.trained_parameters() for p in group] for each in (policy, stock))
     cache = filled_cache(policy, made, folder)
     built = [
@@ -145,13 +157,28 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     policy = adapt(twin(base), processor, shape)
     with tempfile.TemporaryDirectory(prefix="povid-bench-") as folder:
         with _mixed(shape, device):
-            built = build_arms(policy, made, options, base, processor, Path(folder))
+            built = build_arms(policy, made, options, shape, base, processor, Path(folder))
         result = measured(shape, policy, made, built, options, device)
     if device == "cpu":
         result["pipeline"] = [
             waiting(policy, processor, shape, workers=n, count=options.photographs) for n in options.workers
         ]
     return result
+
+
+def run_kernels(options: argparse.Namespace) -> dict[str, Any]:
+    _confirmed(options)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = SHAPES[options.model] if device == "cuda" else kernels.narrow(SHAPES[options.model])
+    processor = build_processor(shape)
+    base = build_model(shape, device=device)
+    (step,) = steps(shape, processor, count=1, batch_size=options.batch_size, device=device)
+    policy = adapt(twin(base), processor, shape)
+    with tempfile.TemporaryDirectory(prefix="povid-bench-") as folder, _mixed(shape, device):
+        arms = [arm for arm, _ in build_arms(policy, [step], options, shape, base, processor, Path(folder))]
+        rows = kernels.count(arms, step, device=device)
+    named = torch.cuda.get_device_name() if device == "cuda" else "no GPU, counted in operators"
+    return {"model": shape.name, "device": named, "batch_size": options.batch_size, "rows": rows, **_circumstances()}
 
 
 def run_whole(options: argparse.Namespace) -> dict[str, Any]:
@@ -341,11 +368,14 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if options.steps is None and options.overrides:
             raise Fault(f"{options.overrides[0]!r} is an override of train.py, which only --steps takes")
-        result = run(options) if options.steps is None else run_whole(options)
+        if options.steps is not None and options.kernels:
+            raise Fault("--kernels and --steps are two measurements; choose one")
+        made, shown = (run_whole, whole.table) if options.steps is not None else (run, table)
+        result = (run_kernels if options.kernels else made)(options)
     except Fault as fault:
         print(f"error: {fault}", file=sys.stderr)
         return 2
-    print(table(result) if options.steps is None else whole.table(result))
+    print((kernels.table if options.kernels else shown)(result))
     write_json(options.out, result)
     print(f"\nwritten to {options.out}")
     return 0

@@ -64,7 +64,7 @@ def peak_bytes(step: Callable[[], object], *, device: str) -> int:
     from torch.profiler import ProfilerActivity, profile
 
     step()  # allocates what later steps reuse
-    with _quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
+    with quiet(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as watched:
         step()
     changes = sorted(
         (e.start_ns(), e.nbytes()) for e in watched.profiler.kineto_results.events() if e.name() == "[memory]"
@@ -77,7 +77,7 @@ def peak_bytes(step: Callable[[], object], *, device: str) -> int:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence stderr, to which the profiler's library writes each time it starts and stops."""
     sys.stderr.flush()
     kept = os.dup(2)
@@ -92,7 +92,7 @@ def _quiet() -> Iterator[None]:
 
 KINDS = ("matrix products", "attention", "optimizer", "element by element", "Python, autograd, dispatch")
 _PRODUCTS = ("mm", "addmm", "addmm_", "bmm", "baddbmm", "convolution")
-_LAYOUT = {  # operators that only change how memory is read, or allocate it
+LAYOUT = {  # operators that only change how memory is read, or allocate it
     "view",
     "t",
     "transpose",
@@ -137,7 +137,7 @@ def kind_of(operator: str) -> str:
     if name in _PRODUCTS or any(word in name for word in ("convolution", "gemm", "nvjet", "cutlass", "xmma", "cudnn")):
         return "matrix products"
     on_device = not operator.startswith("aten::") and ("kernel" in name or "memcpy" in name or "memset" in name)
-    if on_device or (operator.startswith("aten::") and name not in _LAYOUT):
+    if on_device or (operator.startswith("aten::") and name not in LAYOUT):
         return "element by element"
     return "Python, autograd, dispatch"
 
@@ -160,7 +160,7 @@ def shares(step: Callable[[], object], *, device: str, repetitions: int = 10) ->
         _wait(device)
         whole.append((time.perf_counter() if device == "cuda" else time.process_time()) - start)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
-    with _quiet(), profile(activities=activities) as watched:
+    with quiet(), profile(activities=activities) as watched:
         for _ in range(repetitions):
             step()
         _wait(device)

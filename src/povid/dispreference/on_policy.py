@@ -32,7 +32,7 @@ from povid.run.quiet import quiet_imported
 Place = Annotated[Path, Strict(False)]
 
 # Settings of a model that matter when it is trained, or not at all, and change nothing that it says.
-SILENT = ("fused", "gradient_checkpointing", "lora", "masking", "name", "train_projector")
+SILENT = ("compile", "fused", "gradient_checkpointing", "lora", "masking", "name", "train_projector")
 
 NO_DESCRIPTION = "asks for no description"
 ALL_THE_SAME = "all captions are the same"

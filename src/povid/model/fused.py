@@ -17,7 +17,7 @@ R = LoRA's rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,13 +32,14 @@ from povid.internals import attention_function, is_watched
 from povid.model.packing import Packed
 
 
-def fuse(network: Any) -> None:
-    """Turn the modules of a network's language model, adapter layers included, into their fused subclasses.
+def fuse(network: Any, table: Mapping[type[nn.Module], Any]) -> None:
+    """Turn the modules of a network's language model, adapter layers included, into their subclasses in a table.
 
-    Modules of a kind that has no fused subclass, such as LoRA on a four-bit layer, stay what they are.
+    ``table``: ``FUSED``, or another one with such classes. Modules of a kind that has none, such as LoRA on a four-bit
+    layer, stay what they are.
     """
     for module in network.get_decoder().modules():
-        fused = FUSED.get(type(module))
+        fused = table.get(type(module))
         if fused is not None and fused.fits(module):
             vars(module).pop("forward", None)  # accelerate wraps it for four-bit models, to move inputs between devices
             module.__class__ = fused
@@ -73,6 +74,13 @@ class _LowRank(torch.autograd.Function):
         return grad_ND, grad_x, narrow_grad_RN @ x_ND, grad_b, None, *(None for _ in ctx.needs_input_grad[5:])
 
 
+def low_rank(wide_ND: Tensor, x_ND: Tensor, a_RD: Tensor, b_DR: Tensor, scaling: float, *sources: Tensor) -> Tensor:
+    """wide + s x A' B'; the compiler, if one is reading this, decides for itself what is kept and in which order."""
+    if torch.compiler.is_compiling():
+        return torch.addmm(wide_ND, x_ND @ a_RD.T, b_DR.T, alpha=scaling)
+    return _LowRank.apply(wide_ND, x_ND, a_RD, b_DR, scaling, *sources)
+
+
 class FusedLoraLinear(LoraLinear):
     """peft's LoRA layer on a linear layer: x W' + s (x A') B'.
 
@@ -96,7 +104,7 @@ class FusedLoraLinear(LoraLinear):
         if dropped_ND is not flat_ND:
             sources = ()
         dtype = wide_ND.dtype
-        wide_ND = _LowRank.apply(
+        wide_ND = low_rank(
             wide_ND,
             dropped_ND.to(dtype),
             self.lora_A[name].weight.to(dtype),
@@ -139,6 +147,8 @@ class GatedMLP(nn.Module):
         gate, up = self.gate_proj(x), self.up_proj(x)
         if not torch.is_grad_enabled():
             return self.down_proj(silu(gate, inplace=True).mul_(up))
+        if torch.compiler.is_compiling():
+            return self.down_proj(silu(gate) * up)
         product = _Gated.apply(gate, up)
         # LoRA's gradient needs the product, which costs little to compute again and a third of the memory to keep.
         if isinstance(self.down_proj, FusedLoraLinear):
@@ -183,7 +193,7 @@ class RMSNorm(nn.Module):
         return True
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.weight.requires_grad:
+        if self.weight.requires_grad or torch.compiler.is_compiling():
             return super().forward(hidden_states)
         return _Normed.apply(hidden_states, self.weight, self.variance_epsilon)
 
@@ -210,6 +220,13 @@ class _Turned(torch.autograd.Function):
         return (grad * cos).add_((grad * signed_sin).roll(grad.shape[-1] // 2, -1)), None, None
 
 
+def turned(x: Tensor, cos: Tensor, signed_sin: Tensor) -> Tensor:
+    """The rotary embedding: see ``_Turned``."""
+    if torch.compiler.is_compiling():
+        return x * cos + x.roll(x.shape[-1] // 2, -1) * signed_sin
+    return _Turned.apply(x, cos, signed_sin)
+
+
 # --- layers ----------------------------------------------------------------------------------------------------------
 
 
@@ -217,8 +234,7 @@ class DecoderLayer(nn.Module):
     """What is fused of LlamaDecoderLayer and Qwen2DecoderLayer.
 
     ``rows_BU``: the only columns of its output that are wanted, set by :func:`predicting_rows`; None for all. A layer
-    with a key-value cache, under gradient checkpointing, or whose attention weights somebody records, is left to
-    transformers.
+    with a key-value cache, or whose attention weights somebody records, is left to transformers.
     """
 
     rows_BU: Tensor | None = None
@@ -226,25 +242,27 @@ class DecoderLayer(nn.Module):
     mlp: Any
     input_layernorm: Any
     post_attention_layernorm: Any
-    gradient_checkpointing: Any
 
     @staticmethod
     def fits(module: nn.Module) -> bool:
         return True
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # An argument, since under gradient checkpointing the backward pass calls forward again with the same ones.
+        return super().__call__(*args, **kwargs, **({} if self.rows_BU is None else {"rows_BU": self.rows_BU}))
 
     def forward(
         self,
         hidden_states: Tensor,
         attention_mask: Tensor | None = None,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
+        rows_BU: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
         """[B, T, D] to [B, T, D], or to [B, U, D] with ``rows_BU``."""
-        attention, rows_BU = self.self_attn, self.rows_BU
+        attention = self.self_attn
         cached = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))  # its name changed in 5.24
-        if rows_BU is None and (
-            cached or is_watched(attention) or (self.gradient_checkpointing and torch.is_grad_enabled())
-        ):
+        if rows_BU is None and (cached or is_watched(attention)):
             return super().forward(
                 hidden_states, attention_mask=attention_mask, position_embeddings=position_embeddings, **kwargs
             )
@@ -259,11 +277,8 @@ class DecoderLayer(nn.Module):
             return projected.view(*projected.shape[:-1], -1, attention.head_dim).transpose(1, 2)
 
         normed_BTD = self.input_layernorm(hidden_states)
-        cos, sin = position_embeddings
-        half = sin.shape[-1] // 2
-        signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        query = _Turned.apply(heads(attention.q_proj(pick(normed_BTD))), pick(cos)[:, None], pick(signed_sin)[:, None])
-        key = _Turned.apply(heads(attention.k_proj(normed_BTD)), cos[:, None], signed_sin[:, None])
+        query, key = heads(attention.q_proj(pick(normed_BTD))), heads(attention.k_proj(normed_BTD))
+        query, key = self.turn(query, key, *position_embeddings, pick)
         value = heads(attention.v_proj(normed_BTD))
         mask = attention_mask
         if rows_BU is not None and mask is None:  # causal
@@ -278,6 +293,15 @@ class DecoderLayer(nn.Module):
         residual = pick(hidden_states)
         residual = residual + attention.o_proj(attended.reshape(*residual.shape[:-1], -1))
         return residual + self.mlp(self.post_attention_layernorm(residual))
+
+    def turn(
+        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, pick: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Query and key with their rotary embedding; ``pick`` gives what belongs to the query's columns."""
+        half = sin.shape[-1] // 2
+        signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
+        query = turned(query, pick(cos)[:, None], pick(signed_sin)[:, None])
+        return query, turned(key, cos[:, None], signed_sin[:, None])
 
 
 class FusedLlamaDecoderLayer(DecoderLayer, LlamaDecoderLayer):
@@ -303,11 +327,10 @@ FUSED: dict[type[nn.Module], Any] = {
 def predicting_rows(decoder: Any, packed: Packed) -> Iterator[Tensor]:
     """Inside, the decoder's last layer computes the predicting positions alone, where that is possible.
 
-    Yields the index [U] at which each predicting position then stands in its example. With gradient checkpointing all
-    positions are computed, since a layer runs again in the backward pass, when the rows are no longer known.
+    Yields the index [U] at which each predicting position then stands in its example.
     """
     last = decoder.layers[-1] if hasattr(decoder, "layers") else None
-    if not isinstance(last, DecoderLayer) or (last.gradient_checkpointing and torch.is_grad_enabled()):
+    if not isinstance(last, DecoderLayer):
         yield packed.column_U
         return
     last.rows_BU = packed.columns_BU

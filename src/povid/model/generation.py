@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from povid.fault import Fault
+from povid.internals import attention_name
 from povid.model.architectures import SLIDING, layer_kinds
 from povid.model.packing import shared_length, stack
 from povid.model.policy import Policy
@@ -57,6 +58,9 @@ class Answers:
             models with sliding-window attention.
         share: the part that this process answers. It consists of whole batches, and where answers depend on their
             batch (``LocalModel.answers_depend_on_batch``) the batches are those that a single process makes.
+        fetch_every: tokens between two looks at what the model has said, for each of which the host waits for the
+            device; None: 1 on a CPU, where nothing waits, and else 8. Rows that have ended run on until the next look.
+            The answers are the same.
 
     Raises:
         Fault: a prompt is longer than the model reads, an image is missing or broken, or a question has no image and
@@ -69,6 +73,7 @@ class Answers:
     seed: int = 0
     share_prefix: bool = True
     share: Share = WHOLE
+    fetch_every: int | None = None
 
     @torch.inference_mode()  # a decorator, since the context manager would stay active between yields
     def __call__(self, questions: Sequence[Question], decoding: Decoding) -> Iterator[tuple[int, str]]:
@@ -192,19 +197,31 @@ class Answers:
             cache.batch_select_indices(torch.tensor(owners, device=device))
             mask, before = mask[owners], before[owners]
         rests = [prompt[length:] for group, length in zip(groups, shared) for prompt in group.prompts]
+        padded = len(set(shared)) > 1 or len(set(map(len, rests))) > 1
         ids, rest_mask = _left_pad(rests, pad, device)
         rows = list(range(len(owners)))
         tokens: list[list[int]] = [[] for _ in rows]
         done: set[int] = set()
         positions = before + (rest_mask.cumsum(-1) - 1).clamp(min=0)
         mask = torch.cat([mask, rest_mask], dim=1)
-        for _ in range(decoding.max_new_tokens):
+        seen: Tensor | None = mask
+        every = self.fetch_every or (1 if device.type == "cpu" else 8)
+        unseen: list[Tensor] = []  # the tokens since the last look, [R] each
+        for count in range(1, decoding.max_new_tokens + 1):
             hidden = read(
-                inputs_embeds=network.get_input_embeddings()(ids), attention_mask=mask, position_ids=positions
+                inputs_embeds=network.get_input_embeddings()(ids), attention_mask=seen, position_ids=positions
             ).last_hidden_state[:, -1]
             chosen = _choose(head(hidden), decoding.temperature, [generators[row] for row in rows])
-            for row, token in zip(rows, chosen.tolist()):
-                if row not in done:
+            unseen.append(chosen)
+            ids, positions = chosen[:, None], positions[:, -1:] + 1
+            if len(unseen) < every and count < decoding.max_new_tokens:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+                seen = self._next_mask(mask, padded)
+                continue
+            for row, said in zip(rows, torch.stack(unseen, 1).tolist()):
+                for token in said:
+                    if row in done:
+                        break
                     tokens[row].append(token)
                     if (
                         token in ends
@@ -213,16 +230,28 @@ class Answers:
                     ):
                         done.add(row)
                         yield row, tokens[row]
+            unseen.clear()
             going = [place for place, row in enumerate(rows) if row not in done]
             if not going:
                 return
-            ids, positions = chosen[:, None], positions[:, -1:] + 1
             if len(going) <= 0.875 * len(rows):  # dropping finished rows copies the cache, so it happens seldom
                 keep = torch.tensor(going, device=device)
                 cache.batch_select_indices(keep)
                 ids, positions, mask = ids[keep], positions[keep], mask[keep]
                 rows = [rows[place] for place in going]
             mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            seen = self._next_mask(mask, padded)
+
+    def _next_mask(self, mask: Tensor, padded: bool) -> Tensor | None:
+        """The mask with which one more token is read.
+
+        From ``mask`` itself transformers would find out for every token whether it hides anything, for which the host
+        waits for the device. Other attention than sdpa, and windows, need it nevertheless.
+        """
+        config = self.policy.network.config.get_text_config()
+        if attention_name(config) != "sdpa" or SLIDING in layer_kinds(config):
+            return mask
+        return mask[:, None, None, :].bool() if padded else None
 
     def _first_mask(self, ids: Tensor, mask: Tensor, positions: Tensor, dtype: torch.dtype, images: object) -> Any:
         """The mask with which prefixes are read: ``mask`` itself, unless the tokens of a picture see each other."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 import pkgutil
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
@@ -57,12 +59,15 @@ class LocalModel(BaseModel):
         style, system, pad_square, max_length, masking: see ``Template``.
         train_projector: whether the projector is trained along with LoRA.
         attention: transformers' ``attn_implementation``; None for its own choice.
-        gradient_checkpointing: recompute activations in the backward pass, which takes time and saves memory.
+        gradient_checkpointing: recompute activations in the backward pass, which takes time, saves memory and changes
+            no number; None: where a step would not fit otherwise (``povid.training.memory.fit``).
         quantize: ``4bit`` keeps the language model's frozen weights in four bits (NF4, by bitsandbytes).
         merge: ``float16`` merges earlier adapters into the weights in float16 and casts the result to ``dtype``, as the
             released scripts do; rounding loses most of a small update. None keeps what ``dtype`` can hold
             (``load_model``).
-        fused: use the faster modules of ``povid.model.fused`` while training.
+        fused: use the faster modules of ``povid.model.fused`` while training; ``liger``: those of
+            ``povid.model.liger``, for a GPU.
+        compile: compile the decoder's layers (``torch.compile``) while training; the first steps then take minutes.
         prepare: called (Hydra's ``_target_``) before the model is loaded, to make its folder.
         architecture: what is special about the model (``povid.model.architectures.Architecture``: its keys, or a
             ``_target_`` that makes one); None looks it up by the model's type.
@@ -85,10 +90,11 @@ class LocalModel(BaseModel):
     masking: Literal["all", "released"] = "all"
     train_projector: bool = True
     attention: Literal["eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention"] | None = None
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool | None = None
     quantize: Literal["4bit"] | None = None
     merge: Literal["float16"] | None = None
-    fused: bool = True
+    fused: bool | Literal["liger"] = True
+    compile: bool = False
     prepare: dict[str, Any] | None = None
     architecture: SerializeAsAny[Architecture] | None = None
     lora: LoraSettings = LoraSettings()
@@ -99,6 +105,26 @@ class LocalModel(BaseModel):
             raise ValueError(
                 "merge and quantize exclude each other: four-bit weights cannot be merged; set one to null"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _can_run_here(self) -> Self:
+        if self.fused == "liger":
+            if self.compile:
+                raise ValueError(
+                    "compile=true and fused=liger exclude each other, since the compiler writes such kernels itself; "
+                    "choose one"
+                )
+            if find_spec("liger_kernel") is None:
+                raise ValueError(
+                    "fused=liger needs liger-kernel, which is not installed: pip install 'povid[liger]', or set "
+                    "fused=true"
+                )
+            if not torch.cuda.is_available():
+                raise ValueError("fused=liger needs a GPU, and none was found; set fused=true")
+        compilers = [os.environ.get("CXX"), "g++", "clang++", "cl"]
+        if self.compile and not torch.cuda.is_available() and not any(shutil.which(name) for name in compilers if name):
+            raise ValueError("compile=true needs a C++ compiler on a CPU, and none was found; install g++ or set false")
         return self
 
     @field_validator("path")
@@ -289,8 +315,6 @@ class LocalModel(BaseModel):
 
     def _four_bits(self) -> dict[str, Any]:
         """The options of from_pretrained for a language model in four bits."""
-        from importlib.util import find_spec
-
         if find_spec("bitsandbytes") is None:
             raise Fault("model.quantize=4bit needs bitsandbytes, which is not installed: pip install 'povid[quantize]'")
         from transformers import BitsAndBytesConfig

@@ -22,8 +22,10 @@ from povid.fault import Fault
 from povid.internals import (
     adapter_switches,
     attention_name,
+    compiled,
     ignore_adapter,
     no_search_for_packing,
+    run_compiled,
     trained_copies,
 )
 from povid.model.architectures import FULL, SLIDING, layer_kinds, lora_targets, sliding_window
@@ -91,8 +93,11 @@ class Policy(nn.Module):
         self.adapted = adapted
         self.model: Any = self._adapt(model) if adapted else model
         self._switches = adapter_switches(self.model)
+        self._compiled = [(layer, compiled(layer)) for layer in self._layers()] if settings.compile and adapted else []
+        self._run_compiled(False)
+        self.recomputes = False
         if settings.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.recompute(True)
 
     @property
     def network(self) -> Any:
@@ -110,20 +115,53 @@ class Policy(nn.Module):
         for module in trained_copies(adapted):
             _train_in_float32(module)
         if self.settings.fused:
-            from povid.model.fused import fuse  # imports transformers and peft, which takes seconds
+            from povid.model.fused import FUSED, fuse  # imports transformers and peft, which takes seconds
 
-            fuse(model)
+            if self.settings.fused == "liger":
+                from povid.model.liger import LIGER
+
+                fuse(model, LIGER)
+            else:
+                fuse(model, FUSED)
         return adapted
+
+    def recompute(self, on: bool) -> None:
+        """Gradient checkpointing from the next ``train()`` on: activations are computed again in the backward pass.
+
+        It changes no digit of a number: the same operations run again on the same values, with the same dropout.
+        """
+        if on:
+            self.network.gradient_checkpointing_enable({"use_reentrant": False})
+        elif self.recomputes:
+            self.network.gradient_checkpointing_disable()
+        self.recomputes = on
 
     def train(self, mode: bool = True) -> Policy:
         """Training mode. Of all dropouts only LoRA's is active, so that the reference stays a function of its input."""
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         super().train(mode)
+        self._run_compiled(mode)
         for name, module in self.network.named_modules():
-            recomputed = self.settings.gradient_checkpointing and isinstance(module, GradientCheckpointingLayer)
-            module.training = mode and ("lora_dropout" in name or recomputed)
+            module.training = mode and "lora_dropout" in name
+            if mode and self.recomputes and isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # else transformers would keep its activations
+                for own in [
+                    name for name, value in vars(module).items() if "drop" in name and isinstance(value, float)
+                ]:
+                    setattr(module, own, 0.0)  # what some layers drop by themselves in training mode
         return self
+
+    def _layers(self) -> list[nn.Module]:
+        """The decoder's layers, the only ones that are compiled: each kind once, however many there are."""
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [part for part in self.network.get_decoder().modules() if isinstance(part, GradientCheckpointingLayer)]
+
+    def _run_compiled(self, on: bool) -> None:
+        """Only what trains runs compiled: while answers are generated, every token changes the shapes."""
+        for layer, call in self._compiled:
+            run_compiled(layer, call if on else None)
 
     @contextmanager
     def reference(self) -> Iterator[None]:

@@ -29,6 +29,7 @@ from filelock import FileLock
 
 from povid import files
 from povid.fault import Fault
+from povid.machine import cores
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +189,7 @@ def arrow_copies(shards: Sequence[Path]) -> Iterator[Path | None]:
     with ExitStack() as stack:
         jobs = {}
         if new:  # in processes, whose memory is given back
-            processes = min(len(new), len(os.sched_getaffinity(0)))
+            processes = min(len(new), cores())
             pool = stack.enter_context(ProcessPoolExecutor(processes, multiprocessing.get_context("fork")))
             stack.callback(pool.shutdown, cancel_futures=True)
             jobs = {shard: pool.submit(_copy, shard) for shard in new}

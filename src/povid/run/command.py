@@ -15,12 +15,13 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from povid.fault import Fault, holds_login
-from povid.machine import conf_folder
+from povid.machine import conf_folder, spin_briefly
 from povid.run.overrides import explain
 from povid.run.quiet import quiet
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # loader processes are forked
 os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+spin_briefly()
 
 jobs_started = 0  # before the first, Hydra's errors are about the command line
 

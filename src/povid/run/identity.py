@@ -49,6 +49,7 @@ FREE = (
     "model.budget",
     "model.cache",
     "model.concurrency",
+    "model.gradient_checkpointing",
     "model.image_tokens",
     "model.input_price",
     "model.longest_wait",

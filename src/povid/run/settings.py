@@ -771,6 +771,8 @@ def _rules(
             "noise.wrap_around: 8-bit wrap-around belongs to the released code, which scores y_l^n on the clean image; "
             "it needs objective=released"
         )
+    if getattr(model, "compile", False) and splits(trainer):
+        yield "model.compile: layers whose weights the trainer splits are not compiled; use trainer=ddp or false"
     if model is not None and not model.trainable:
         if ablation and ablation.stages:
             yield (

@@ -41,7 +41,7 @@ from povid.run.terminal import near, progress
 from povid.run.watch import Validation, Watcher
 from povid.terminal import show
 from povid.training.datamodule import PreferenceDataModule
-from povid.training.memory import Needs, estimate, largest_batch
+from povid.training.memory import Needs, fit, largest_batch
 from povid.training.module import POVIDModule
 from povid.training.sharding import whole_adapter
 
@@ -157,9 +157,10 @@ class Stage:
         data = self._data(policy, template, triples, held_out)
         if stage.batch_size == "auto":
             data.batch_size = batch_size_of(newest(self.checkpoints)) or largest_batch(module, data)
-        needs = None if settings.split else estimate(module, data, data.batch_size)
+        needs = None if settings.split else fit(module, data, data.batch_size)
         if first():
-            memory = "not estimated where the weights are split" if needs is None else str(needs)
+            kept = "" if policy.recomputes else "; activations are kept unless model.gradient_checkpointing=true"
+            memory = f"not estimated where the weights are split{kept}" if needs is None else str(needs)
             self._announce(len(triples), data.batch_size, memory)
         fitted = self._fit(module, data, template, signals)
         weights = whole_adapter(policy)
@@ -345,6 +346,7 @@ class Stage:
                 "steps": fitted.steps,
                 "records": records,
                 "batch_size": batch_size,
+                "gradient_checkpointing": policy.recomputes,
                 **({"memory": needs.record()} if needs is not None else {}),
                 "finished": datetime.now(UTC).isoformat(),
             },
