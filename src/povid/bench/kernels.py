@@ -26,8 +26,7 @@ BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 def narrow(shape: Shape) -> Shape:
     """The shape with its layers and tokens, and widths that cost nothing."""
-    widths = {"width": 32, "heads": 2, "inner": 48, "vision_width": 16, "vision_heads": 2, "lora": 2, "vocabulary": 128}
-    return replace(shape, **widths)
+    return replace(shape, width=32, heads=2, inner=48, vision_width=16, vision_heads=2, lora=2, vocabulary=128)
 
 
 class Launches(TorchDispatchMode):

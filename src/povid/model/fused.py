@@ -74,7 +74,7 @@ class _LowRank(torch.autograd.Function):
         return grad_ND, grad_x, narrow_grad_RN @ x_ND, grad_b, None, *(None for _ in ctx.needs_input_grad[5:])
 
 
-def low_rank(wide_ND: Tensor, x_ND: Tensor, a_RD: Tensor, b_DR: Tensor, scaling: float, *sources: Tensor) -> Tensor:
+def low_rank(wide_ND: Tensor, x_ND: Tensor, a_RD: Any, b_DR: Any, scaling: float, *sources: Tensor) -> Tensor:
     """wide + s x A' B'; the compiler, if one is reading this, decides for itself what is kept and in which order."""
     if torch.compiler.is_compiling():
         return torch.addmm(wide_ND, x_ND @ a_RD.T, b_DR.T, alpha=scaling)
@@ -278,7 +278,7 @@ class DecoderLayer(nn.Module):
 
         normed_BTD = self.input_layernorm(hidden_states)
         query, key = heads(attention.q_proj(pick(normed_BTD))), heads(attention.k_proj(normed_BTD))
-        query, key = self.turn(query, key, *position_embeddings, pick)
+        query, key = self.turn(query, key, position_embeddings, pick)
         value = heads(attention.v_proj(normed_BTD))
         mask = attention_mask
         if rows_BU is not None and mask is None:  # causal
@@ -295,9 +295,13 @@ class DecoderLayer(nn.Module):
         return residual + self.mlp(self.post_attention_layernorm(residual))
 
     def turn(
-        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, pick: Callable[[Tensor], Tensor]
+        self, query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor], pick: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """Query and key with their rotary embedding; ``pick`` gives what belongs to the query's columns."""
+        """Query and key with their rotary embedding.
+
+        ``angles``: cosines and sines [B, T, D]; ``pick`` gives what belongs to the query's columns.
+        """
+        cos, sin = angles
         half = sin.shape[-1] // 2
         signed_sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
         query = turned(query, pick(cos)[:, None], pick(signed_sin)[:, None])

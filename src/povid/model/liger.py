@@ -42,11 +42,11 @@ class LigerRMSNorm(nn.Module):
 
 class LigerDecoderLayer(DecoderLayer):
     def turn(
-        self, query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, pick: Callable[[Tensor], Tensor]
+        self, query: Tensor, key: Tensor, angles: tuple[Tensor, Tensor], pick: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
         if query.shape[2] != key.shape[2]:  # the last layer, of which Liger's kernel knows nothing
-            return super().turn(query, key, cos, sin, pick)
-        return liger_rope(query, key, cos, sin)
+            return super().turn(query, key, angles, pick)
+        return liger_rope(query, key, *angles)
 
 
 class LigerLlamaMLP(LigerMLP, LlamaMLP):
