@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import csv
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -53,7 +54,11 @@ class Trainer:
             Fault: training failed.
         """
         process, run = self.start(steps, spins, threads)
-        if process.wait():
+        try:
+            failed = process.wait()
+        finally:
+            process.kill()  # where this process is stopped
+        if failed:
             raise Fault(f"training failed: {run.with_suffix('.log').read_text(encoding='utf-8').strip()[-300:]}")
         rows: list[float] = []
         for file in run.glob("speed/*/metrics.csv"):  # that of the stage, and that of the run's scores
@@ -81,6 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", nargs="+", type=int, default=[cores(), 1])
     parser.add_argument("--steps", type=int, default=40)
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # or the processes that it started would go on
     print(f"{'others':>6} {'threads':>7} {'GOMP_SPINCOUNT':>14} {'records a second':>16}")
     try:
         with tempfile.TemporaryDirectory(prefix="povid-spinning-") as folder:
