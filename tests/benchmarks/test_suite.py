@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -289,6 +290,15 @@ class Ready:
 class Away(Ready):
     def reach(self) -> None:
         raise Fault("gpt cannot be reached")
+
+
+def test_a_disk_that_fills_up_while_scoring_stops_the_run(words: Path, tmp_path: Path) -> None:
+    class Full(Words):
+        def score(self, *_: Any) -> Score:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match="No space left"):
+        suite.run({"words": Full(data=words), **selection(words)}, Answers(), tmp_path / "out")
 
 
 def test_a_judged_benchmark_without_judge_keeps_its_answers(words: Path, tmp_path: Path) -> None:

@@ -224,7 +224,7 @@ def test_a_disk_that_is_too_small_is_told_of_first_and_one_that_fills_up_loses_n
     with monkeypatch.context() as small:
         small.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1000, 990, 10))
         assert place.fetch() == 2
-    assert "GB more and 0.0 GB are free; make room" in capsys.readouterr().err
+    assert "MB more and 0.0 MB are free; make room" in capsys.readouterr().err
     assert not [path for path in place.asked if "resolve" in path]
 
     def full(source: str, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -475,6 +476,8 @@ def _scored(plan: Plan, answers: Sequence[str], folder: Path, judge: Any) -> dic
             return {"missing": f"answered but not judged: {reason}", "cure": cure}
         score = benchmark.score(plan.questions, answers, usable)
     except Exception as error:  # whatever went wrong here, the other benchmarks are still scored
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise  # which stops the run, with a sentence
         if not isinstance(error, Fault):
             log.exception("scoring %s failed", plan.name)
         reason = str(error) if isinstance(error, Fault) else f"scoring failed: {type(error).__name__}: {error}"

@@ -168,7 +168,7 @@ def _make_sure_of_room(needed: Sequence[Source], data: Path) -> None:
     free = shutil.disk_usage(data).free
     if lacking > free:
         raise Fault(
-            f"{data} needs {lacking / 1e9:,.1f} GB more and {free / 1e9:,.1f} GB are free; make room or choose a "
+            f"{data} needs {lacking / 1e6:,.1f} MB more and {free / 1e6:,.1f} MB are free; make room or choose a "
             "folder on another disk, and run the same command again"
         )
 
