@@ -7,7 +7,6 @@ several worlds and with several seeds, and stands in one table and one figure. R
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from povid.arena.plan import Job, choose, contests, read_plan, trials
 from povid.arena.result import standings
 from povid.fault import Fault
 from povid.files import write_json
-from povid.machine import conf_folder
+from povid.machine import conf_folder, cores
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -88,7 +87,7 @@ def _run(phase: str, jobs: Sequence[Job], options: argparse.Namespace, further: 
         for job in waiting:
             print(" ".join(pool.command(job, options.out, further)))
         return not waiting
-    pool.run(jobs, options.out, options.jobs or os.cpu_count() or 1, lambda line: print(line, flush=True), further)
+    pool.run(jobs, options.out, options.jobs or cores(), lambda line: print(line, flush=True), further)
     return True
 
 

@@ -31,6 +31,7 @@ RENAMED = (
     (r"^model\.(layers|embed_tokens|norm)\.", r"model.language_model.\1."),
 )
 
+VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
 SHARD = "5GB"  # of a checkpoint's files: one at a time in memory, and in a broken upload
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMLP, LlamaRMSNorm
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer, Qwen2MLP, Qwen2RMSNorm
 
-from povid.model.fused import FUSED, DecoderLayer, FusedLoraLinear, GatedMLP
+from povid.model.fused import FUSED, DecoderLayer, FusedLoraLinear, GatedMLP, RMSNorm
 
 
 class LigerMLP(GatedMLP):
@@ -27,14 +27,7 @@ class LigerMLP(GatedMLP):
         return self.down_proj(product)
 
 
-class LigerRMSNorm(nn.Module):
-    weight: Any
-    variance_epsilon: Any
-
-    @staticmethod
-    def fits(module: nn.Module) -> bool:
-        return True
-
+class LigerRMSNorm(RMSNorm):
     def forward(self, hidden_states: Tensor) -> Tensor:
         # Not in place, since the gradient that it would overwrite may be read by others.
         return liger_rms_norm(hidden_states, self.weight, self.variance_epsilon, 0.0, "llama", False)

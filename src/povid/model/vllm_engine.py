@@ -22,7 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, Strict, field_validator, mode
 
 from povid import files
 from povid.fault import Fault
-from povid.model.adapters import SHARD, adapter_digest
+from povid.model.adapters import SHARD, VLLM_RANKS, adapter_digest
 from povid.model.loading import LocalModel
 from povid.model.question import WHOLE, Answerer, Decoding, Question, Share
 from povid.model.template import Template
@@ -31,7 +31,6 @@ from povid.preferences.triple import pictures_of
 
 log = logging.getLogger(__name__)
 
-RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # vLLM's choices of max_lora_rank
 BATCHES = 16  # that are handed over at once, so that an interrupted run loses no more
 OWN = ("model", "dtype", "seed", "max_num_seqs", "enable_lora", "max_lora_rank", "max_loras")
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -196,7 +195,7 @@ def _lora_rank(adapter: Path) -> int | None:
     config = files.read_json(file, dict, "name a run folder or an adapter folder", ("r",))
     if config.get("modules_to_save"):
         return None
-    return next((rank for rank in RANKS if rank >= config["r"]), None)
+    return next((rank for rank in VLLM_RANKS if rank >= config["r"]), None)
 
 
 def _digests(source: str) -> Any:

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from povid.fault import Fault
+from povid.model.adapters import VLLM_RANKS
 from povid.report.render import markdown_row
 from povid.report.runs import Run
 from povid.report.tables import row_of
@@ -19,7 +20,6 @@ from povid.report.tables import row_of
 TEMPLATE = Path(__file__).parent / "card.md"
 PAPER = "2402.11411"
 TASK = "image-text-to-text"
-VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # values of its --max-lora-rank
 # Settings of the model that decide what it sees and computes, in the order of the card.
 MODEL = ("style", "system", "pad_square", "max_length", "dtype", "quantize", "merge", "train_projector")
 STAGE = ("epochs", "lr", "projector_lr", "accumulate", "max_steps", "warmup_ratio", "weight_decay", "max_grad_norm")
