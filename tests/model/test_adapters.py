@@ -8,7 +8,6 @@ import shutil
 
 import pytest
 import tiny
-import tiny_models
 import torch
 from safetensors.torch import load_file, save_file
 from test_models import whole
@@ -28,20 +27,6 @@ PROJECTIONS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_models.save("llava_vicuna", tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def example(base, tmp_path):
-    """An encoded conversation and its image."""
-    _, template = tiny.load(base, adapted=False)
-    record = tiny.triples(tmp_path)[1]
-    (preferred, _), images = template.encode((record.preferred, record.dispreferred), record.image, record.id)
-    return images, preferred
 
 
 def logits(model, example):

@@ -6,7 +6,6 @@ import json
 
 import pytest
 import tiny
-import tiny_models
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -19,20 +18,6 @@ from povid.files import read_json, write_json
 from povid.model.combine import combine
 
 PREFIX = "base_model.model."
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return tiny_models.save("llava_vicuna", tmp_path_factory.mktemp("base"))
-
-
-@pytest.fixture
-def example(base, tmp_path):
-    """An encoded conversation and its image."""
-    _, template = tiny.load(base, adapted=False)
-    record = tiny.triples(tmp_path)[1]
-    (preferred, _), images = template.encode((record.preferred, record.dispreferred), record.image, record.id)
-    return images, preferred
 
 
 def plain(base):
